@@ -1,0 +1,301 @@
+// A call works on one Model it took at its beginning, so all tables of a call belong to one version.
+// Scratch vectors are lent from the thread and given back, so that a steady stream of lookups allocates nothing.
+
+#include "hps/lookup_session.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <mutex>
+
+#include "cc/core/combine.h"
+#include "cc/core/first_error.h"
+#include "cc/core/model.h"
+#include "hps/epoch.h"
+
+namespace hps {
+namespace {
+
+constexpr Key kMinShortKey = std::numeric_limits<int32_t>::min();
+constexpr Key kMaxShortKey = std::numeric_limits<int32_t>::max();
+
+// Lends the thread's vector; a nested lease on the same thread gets an empty one. Large ones are not kept.
+template <typename T>
+class ScratchLease {
+ public:
+  ScratchLease() : vector_(std::move(Kept())) {}
+  ~ScratchLease() {
+    if (vector_.capacity() * sizeof(T) <= (size_t{8} << 20)) Kept() = std::move(vector_);
+  }
+  std::vector<T>& operator*() { return vector_; }
+  std::vector<T>* operator->() { return &vector_; }
+
+ private:
+  static std::vector<T>& Kept() {
+    thread_local std::vector<T> kept;
+    return kept;
+  }
+  std::vector<T> vector_;
+};
+
+std::string TableContext(const Model& model, uint32_t table) {
+  return "model '" + model.config.name + "', table '" + model.tables[table].name + "'";
+}
+
+Status CheckTable(const Model& model, uint32_t table, uint32_t width) {
+  if (table >= model.tables.size()) {
+    return InvalidArgument("model '" + model.config.name + "' has no table " + std::to_string(table) + "; it has " +
+                           std::to_string(model.tables.size()) + " tables, numbered from 0");
+  }
+  const size_t actual = model.tables[table].stack.default_row.size();
+  if (width != actual) {
+    return InvalidArgument(TableContext(model, table) + ": rows have " + std::to_string(actual) +
+                           " values (embedding_vecsize_per_table), but emb_vec_size " + std::to_string(width) +
+                           " was asked for");
+  }
+  return OkStatus();
+}
+
+Status CheckKeys(const Model& model, uint32_t table, std::span<const Key> keys, bool long_keys) {
+  if (keys.size() > std::numeric_limits<uint32_t>::max()) {
+    return InvalidArgument(TableContext(model, table) + ": " + std::to_string(keys.size()) +
+                           " keys in one call; split it, 4294967295 is the most");
+  }
+  if (long_keys) return OkStatus();
+  Key low = 0, high = 0;
+  for (Key key : keys) {
+    low = std::min(low, key);
+    high = std::max(high, key);
+  }
+  if (low >= kMinShortKey && high <= kMaxShortKey) return OkStatus();
+  for (size_t i = 0; i < keys.size(); ++i) {
+    if (keys[i] >= kMinShortKey && keys[i] <= kMaxShortKey) continue;
+    return OutOfRange(
+        TableContext(model, table) + ": key " + std::to_string(keys[i]) + " at position " + std::to_string(i) +
+        " does not fit in 32 bits; set \"supportlonglong\": true in the configuration to use 64-bit keys");
+  }
+  return OkStatus();
+}
+
+Status CheckSparse(const Model& model, const SparseLookup& lookup, bool long_keys) {
+  HPS_RETURN_IF_ERROR(CheckTable(model, lookup.table, lookup.width));
+  HPS_RETURN_IF_ERROR(CheckKeys(model, lookup.table, lookup.keys, long_keys));
+  const auto& splits = lookup.row_splits;
+  const std::string context = TableContext(model, lookup.table);
+  if (splits.empty() || splits.front() != 0 || splits.back() != static_cast<int64_t>(lookup.keys.size())) {
+    return InvalidArgument(context + ": row_splits must begin with 0 and end with the number of keys, " +
+                           std::to_string(lookup.keys.size()));
+  }
+  for (size_t i = 1; i < splits.size(); ++i) {
+    if (splits[i] < splits[i - 1]) {
+      return InvalidArgument(context + ": row_splits must not descend, but splits[" + std::to_string(i) + "] is " +
+                             std::to_string(splits[i]) + " after " + std::to_string(splits[i - 1]));
+    }
+  }
+  if (!lookup.weights.empty() && lookup.weights.size() != lookup.keys.size()) {
+    return InvalidArgument(context + ": " + std::to_string(lookup.weights.size()) + " weights for " +
+                           std::to_string(lookup.keys.size()) + " keys; each key needs one weight");
+  }
+  return OkStatus();
+}
+
+void CountCall(const TierMetrics& metrics, size_t keys) {
+  metrics.lookups->Add(1);
+  metrics.keys->Add(keys);
+}
+
+// Counts the call's time in the model's histogram, also where it fails.
+class CallTimer {
+ public:
+  explicit CallTimer(Histogram& histogram) : histogram_(histogram) {}
+  ~CallTimer() {
+    histogram_.Record(static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count()));
+  }
+
+ private:
+  Histogram& histogram_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// A sparse lookup works in blocks of output rows with about so many keys: their rows stay in the nearer caches between
+// being found and being added up.
+constexpr int64_t kKeysPerBlock = 256;
+
+struct Block {
+  size_t first, last;  // output rows [first, last)
+};
+
+// Finds the rows of the output rows [first, last) in `table` and combines them where they lie; their addresses are left
+// in `rows`, which is what request.rows looks at. Blocks with keys that the table does not hold are appended to
+// *incomplete instead of being combined; without a table these are all blocks.
+Status CombineInPlace(const Table* table, std::span<const Key> keys, std::span<const std::byte*> rows,
+                      const CombineRequest& request, size_t first, size_t last, std::vector<Block>* incomplete) {
+  const auto splits = request.row_splits;
+  for (Block block{first, first}; block.first < last; block.first = block.last) {
+    block.last = block.first + 1;
+    while (block.last < last && splits[block.last + 1] - splits[block.first] <= kKeysPerBlock) ++block.last;
+    const auto offset = static_cast<size_t>(splits[block.first]);
+    const auto block_rows = rows.subspan(offset, static_cast<size_t>(splits[block.last]) - offset);
+    if (table != nullptr) {
+      HPS_RETURN_IF_ERROR(table->Locate(keys.subspan(offset, block_rows.size()), block_rows));
+    } else {
+      std::fill(block_rows.begin(), block_rows.end(), nullptr);
+    }
+    if (std::find(block_rows.begin(), block_rows.end(), nullptr) == block_rows.end()) {
+      Combine(request, block.first, block.last);
+    } else {
+      incomplete->push_back(block);
+    }
+  }
+  return OkStatus();
+}
+
+Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerResources& resources, Executor& executor,
+                       Deadline deadline, LookupReport* report) {
+  const TierStack& stack = model.tables[lookup.table].stack;
+  const size_t row_count = lookup.row_splits.size() - 1;
+  CountCall(stack.metrics, lookup.keys.size());
+  ScratchLease<const std::byte*> rows;
+  rows->resize(lookup.keys.size());
+  const CombineRequest request{*rows, lookup.row_splits, lookup.weights, lookup.combiner, lookup.width, lookup.output};
+  const bool in_place = stack.volatile_table != nullptr && stack.volatile_addressable;
+  const Table* const table = in_place ? stack.volatile_table.get() : nullptr;
+
+  EpochGuard guard;
+  std::vector<Block> incomplete;
+  FirstError error;
+  std::mutex mutex;
+  const size_t keys_per_row = lookup.keys.size() / std::max<size_t>(row_count, 1) + 1;
+  executor.ParallelFor(row_count, std::max<size_t>(kKeysPerPiece / keys_per_row, 1), [&](size_t first, size_t last) {
+    if (error.failed()) return;
+    std::vector<Block> found_incomplete;
+    error.Set(CombineInPlace(table, lookup.keys, *rows, request, first, last, &found_incomplete));
+    if (found_incomplete.empty()) return;
+    std::lock_guard lock(mutex);
+    incomplete.insert(incomplete.end(), found_incomplete.begin(), found_incomplete.end());
+  });
+  HPS_RETURN_IF_ERROR(error.status().WithContext(TableContext(model, lookup.table)));
+
+  std::vector<size_t> missing;
+  for (const Block& block : incomplete) {
+    for (auto i = static_cast<size_t>(lookup.row_splits[block.first]);
+         i < static_cast<size_t>(lookup.row_splits[block.last]); ++i) {
+      if ((*rows)[i] == nullptr) missing.push_back(i);
+    }
+  }
+  report->rows_from_volatile += lookup.keys.size() - missing.size();
+  stack.metrics.rows_from_volatile->Add(lookup.keys.size() - missing.size());
+  if (missing.empty()) return OkStatus();
+
+  const size_t row_bytes = stack.row_bytes();
+  std::vector<Key> missing_keys(missing.size());
+  for (size_t i = 0; i < missing.size(); ++i) missing_keys[i] = lookup.keys[missing[i]];
+  std::vector<std::byte> fetched(missing.size() * row_bytes);
+  TierWalk walk;
+  walk.stack = &stack;
+  walk.keys = missing_keys;
+  walk.rows = fetched.data();
+  walk.skip_volatile = in_place;
+  HPS_RETURN_IF_ERROR(FetchRows(std::span(&walk, 1), executor, *resources.executor, deadline, report)
+                          .WithContext(TableContext(model, lookup.table)));
+  for (size_t i = 0; i < missing.size(); ++i) (*rows)[missing[i]] = fetched.data() + i * row_bytes;
+  executor.ParallelFor(incomplete.size(), kKeysPerPiece / kKeysPerBlock, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) Combine(request, incomplete[i].first, incomplete[i].last);
+  });
+  return OkStatus();
+}
+
+}  // namespace
+
+Status LookupSession::Lookup(std::span<const DenseLookup> lookups, const LookupOptions& options,
+                             LookupReport* report) const {
+  CallTimer timer(slot_->lookup_seconds());
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  ServerResources& resources = slot_->resources();
+  for (const DenseLookup& lookup : lookups) {
+    HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
+    HPS_RETURN_IF_ERROR(CheckKeys(*model, lookup.table, lookup.keys, resources.long_keys));
+  }
+  LookupReport local;
+  ScratchLease<TierWalk> walks;
+  walks->resize(lookups.size());
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    const DenseLookup& lookup = lookups[i];
+    TierWalk& walk = (*walks)[i];
+    walk.stack = &model->tables[lookup.table].stack;
+    walk.keys = lookup.keys;
+    walk.rows = reinterpret_cast<std::byte*>(lookup.rows);
+    walk.found = lookup.found;
+    CountCall(walk.stack->metrics, lookup.keys.size());
+    local.keys += lookup.keys.size();
+  }
+  Executor& executor = options.executor ? *options.executor : *resources.executor;
+  HPS_RETURN_IF_ERROR(FetchRows(*walks, executor, *resources.executor, options.deadline, &local)
+                          .WithContext("model '" + model->config.name + "'"));
+  if (report != nullptr) *report = local;
+  return OkStatus();
+}
+
+Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options,
+                                   LookupReport* report) const {
+  CallTimer timer(slot_->lookup_seconds());
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  ServerResources& resources = slot_->resources();
+  Executor& executor = options.executor ? *options.executor : *resources.executor;
+  for (const SparseLookup& lookup : lookups) HPS_RETURN_IF_ERROR(CheckSparse(*model, lookup, resources.long_keys));
+  std::vector<LookupReport> reports(lookups.size());
+  // Executors need not bear nested calls: big lookups run one after another, each in parallel pieces; small ones run
+  // side by side, each inline.
+  std::vector<size_t> small;
+  size_t small_keys = 0;
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    if (lookups[i].keys.size() <= kKeysPerPiece) {
+      small.push_back(i);
+      small_keys += lookups[i].keys.size();
+      continue;
+    }
+    HPS_RETURN_IF_ERROR(LookupOneSparse(*model, lookups[i], resources, executor, options.deadline, &reports[i]));
+  }
+  FirstError error;
+  const size_t keys_per_lookup = small_keys / std::max<size_t>(small.size(), 1) + 1;
+  executor.ParallelFor(small.size(), kKeysPerPiece / keys_per_lookup + 1, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last && !error.failed(); ++i) {
+      error.Set(LookupOneSparse(*model, lookups[small[i]], resources, InlineExecutor(), options.deadline,
+                                &reports[small[i]]));
+    }
+  });
+  HPS_RETURN_IF_ERROR(error.status());
+  if (report == nullptr) return OkStatus();
+  *report = {};
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    report->keys += lookups[i].keys.size();
+    report->rows_from_volatile += reports[i].rows_from_volatile;
+    report->rows_from_persistent += reports[i].rows_from_persistent;
+    report->rows_from_default += reports[i].rows_from_default;
+    report->volatile_nanoseconds += reports[i].volatile_nanoseconds;
+    report->persistent_nanoseconds += reports[i].persistent_nanoseconds;
+  }
+  return OkStatus();
+}
+
+Result<uint32_t> LookupSession::FindTable(std::string_view name) const {
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  std::string known;
+  for (size_t i = 0; i < model->tables.size(); ++i) {
+    if (model->tables[i].name == name) return static_cast<uint32_t>(i);
+    known += (known.empty() ? "'" : ", '") + model->tables[i].name + "'";
+  }
+  return NotFound("model '" + model->config.name + "' has no table '" + std::string(name) + "'; it has " + known);
+}
+
+Result<std::vector<LookupSession::TableInfo>> LookupSession::Tables() const {
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  std::vector<TableInfo> tables;
+  for (const ModelTable& table : model->tables) {
+    tables.push_back({table.name, static_cast<uint32_t>(table.stack.default_row.size())});
+  }
+  return tables;
+}
+
+}  // namespace hps

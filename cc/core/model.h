@@ -1,0 +1,102 @@
+// Model and ModelSlot: one version of a model as lookups see it, and the place where versions are exchanged.
+
+#ifndef HPS_CORE_MODEL_H_
+#define HPS_CORE_MODEL_H_
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/base/fork_guard.h"
+#include "cc/core/promoter.h"
+#include "cc/core/tier_stack.h"
+#include "cc/loader/table_loader.h"
+#include "hps/config.h"
+#include "hps/executor.h"
+#include "hps/metrics.h"
+#include "hps/table_store.h"
+
+namespace hps {
+
+struct ModelTable {
+  std::string name;
+  TierStack stack;
+  std::string source;  // where this version's rows came from: "folder" or "persistent"
+  LoadReport load;
+};
+
+// Immutable once published.
+struct Model {
+  ModelConfig config;
+  uint64_t version = 1;  // counts replacements
+  std::vector<ModelTable> tables;
+};
+
+// What sessions share with their server and keep alive. Members are destroyed bottom up: the promoter ends first. In a
+// forked child they are not destroyed: their threads, for which that would wait, do not exist there.
+struct ServerResources {
+  ServerResources() = default;
+  ServerResources(const ServerResources&) = delete;
+  ServerResources& operator=(const ServerResources&) = delete;
+  ~ServerResources() {
+    if (fork_generation == ForkGeneration()) return;
+    (void)promoter.release();
+    (void)executor.release();
+    new auto(std::move(persistent_store));
+    new auto(std::move(volatile_store));
+  }
+
+  bool long_keys = true;
+  uint64_t fork_generation = ForkGeneration();
+  mutable MetricsRegistry metrics;  // thread-safe by itself
+  std::unique_ptr<Executor> executor;
+  std::shared_ptr<TableStore> volatile_store;    // or nullptr
+  std::shared_ptr<TableStore> persistent_store;  // or nullptr
+  std::unique_ptr<Promoter> promoter;            // or nullptr
+};
+
+// Thread-safe. Readers take a reference to the current version; Publish exchanges it, and the old version lives until
+// its last lookup has ended.
+class ModelSlot {
+ public:
+  ModelSlot(std::string name, std::shared_ptr<ServerResources> resources)
+      : name_(std::move(name)),
+        resources_(std::move(resources)),
+        lookup_seconds_(resources_->metrics.FindHistogram("hps_lookup_duration_seconds", {{"model", name_}})) {}
+
+  const std::string& name() const { return name_; }
+  ServerResources& resources() const { return *resources_; }
+  Histogram& lookup_seconds() const { return *lookup_seconds_; }
+
+  Result<std::shared_ptr<const Model>> Current() const {
+    HPS_RETURN_IF_ERROR(CheckNotForked(resources_->fork_generation));
+    std::lock_guard lock(mutex_);
+    if (model_ == nullptr) return reason_;
+    return model_;
+  }
+  // Returns the version that was current, nullptr at first.
+  std::shared_ptr<const Model> Publish(std::shared_ptr<const Model> model) {
+    std::lock_guard lock(mutex_);
+    return std::exchange(model_, std::move(model));
+  }
+  // Later lookups get `reason`, an error. Returns the version that was current.
+  std::shared_ptr<const Model> Withdraw(Status reason) {
+    std::lock_guard lock(mutex_);
+    reason_ = std::move(reason);
+    return std::exchange(model_, nullptr);
+  }
+
+ private:
+  const std::string name_;
+  const std::shared_ptr<ServerResources> resources_;
+  Histogram* const lookup_seconds_;
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Model> model_;
+  Status reason_ = NotFound("the model is not loaded");
+};
+
+}  // namespace hps
+
+#endif  // HPS_CORE_MODEL_H_

@@ -1,0 +1,304 @@
+// Order of things, per model: persistent and volatile tables are filled, the persistent store is flushed, its record is
+// written (the moment at which the version exists there), other generations of its tables are dropped, and only then is
+// the Model handed out. Nothing can fail after the record is written.
+//
+// A table that is loaded for the first time has generation 0, under the name that the predecessor gives it. Before its
+// rows come in, the record names it with an empty fingerprint, so that the next start can tell a load that was cut
+// short from a table that another program has written.
+//
+// Lock order: loads into persistent stores are serialised in the process (load_mutex), because two servers may share a
+// database; nothing else is locked while it is held.
+
+#include "cc/core/model_builder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+
+#include "cc/core/host_memory.h"
+#include "cc/core/model_record.h"
+#include "hps/log.h"
+#include "hps/model_reader.h"
+
+namespace hps {
+namespace {
+
+// Index bytes a row in the hash map at its load factor, for the check that a load fits (see hash_map_store.h).
+constexpr uint64_t kIndexBytesPerRow = 20;
+
+std::mutex& PersistentLoadMutex() {
+  static std::mutex* mutex = new std::mutex;
+  return *mutex;
+}
+
+uint64_t CacheRows(uint64_t rows, double rate) {
+  return static_cast<uint64_t>(std::ceil(static_cast<double>(rows) * rate));
+}
+
+class Builder {
+ public:
+  Builder(const ModelConfig& config, const ServerResources& resources, const BuildOptions& options)
+      : config_(config),
+        resources_(resources),
+        options_(options),
+        volatile_(resources.volatile_store.get()),
+        persistent_(resources.persistent_store.get()) {}
+
+  Result<std::shared_ptr<Model>> Build() {
+    std::unique_lock<std::mutex> lock;
+    if (Writable()) lock = std::unique_lock(PersistentLoadMutex());
+    if (persistent_) {
+      HPS_ASSIGN_OR_RETURN(old_record_, ReadModelRecord(*persistent_, config_.name));
+      new_record_ = old_record_;  // tables that the configuration does not name stay what they are
+    }
+    model_->config = config_;
+    Status status = BuildTables();
+    if (!status.ok()) {
+      Undo();
+      return status.WithContext("model '" + config_.name + "'");
+    }
+    return model_;
+  }
+
+ private:
+  bool Writable() const { return persistent_ && persistent_->capabilities().writable; }
+
+  Status BuildTables() {
+    HPS_RETURN_IF_ERROR(CheckMemory());
+    for (const TableConfig& table : config_.tables) {
+      HPS_RETURN_IF_ERROR(BuildTable(table).WithContext("table '" + table.name + "' (" + table.path + ")"));
+    }
+    if (!Writable()) return OkStatus();
+    if (record_changed_) {
+      HPS_RETURN_IF_ERROR(persistent_->Flush());
+      HPS_RETURN_IF_ERROR(WriteModelRecord(*persistent_, config_.name, new_record_));
+    }
+    DropOtherGenerations();
+    return OkStatus();
+  }
+
+  // Refuses before anything is loaded what could only end in the process being killed.
+  Status CheckMemory() {
+    std::optional<uint64_t> available = AvailableMemoryBytes();
+    if (!volatile_ || !volatile_->capabilities().addressable || !available) return OkStatus();
+    uint64_t needed = 0;
+    for (const TableConfig& table : config_.tables) {
+      HPS_ASSIGN_OR_RETURN(uint64_t rows, FolderRows(table));
+      needed += CacheRows(rows, options_.initial_cache_rate) * (table.width * sizeof(float) + kIndexBytesPerRow);
+    }
+    if (needed <= *available) return OkStatus();
+    return ResourceExhausted("its tables need " + std::to_string(needed >> 20) + " MiB of memory and " +
+                             std::to_string(*available >> 20) +
+                             " MiB are available; use a persistent_db with a smaller initial_cache_rate, or a host "
+                             "with more memory");
+  }
+
+  // Rows in the table's folder; 0 where a read-only persistent store stands in for it and there is no folder.
+  Result<uint64_t> FolderRows(const TableConfig& table) {
+    auto reader = OpenTableFolder(table.path, table.width);
+    if (!reader.ok()) {
+      if (persistent_ && !Writable()) return uint64_t{0};
+      return reader.status().WithContext("table '" + table.name + "' (" + table.path + ")");
+    }
+    return (*reader)->rows();
+  }
+
+  Status BuildTable(const TableConfig& table) {
+    ModelTable& model_table = model_->tables.emplace_back();
+    model_table.name = table.name;
+    TierStack& stack = model_table.stack;
+    stack.default_row.assign(table.width, table.default_value);
+    stack.metrics = FindMetrics(table);
+    stack.promoter = options_.cache_missed_embeddings ? resources_.promoter.get() : nullptr;
+
+    LoadOptions load;
+    load.table = config_.name + "/" + table.name;
+    load.long_keys = resources_.long_keys;
+    if (options_.show_progress) load.progress = LogLoadProgress(load.table);
+
+    bool fill_persistent = false;
+    if (persistent_) HPS_RETURN_IF_ERROR(OpenPersistent(table, &stack, &fill_persistent));
+    std::unique_ptr<ModelReader> reader;
+    const bool from_folder = !persistent_ || fill_persistent;
+    uint64_t rows = 0;
+    if (from_folder) {
+      HPS_ASSIGN_OR_RETURN(reader, OpenTableFolder(table.path, table.width));
+      rows = reader->rows();
+    } else {
+      HPS_ASSIGN_OR_RETURN(TableStats stats, stack.persistent_table->Stats());
+      rows = stats.rows;
+    }
+    const uint64_t cache_rows = CacheRows(rows, options_.initial_cache_rate);
+    if (volatile_) HPS_RETURN_IF_ERROR(CreateVolatile(table, cache_rows, &stack));
+
+    model_table.source = from_folder ? "folder" : "persistent";
+    if (from_folder) {
+      std::vector<Table*> targets;
+      if (stack.persistent_table) {
+        targets.push_back(stack.persistent_table.get());
+        load.row_limits.push_back(rows);
+      }
+      if (stack.volatile_table) {
+        targets.push_back(stack.volatile_table.get());
+        load.row_limits.push_back(cache_rows);
+      }
+      HPS_RETURN_IF_ERROR(LoadTable(*reader, targets, load, &model_table.load));
+    } else if (stack.volatile_table) {
+      load.row_limits = {cache_rows};
+      if (options_.initial_cache_rate >= 1.0) load.row_limits.clear();  // the count may be an estimate
+      HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_table, *stack.volatile_table, load, &model_table.load));
+    }
+    return OkStatus();
+  }
+
+  TierMetrics FindMetrics(const TableConfig& table) {
+    MetricsRegistry& metrics = resources_.metrics;
+    const MetricLabels labels = {{"model", config_.name}, {"table", table.name}};
+    auto from = [&](const char* tier) {
+      MetricLabels with_tier = labels;
+      with_tier.push_back({"tier", tier});
+      return metrics.FindCounter("hps_rows_served_total", with_tier);
+    };
+    return {metrics.FindCounter("hps_lookups_done_total", labels), metrics.FindCounter("hps_keys_asked_total", labels),
+            from("volatile"), from("persistent"), from("default")};
+  }
+
+  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill).
+  Status OpenPersistent(const TableConfig& table, TierStack* stack, bool* fill) {
+    TableSpec spec = Spec(table);
+    const auto found = old_record_.tables.find(table.name);
+    const TableRecord* old = found == old_record_.tables.end() ? nullptr : &found->second;
+    const bool complete = old != nullptr && !old->fingerprint.empty();
+    const uint64_t generation = old ? old->generation : 0;
+    spec.name = StoredTableName(config_.name, table.name, generation);
+    if (!Writable()) {
+      if (old && !complete) {
+        return FailedPrecondition("its first load into the database was cut short; load it once without read_only");
+      }
+      HPS_ASSIGN_OR_RETURN(stack->persistent_table, persistent_->OpenTable(spec));
+      return OkStatus();
+    }
+    HPS_ASSIGN_OR_RETURN(std::string fingerprint, FingerprintTableFolder(table.path, table.width));
+    if (complete && old->fingerprint == fingerprint) {
+      auto opened = persistent_->OpenTable(spec);
+      if (opened.ok()) {
+        stack->persistent_table = std::move(opened).value();
+        return OkStatus();
+      }
+      if (opened.status().code() != StatusCode::kNotFound) return opened.status();
+      // The record outlived its table (somebody dropped it): load it again.
+    }
+    *fill = true;
+    record_changed_ = true;
+    HPS_ASSIGN_OR_RETURN(auto reader, OpenTableFolder(table.path, table.width));
+    spec.expected_rows = reader->rows();
+    const uint64_t new_generation = complete ? generation + 1 : generation;
+    new_record_.tables[table.name] = {new_generation, std::move(fingerprint), reader->rows()};
+    spec.name = StoredTableName(config_.name, table.name, new_generation);
+    if (old) HPS_RETURN_IF_ERROR(DropLeftover(spec.name));
+    auto created = persistent_->CreateTable(spec);
+    if (created.ok()) {
+      created_persistent_.push_back(spec.name);
+      if (!old) HPS_RETURN_IF_ERROR(AnnounceFirstLoad(table.name));
+    } else if (created.status().code() == StatusCode::kAlreadyExists) {
+      // Without a record: written by another program. Its rows stay, the folder's are written over them.
+      created = persistent_->OpenTable(spec);
+    }
+    if (!created.ok()) return created.status();
+    stack->persistent_table = std::move(created).value();
+    return OkStatus();
+  }
+
+  // What an interrupted load of this generation left behind is incomplete and nobody's.
+  Status DropLeftover(const std::string& name) {
+    Status dropped = persistent_->DropTable(name);
+    return dropped.code() == StatusCode::kNotFound ? OkStatus() : dropped;
+  }
+
+  Status AnnounceFirstLoad(const std::string& table) {
+    ModelRecord announced = old_record_;
+    for (const std::string& name : announced_) announced.tables[name] = {};
+    announced.tables[table] = {};
+    announced_.push_back(table);
+    return WriteModelRecord(*persistent_, config_.name, announced);
+  }
+
+  // What the new version replaces, and what crashes left behind. A version that still serves keeps its tables open.
+  void DropOtherGenerations() {
+    const Result<std::vector<std::string>> stored = persistent_->ListTables();
+    Status status = stored.status();
+    for (const ModelTable& table : model_->tables) {
+      for (size_t i = 0; status.ok() && i < stored->size(); ++i) {
+        const std::string& name = (*stored)[i];
+        if (!IsGenerationOf(name, config_.name, table.name)) continue;
+        if (name != table.stack.persistent_table->spec().name) status = persistent_->DropTable(name);
+      }
+    }
+    if (!status.ok()) Log(LogLevel::kWarning, "old version of model '" + config_.name + "': " + status.ToString());
+  }
+
+  Status CreateVolatile(const TableConfig& table, uint64_t rows, TierStack* stack) {
+    TableSpec spec = Spec(table);
+    spec.expected_rows = rows;
+    stack->volatile_addressable = volatile_->capabilities().addressable;
+    // The version that is being replaced holds the bare name, or another number.
+    for (uint64_t generation = 0;; ++generation) {
+      spec.name = StoredTableName(config_.name, table.name, generation);
+      auto created = volatile_->CreateTable(spec);
+      if (created.ok()) {
+        stack->volatile_table = std::move(created).value();
+        return OkStatus();
+      }
+      if (created.status().code() != StatusCode::kAlreadyExists) return created.status();
+    }
+  }
+
+  TableSpec Spec(const TableConfig& table) const {
+    TableSpec spec;
+    spec.row_bytes = table.width * sizeof(float);
+    spec.key_bytes = resources_.long_keys ? 8 : 4;
+    return spec;
+  }
+
+  void Undo() {
+    DropVolatileTables(*model_, resources_);
+    std::vector<Status> done;
+    for (const std::string& name : created_persistent_) done.push_back(persistent_->DropTable(name));
+    if (record_changed_) done.push_back(WriteModelRecord(*persistent_, config_.name, old_record_));
+    for (const Status& status : done) {
+      if (status.code() == StatusCode::kFailedPrecondition) continue;  // closed meanwhile: the next start clears up
+      if (!status.ok()) Log(LogLevel::kWarning, "after a failed load: " + status.ToString());
+    }
+  }
+
+  const ModelConfig& config_;
+  const ServerResources& resources_;
+  const BuildOptions& options_;
+  TableStore* const volatile_;
+  TableStore* const persistent_;
+  ModelRecord old_record_;
+  ModelRecord new_record_;
+  bool record_changed_ = false;
+  std::vector<std::string> announced_;           // tables whose first load the stored record tells of
+  std::vector<std::string> created_persistent_;  // names in the store
+  const std::shared_ptr<Model> model_ = std::make_shared<Model>();
+};
+
+}  // namespace
+
+Result<std::shared_ptr<Model>> BuildModel(const ModelConfig& config, const ServerResources& resources,
+                                          const BuildOptions& options) {
+  return Builder(config, resources, options).Build();
+}
+
+void DropVolatileTables(const Model& model, const ServerResources& resources) {
+  for (const ModelTable& table : model.tables) {
+    if (!table.stack.volatile_table) continue;
+    Status dropped = resources.volatile_store->DropTable(table.stack.volatile_table->spec().name);
+    if (!dropped.ok() && dropped.code() != StatusCode::kFailedPrecondition) {
+      Log(LogLevel::kWarning, "model '" + model.config.name + "': " + dropped.ToString());
+    }
+  }
+}
+
+}  // namespace hps

@@ -1,0 +1,33 @@
+// Model builder: loads one version of a model into the stores, beside whatever they hold already.
+
+#ifndef HPS_CORE_MODEL_BUILDER_H_
+#define HPS_CORE_MODEL_BUILDER_H_
+
+#include <memory>
+
+#include "cc/core/model.h"
+#include "hps/config.h"
+#include "hps/status.h"
+
+namespace hps {
+
+struct BuildOptions {
+  double initial_cache_rate = 1.0;
+  bool cache_missed_embeddings = false;
+  bool show_progress = true;
+};
+
+// A persistent store that holds this very version (fingerprint of the folder) is not written. Otherwise the rows go
+// into a new generation of the table, the store's record is switched to it when all are in, and the old generation is
+// dropped (whoever has it open may go on reading). The volatile table is filled from the persistent one where that was
+// there before, because its rows may be newer than the folder's.
+// On error everything that was made for the version is dropped again.
+Result<std::shared_ptr<Model>> BuildModel(const ModelConfig& config, const ServerResources& resources,
+                                          const BuildOptions& options);
+
+// Drops the volatile tables of a version that is no longer published.
+void DropVolatileTables(const Model& model, const ServerResources& resources);
+
+}  // namespace hps
+
+#endif  // HPS_CORE_MODEL_BUILDER_H_

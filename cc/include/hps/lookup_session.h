@@ -1,0 +1,93 @@
+// LookupSession: keys in, rows out, with a report of where each row came from.
+//
+// A call may ask several tables of one model; all of them are answered from the same version of the model, also while
+// it is being replaced. Results are complete or the call fails: on error the output buffers hold nothing of value.
+//
+// Thread safety: one session may be used from any number of threads at once; sessions are cheap to copy.
+
+#ifndef HPS_LOOKUP_SESSION_H_
+#define HPS_LOOKUP_SESSION_H_
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "hps/executor.h"
+#include "hps/status.h"
+#include "hps/table_store.h"
+
+namespace hps {
+
+enum class Combiner { kSum, kMean, kSqrtn };
+
+// Every field is per call. The row of a key that no tier holds is the table's default value in every element.
+struct DenseLookup {
+  uint32_t table = 0;         // index of the table in its model
+  uint32_t width = 0;         // must be the table's
+  std::span<const Key> keys;  // (n)
+  float* rows = nullptr;      // (n, width), written
+  bool* found = nullptr;      // (n), written unless nullptr: true where a tier held the key
+};
+
+// Output row r combines the rows of keys[row_splits[r]] .. keys[row_splits[r + 1] - 1]; no keys give zeros.
+// Without weights the additions are made in the order of TensorFlow 2.21's CPU kernel, so the result is bit-equal to
+// tf.nn.embedding_lookup_sparse. With weights: sum(w x), sum(w x) / sum(w), sum(w x) / sqrt(sum(w^2)), accumulated in
+// double; a denominator of zero gives zeros.
+struct SparseLookup {
+  uint32_t table = 0;
+  uint32_t width = 0;
+  std::span<const Key> keys;            // (n)
+  std::span<const int64_t> row_splits;  // (rows + 1); ascending, first 0, last n
+  std::span<const float> weights;       // (n), or empty
+  Combiner combiner = Combiner::kMean;
+  float* output = nullptr;  // (rows, width), written
+};
+
+// Where the rows of a call came from; keys are counted with repetitions.
+struct LookupReport {
+  uint64_t keys = 0;
+  uint64_t rows_from_volatile = 0;
+  uint64_t rows_from_persistent = 0;
+  uint64_t rows_from_default = 0;
+  uint64_t volatile_nanoseconds = 0;
+  uint64_t persistent_nanoseconds = 0;
+};
+
+struct LookupOptions {
+  Executor* executor = nullptr;  // absent: the server's own pool
+  Deadline deadline = kNoDeadline;
+};
+
+class ModelSlot;
+
+class LookupSession {
+ public:
+  // Errors of both: kInvalidArgument (no such table, another width, bad row_splits, weights of another length),
+  // kOutOfRange (a key beyond 32 bits where supportlonglong is false), kNotFound (the model was unloaded),
+  // kFailedPrecondition (the server was closed), and what the tiers report.
+  Status Lookup(std::span<const DenseLookup> lookups, const LookupOptions& options = {},
+                LookupReport* report = nullptr) const;
+  Status LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options = {},
+                      LookupReport* report = nullptr) const;
+
+  // Index of a table by name; kNotFound lists the names there are.
+  Result<uint32_t> FindTable(std::string_view name) const;
+  // Names and widths of the model's tables, in order.
+  struct TableInfo {
+    std::string name;
+    uint32_t width = 0;
+  };
+  Result<std::vector<TableInfo>> Tables() const;
+
+ private:
+  friend class ParameterServer;
+  explicit LookupSession(std::shared_ptr<const ModelSlot> slot) : slot_(std::move(slot)) {}
+  std::shared_ptr<const ModelSlot> slot_;
+};
+
+}  // namespace hps
+
+#endif  // HPS_LOOKUP_SESSION_H_

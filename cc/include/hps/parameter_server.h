@@ -1,0 +1,70 @@
+// ParameterServer: the composition root. Opens the stores that a configuration names, loads the models into them and
+// hands out lookup sessions.
+//
+// Thread safety: all methods may be called from any thread. Loading, replacing and unloading are done one at a time and
+// do not stop lookups. Ownership: sessions keep what they need alive; Close (or the last reference) stops the server.
+
+#ifndef HPS_PARAMETER_SERVER_H_
+#define HPS_PARAMETER_SERVER_H_
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "hps/config.h"
+#include "hps/lookup_session.h"
+#include "hps/status.h"
+
+namespace hps {
+
+struct ServerOptions {
+  bool show_progress = true;  // log lines while tables load
+};
+
+class ParameterServer {
+ public:
+  // Opens the stores, then loads every model of the configuration. Errors name the model, table and file.
+  static Result<std::shared_ptr<ParameterServer>> Open(const ServerConfig& config, const ServerOptions& options = {});
+  // The same from a ps.json file.
+  static Result<std::shared_ptr<ParameterServer>> Open(const std::string& config_path,
+                                                       const ServerOptions& options = {});
+  ~ParameterServer();
+  ParameterServer(const ParameterServer&) = delete;
+  ParameterServer& operator=(const ParameterServer&) = delete;
+
+  // kNotFound lists the models there are.
+  Result<LookupSession> NewSession(std::string_view model) const;
+
+  // kAlreadyExists if a model of that name is loaded; kResourceExhausted if it would not fit in memory.
+  Status LoadModel(const ModelConfig& model);
+  // Stages the new version beside the old, then switches all its tables at once. On error the old version serves on.
+  // Callers know tables by number and width, so the new version has the old one's tables in the same places
+  // (kInvalidArgument), and may have more after them.
+  Status ReplaceModel(const ModelConfig& model);
+  // Frees the model's memory once lookups that run have ended. Rows in a persistent store stay there. Sessions of the
+  // model do not come back to life when one of that name is loaded again.
+  Status UnloadModel(std::string_view model);
+  std::vector<std::string> ModelNames() const;
+
+  // A JSON object: configuration hash, models, tables, rows per tier, memory, load reports, counters, latencies.
+  std::string StatsJson() const;
+  // The metrics in Prometheus' text format.
+  std::string PrometheusText() const;
+
+  const ServerConfig& config() const;
+  // Idempotent. Lookups that run may fail, later ones do, with kFailedPrecondition, and so does a load that runs.
+  Status Close();
+  // Closes every open server of this process. Runs by itself when the process exits.
+  static Status CloseAll();
+  bool closed() const;
+
+ private:
+  class Impl;
+  explicit ParameterServer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace hps
+
+#endif  // HPS_PARAMETER_SERVER_H_

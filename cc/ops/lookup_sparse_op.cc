@@ -1,0 +1,201 @@
+// HierarchicalParameterServer>LookupSparse: probe, gather, weight and combine in one op, several tables in one call.
+
+#include "cc/ops/lookup_kernel.h"
+#include "tensorflow/core/framework/op.h"
+
+namespace hps {
+namespace {
+
+namespace tf = tensorflow;
+using tf::shape_inference::DimensionHandle;
+using tf::shape_inference::InferenceContext;
+using tf::shape_inference::ShapeHandle;
+
+// Rows of one output: known when the shape tensor is a constant, or from the number of splits.
+DimensionHandle RowDimension(InferenceContext* context, bool row_splits, int segments_input, int shape_input) {
+  if (row_splits) {
+    DimensionHandle rows;
+    ShapeHandle splits = context->input(segments_input);
+    if (context->RankKnown(splits) && context->Rank(splits) == 1 &&
+        context->Subtract(context->Dim(splits, 0), 1, &rows).ok()) {
+      return rows;
+    }
+    return context->UnknownDim();
+  }
+  ShapeHandle shape;
+  if (context->MakeShapeFromShapeTensor(shape_input, &shape).ok() && context->RankKnown(shape) &&
+      context->Rank(shape) >= 1) {
+    return context->Dim(shape, 0);
+  }
+  return context->UnknownDim();
+}
+
+REGISTER_OP("HierarchicalParameterServer>LookupSparse")
+    .Input("server: resource")
+    .Input("keys: N * Tkeys")
+    .Input("segments: N * int64")
+    .Input("dense_shapes: N * int64")
+    .Input("weights: W * float")
+    .Output("combined: N * float")
+    .Attr("N: int >= 1")
+    .Attr("W: int >= 0")
+    .Attr("Tkeys: {int32, int64}")
+    .Attr("model: string")
+    .Attr("table_names: list(string) = []")
+    .Attr("table_ids: list(int) = []")
+    .Attr("widths: list(int)")
+    .Attr("combiners: list({'sum', 'mean', 'sqrtn'})")
+    .Attr("segment_format: {'indices', 'row_splits'}")
+    .SetShapeFn([](InferenceContext* context) {
+      LookupAttributes attributes;
+      TF_RETURN_IF_ERROR(attributes.Read(context));
+      std::string format;
+      TF_RETURN_IF_ERROR(context->GetAttr("segment_format", &format));
+      const int tables = static_cast<int>(attributes.widths.size());
+      for (int i = 0; i < tables; ++i) {
+        DimensionHandle rows = RowDimension(context, format == "row_splits", 1 + tables + i, 1 + 2 * tables + i);
+        context->set_output(i, context->Matrix(rows, attributes.widths[i]));
+      }
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Looks up rows and combines them per output row, for several tables of one model in one call.
+
+server: handle of the parameter server.
+keys: per table, the ids of all output rows one after another, shape [n].
+segments: per table; segment_format "indices": a SparseTensor's indices [n, rank], whose first column is the output row
+  and must not descend; "row_splits": a RaggedTensor's offsets [rows + 1].
+dense_shapes: per table, the SparseTensor's dense shape [rank], which bounds the indices; not read for row_splits.
+weights: per table, one weight per key, shape [n]; empty list when W is 0.
+combined: per table, float32 [rows, width]; an output row without keys is zero.
+combiners: per table.
+)doc");
+
+// Output row of each key -> offsets [rows + 1]. Checks every index against the shape.
+absl::Status SplitsFromIndices(const tf::Tensor& indices, const tf::Tensor& dense_shape, int64_t keys,
+                               std::vector<int64_t>* splits) {
+  if (indices.dims() != 2 || indices.dim_size(0) != keys) {
+    return absl::InvalidArgumentError("sparse ids: indices must have the shape [" + std::to_string(keys) +
+                                      ", rank], one line per id, but have " + indices.shape().DebugString());
+  }
+  const int64_t rank = indices.dim_size(1);
+  if (dense_shape.dims() != 1 || dense_shape.dim_size(0) != rank || rank < 1) {
+    return absl::InvalidArgumentError("sparse ids: dense_shape must have " + std::to_string(rank) +
+                                      " entries to match the indices, but has the shape " +
+                                      dense_shape.shape().DebugString());
+  }
+  const int64_t* index = indices.flat<int64_t>().data();
+  const int64_t* bound = dense_shape.flat<int64_t>().data();
+  const int64_t rows = bound[0];
+  if (rows < 0) return absl::InvalidArgumentError("sparse ids: dense_shape[0] is negative: " + std::to_string(rows));
+  splits->assign(static_cast<size_t>(rows) + 1, keys);
+  int64_t row = -1;  // the output row whose keys are being counted
+  for (int64_t i = 0; i < keys; ++i, index += rank) {
+    for (int64_t j = 0; j < rank; ++j) {
+      if (index[j] >= 0 && index[j] < bound[j]) continue;
+      return absl::InvalidArgumentError(
+          "sparse ids: indices[" + std::to_string(i) + ", " + std::to_string(j) + "] = " + std::to_string(index[j]) +
+          " lies outside the dense shape, whose dimension " + std::to_string(j) + " is " + std::to_string(bound[j]));
+    }
+    if (index[0] < row) {
+      return absl::InvalidArgumentError("sparse ids: rows must not descend, but indices[" + std::to_string(i) +
+                                        ", 0] = " + std::to_string(index[0]) + " follows " + std::to_string(row) +
+                                        "; use tf.sparse.reorder");
+    }
+    while (row < index[0]) (*splits)[++row] = i;
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+class LookupSparseOp : public tf::OpKernel {
+ public:
+  explicit LookupSparseOp(tf::OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, attributes_.Read(context));
+    std::string format;
+    OP_REQUIRES_OK(context, context->GetAttr("segment_format", &format));
+    row_splits_ = format == "row_splits";
+    OP_REQUIRES_OK(context, context->GetAttr("W", &weight_count_));
+    std::vector<std::string> combiners;
+    OP_REQUIRES_OK(context, context->GetAttr("combiners", &combiners));
+    const size_t tables = attributes_.widths.size();
+    OP_REQUIRES(context, combiners.size() == tables,
+                absl::InvalidArgumentError("combiners must name one combiner for each of the " +
+                                           std::to_string(tables) + " tables"));
+    OP_REQUIRES(context, weight_count_ == 0 || weight_count_ == static_cast<int>(tables),
+                absl::InvalidArgumentError("give weights for all tables of the call or for none"));
+    for (const std::string& combiner : combiners) {
+      combiners_.push_back(combiner == "sum"    ? Combiner::kSum
+                           : combiner == "mean" ? Combiner::kMean
+                                                : Combiner::kSqrtn);
+    }
+  }
+
+  bool IsExpensive() override { return true; }
+
+  void Compute(tf::OpKernelContext* context) override {
+    auto session = SessionOf(tf::HandleFromInput(context, 0).name(), attributes_.model);
+    OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
+    const int tables = static_cast<int>(attributes_.widths.size());
+    std::vector<SparseLookup> lookups(tables);
+    std::vector<tf::Tensor> wide_keys(tables);
+    std::vector<std::vector<int64_t>> splits(tables);
+    for (int i = 0; i < tables; ++i) {
+      SparseLookup& lookup = lookups[i];
+      const tf::Tensor& keys = context->input(1 + i);
+      const tf::Tensor& segments = context->input(1 + tables + i);
+      OP_REQUIRES(context, keys.dims() == 1,
+                  absl::InvalidArgumentError("sparse ids: values must have rank 1, but have the shape " +
+                                             keys.shape().DebugString()));
+      auto table = attributes_.Table(*session, i);
+      OP_REQUIRES_OK(context, ToTensorFlow(table.status()));
+      lookup.table = *table;
+      lookup.width = static_cast<uint32_t>(attributes_.widths[i]);
+      lookup.combiner = combiners_[i];
+      OP_REQUIRES_OK(context, KeysOf<T>(context, keys, &wide_keys[i], &lookup.keys));
+      if (row_splits_) {
+        OP_REQUIRES(context, segments.dims() == 1 && segments.NumElements() >= 1,
+                    absl::InvalidArgumentError("ragged ids: row_splits must have the shape [rows + 1], but have " +
+                                               segments.shape().DebugString()));
+        lookup.row_splits = std::span(reinterpret_cast<const int64_t*>(segments.flat<int64_t>().data()),
+                                      static_cast<size_t>(segments.NumElements()));
+      } else {
+        OP_REQUIRES_OK(context,
+                       SplitsFromIndices(segments, context->input(1 + 2 * tables + i), keys.NumElements(), &splits[i]));
+        lookup.row_splits = splits[i];
+      }
+      if (weight_count_ > 0) {
+        const tf::Tensor& weights = context->input(1 + 3 * tables + i);
+        OP_REQUIRES(context, weights.NumElements() == keys.NumElements(),
+                    absl::InvalidArgumentError("sparse weights: there are " + std::to_string(weights.NumElements()) +
+                                               " weights for " + std::to_string(keys.NumElements()) +
+                                               " ids; each id needs one weight"));
+        lookup.weights = std::span(weights.flat<float>().data(), static_cast<size_t>(weights.NumElements()));
+      }
+      tf::Tensor* output = nullptr;
+      tf::TensorShape shape({static_cast<int64_t>(lookup.row_splits.size()) - 1, attributes_.widths[i]});
+      OP_REQUIRES_OK(context, context->allocate_output(i, shape, &output));
+      lookup.output = output->flat<float>().data();
+    }
+    TensorFlowExecutor executor(context);
+    LookupOptions options;
+    options.executor = &executor;
+    OP_REQUIRES_OK(context, ToTensorFlow(session->LookupSparse(lookups, options)));
+  }
+
+ private:
+  LookupAttributes attributes_;
+  bool row_splits_ = false;
+  int weight_count_ = 0;
+  std::vector<Combiner> combiners_;
+};
+
+REGISTER_KERNEL_BUILDER(
+    Name("HierarchicalParameterServer>LookupSparse").Device(tf::DEVICE_CPU).TypeConstraint<int32_t>("Tkeys"),
+    LookupSparseOp<int32_t>);
+REGISTER_KERNEL_BUILDER(
+    Name("HierarchicalParameterServer>LookupSparse").Device(tf::DEVICE_CPU).TypeConstraint<int64_t>("Tkeys"),
+    LookupSparseOp<int64_t>);
+
+}  // namespace
+}  // namespace hps

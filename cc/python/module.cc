@@ -1,0 +1,223 @@
+// _hps: the core for Python. hierarchical_parameter_server/_native.py is the only importer.
+//
+// Every call that may wait releases the interpreter lock. A Status becomes the exception of the same name in
+// hierarchical_parameter_server/errors.py.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "cc/base/fork_guard.h"
+#include "hps/config.h"
+#include "hps/log.h"
+#include "hps/parameter_server.h"
+#include "hps/server_registry.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void Check(const hps::Status& status) {
+  if (status.ok()) return;
+  const std::string name = std::string(hps::StatusCodeName(status.code())) + "Error";
+  py::object type = py::module_::import("hierarchical_parameter_server.errors").attr(name.c_str());
+  PyErr_SetString(type.ptr(), status.message().c_str());
+  throw py::error_already_set();
+}
+
+template <typename T>
+T Unwrap(hps::Result<T> result) {
+  Check(result.status());
+  return std::move(result).value();
+}
+
+// Calls that run without the interpreter lock. A thread that asks for the lock after the interpreter has gone never
+// gets it, and takes the process down from inside our frames; so at exit no more calls let go of it, and those that
+// have are waited for.
+class UnlockedCalls {
+ public:
+  // Counts a call while it lives.
+  class Scope {
+   public:
+    explicit Scope(UnlockedCalls& calls) : calls_(calls) {
+      std::lock_guard lock(calls_.mutex_);
+      ++calls_.running_;
+    }
+    ~Scope() {
+      std::lock_guard lock(calls_.mutex_);
+      if (--calls_.running_ == 0) calls_.none_running_.notify_all();
+    }
+
+   private:
+    UnlockedCalls& calls_;
+  };
+
+  bool allowed() const { return allowed_; }
+  void EndAll() {
+    allowed_ = false;
+    py::gil_scoped_release release;
+    const hps::Status closed = hps::ParameterServer::CloseAll();
+    if (!closed.ok()) hps::Log(hps::LogLevel::kWarning, "at exit: " + closed.ToString());
+    std::unique_lock lock(mutex_);
+    none_running_.wait_for(lock, std::chrono::seconds(10), [this] { return running_ == 0; });
+  }
+
+ private:
+  std::atomic<bool> allowed_{true};
+  std::mutex mutex_;
+  std::condition_variable none_running_;
+  int running_ = 0;  // guarded by mutex_
+};
+
+// A forked child has one of its own: the threads that its parent counts are not there.
+UnlockedCalls& Calls() { return hps::ProcessInstance<UnlockedCalls>(); }
+
+// Runs `body` without the interpreter lock.
+template <typename Body>
+auto Unlocked(Body body) {
+  if (!Calls().allowed()) return body();
+  UnlockedCalls::Scope scope(Calls());  // outlives `release`: until the lock is held again
+  py::gil_scoped_release release;
+  return body();
+}
+
+// An element of "models" as LoadModel wants it.
+hps::ModelConfig ParseModel(const std::string& json) {
+  std::vector<std::string> warnings;
+  hps::ModelConfig model = Unwrap(hps::ParseModelConfig(json, "<model>", &warnings));
+  for (const std::string& warning : warnings) hps::Log(hps::LogLevel::kWarning, warning);
+  Check(hps::MakePathsAbsolute("", &model));
+  return model;
+}
+
+using TableName = std::variant<int64_t, std::string>;
+
+uint32_t FindTable(const hps::LookupSession& session, const TableName& table) {
+  if (const auto* name = std::get_if<std::string>(&table)) return Unwrap(session.FindTable(*name));
+  const int64_t id = std::get<int64_t>(table);
+  const size_t tables = Unwrap(session.Tables()).size();
+  if (id < 0 || static_cast<size_t>(id) >= tables) {
+    Check(hps::InvalidArgument("table " + std::to_string(id) + " does not exist; the model has " +
+                               std::to_string(tables) + " tables, numbered from 0"));
+  }
+  return static_cast<uint32_t>(id);
+}
+
+// Keys as a contiguous int64 array; other integer types are widened, floats and unsigned 64-bit refused.
+py::array_t<int64_t, py::array::c_style> KeysOf(const py::array& keys) {
+  const char kind = keys.dtype().kind();
+  const bool fits = kind == 'i' || (kind == 'u' && keys.dtype().itemsize() < 8);
+  if (!fits) {
+    Check(hps::InvalidArgument("keys must be integers of at most 64 bits, signed, but are " +
+                               std::string(py::str(keys.dtype()))));
+  }
+  return py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(keys);
+}
+
+py::dict ReportDict(const hps::LookupReport& report) {
+  py::dict dict;
+  dict["keys"] = report.keys;
+  dict["rows_from_volatile"] = report.rows_from_volatile;
+  dict["rows_from_persistent"] = report.rows_from_persistent;
+  dict["rows_from_default"] = report.rows_from_default;
+  dict["volatile_nanoseconds"] = report.volatile_nanoseconds;
+  dict["persistent_nanoseconds"] = report.persistent_nanoseconds;
+  return dict;
+}
+
+// (rows, found, report): float32 keys.shape + [width], bool keys.shape, dict.
+py::tuple Lookup(const hps::ParameterServer& server, const py::array& key_array, const std::string& model,
+                 const TableName& table) {
+  const auto keys = KeysOf(key_array);
+  const hps::LookupSession session = Unwrap(server.NewSession(model));
+  hps::DenseLookup lookup;
+  lookup.table = FindTable(session, table);
+  lookup.width = Unwrap(session.Tables())[lookup.table].width;
+  std::vector<py::ssize_t> shape(keys.shape(), keys.shape() + keys.ndim());
+  py::array_t<bool> found(shape);
+  shape.push_back(lookup.width);
+  py::array_t<float> rows(shape);
+  lookup.keys = std::span(reinterpret_cast<const hps::Key*>(keys.data()), static_cast<size_t>(keys.size()));
+  lookup.rows = rows.mutable_data();
+  lookup.found = found.mutable_data();
+  hps::LookupReport report;
+  Check(Unlocked([&] { return session.Lookup(std::span(&lookup, 1), {}, &report); }));
+  return py::make_tuple(rows, found, ReportDict(report));
+}
+
+std::vector<std::pair<std::string, uint32_t>> Tables(const hps::ParameterServer& server, const std::string& model) {
+  std::vector<std::pair<std::string, uint32_t>> tables;
+  for (const auto& table : Unwrap(Unwrap(server.NewSession(model)).Tables())) {
+    tables.emplace_back(table.name, table.width);
+  }
+  return tables;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_hps, m) {
+  m.doc() = "Native core of hierarchical_parameter_server; use the package, not this module.";
+
+  py::class_<hps::ParameterServer, std::shared_ptr<hps::ParameterServer>>(m, "ParameterServer")
+      .def("lookup", &Lookup)
+      .def("tables", &Tables)
+      .def("model_names", &hps::ParameterServer::ModelNames)
+      .def("load_model",
+           [](hps::ParameterServer& server, const std::string& json) {
+             const hps::ModelConfig model = ParseModel(json);
+             Check(Unlocked([&] { return server.LoadModel(model); }));
+           })
+      .def("replace_model",
+           [](hps::ParameterServer& server, const std::string& json) {
+             const hps::ModelConfig model = ParseModel(json);
+             Check(Unlocked([&] { return server.ReplaceModel(model); }));
+           })
+      .def("unload_model", [](hps::ParameterServer& server,
+                              const std::string& name) { Check(Unlocked([&] { return server.UnloadModel(name); })); })
+      .def("stats_json",
+           [](const hps::ParameterServer& server) { return Unlocked([&] { return server.StatsJson(); }); })
+      .def("prometheus_text",
+           [](const hps::ParameterServer& server) { return Unlocked([&] { return server.PrometheusText(); }); })
+      .def("close", [](hps::ParameterServer& server) { Check(Unlocked([&] { return server.Close(); })); })
+      .def_property_readonly("closed", &hps::ParameterServer::closed);
+
+  m.def("open_server",
+        [](const std::string& path) { return Unwrap(Unlocked([&] { return hps::ParameterServer::Open(path); })); });
+  m.def("open_server_from_json", [](const std::string& json) {
+    hps::ServerConfig config = Unwrap(hps::ParseConfig(json));
+    Check(hps::MakePathsAbsolute("", &config));
+    return Unwrap(Unlocked([&] { return hps::ParameterServer::Open(config); }));
+  });
+  m.def("init_default_server",
+        [](const std::string& path) { Check(Unlocked([&] { return hps::InitDefaultServer(path); })); });
+  m.def("default_server", [] { return Unwrap(hps::DefaultServer()); });
+  m.def("open_servers", &hps::OpenServers);
+  m.def("shutdown_servers", [] { Check(Unlocked([] { return hps::ShutdownServers(); })); });
+  // For atexit: closes every server, then waits for the calls of other threads.
+  m.def("close_at_exit", [] { Calls().EndAll(); });
+  m.def("bind_handle",
+        [](const std::string& handle, const std::string& path) { Check(hps::BindHandle(handle, path)); });
+  m.def("release_handle", [](const std::string& handle) {
+    Unlocked([&] {
+      hps::ReleaseHandle(handle);
+      return 0;
+    });
+  });
+
+  m.def("parse_config", [](const std::string& json, const std::string& origin) {
+    return hps::CanonicalJson(Unwrap(hps::ParseConfig(json, origin)));
+  });
+  m.def("load_config", [](const std::string& path) { return hps::CanonicalJson(Unwrap(hps::LoadConfig(path))); });
+  m.def("config_hash", [](const std::string& path) { return hps::ConfigHash(Unwrap(hps::LoadConfig(path))); });
+  m.def("config_json_schema", &hps::ConfigJsonSchema);
+  m.def("config_reference", &hps::ConfigReferenceMarkdown);
+  m.attr("default_handle") = hps::kDefaultHandle;
+}

@@ -1,0 +1,283 @@
+// Status, log, metrics and the thread pool.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <mutex>
+#include <random>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "hps/executor.h"
+#include "hps/log.h"
+#include "hps/metrics.h"
+#include "hps/status.h"
+
+namespace hps {
+namespace {
+
+constexpr StatusCode kErrors[] = {
+    StatusCode::kInvalidArgument,    StatusCode::kNotFound,         StatusCode::kAlreadyExists,
+    StatusCode::kFailedPrecondition, StatusCode::kOutOfRange,       StatusCode::kResourceExhausted,
+    StatusCode::kUnavailable,        StatusCode::kDeadlineExceeded, StatusCode::kCancelled,
+    StatusCode::kDataLoss,           StatusCode::kUnimplemented,    StatusCode::kInternal};
+
+TEST(StatusTest, OkIsOkAndStaysOkUnderContext) {
+  EXPECT_TRUE(OkStatus().ok());
+  EXPECT_EQ(OkStatus().ToString(), "OK");
+  EXPECT_TRUE(OkStatus().WithContext("somewhere").ok());
+}
+
+TEST(StatusTest, EveryCodeHasANameOfItsOwn) {
+  std::set<std::string_view> names = {StatusCodeName(StatusCode::kOk)};
+  for (StatusCode code : kErrors) EXPECT_TRUE(names.insert(StatusCodeName(code)).second);
+  EXPECT_FALSE(names.contains("Unknown"));
+}
+
+TEST(StatusTest, ContextKeepsTheCode) {
+  for (StatusCode code : kErrors) {
+    const Status status = Status(code, "what").WithContext("where");
+    EXPECT_EQ(status.code(), code);
+    EXPECT_EQ(status.ToString(), std::string(StatusCodeName(code)) + ": where: what");
+  }
+}
+
+TEST(StatusTest, OnlyWhatMayPassByItselfIsRetryable) {
+  for (StatusCode code : kErrors) {
+    EXPECT_EQ(IsRetryable(code), code == StatusCode::kUnavailable || code == StatusCode::kDeadlineExceeded);
+  }
+}
+
+TEST(StatusTest, ResultHoldsTheValueOrTheError) {
+  const auto half = [](int number) -> Result<std::unique_ptr<int>> {
+    if (number % 2 != 0) return InvalidArgument("odd");
+    return std::make_unique<int>(number / 2);
+  };
+  const auto quarter = [&](int number) -> Result<int> {
+    HPS_ASSIGN_OR_RETURN(const std::unique_ptr<int> once, half(number));
+    HPS_ASSIGN_OR_RETURN(const std::unique_ptr<int> twice, half(*once));
+    return *twice;
+  };
+  EXPECT_EQ(*quarter(12), 3);
+  EXPECT_EQ(quarter(6).status().code(), StatusCode::kInvalidArgument);
+}
+
+TEST(LogTest, TheSinkGetsLinesUntilItIsReplaced) {
+  std::vector<std::string> lines;
+  SetLogSink([&](LogLevel level, std::string_view line) {
+    lines.push_back((level == LogLevel::kWarning ? "W " : "I ") + std::string(line));
+  });
+  Log(LogLevel::kInfo, "one");
+  Log(LogLevel::kWarning, "two");
+  SetLogSink(nullptr);
+  EXPECT_EQ(lines, (std::vector<std::string>{"I one", "W two"}));
+}
+
+// ---- metrics ----------------------------------------------------------------------------------------------------
+
+TEST(MetricsTest, TheSameNameAndLabelsAreOneCounter) {
+  MetricsRegistry registry;
+  Counter* a = registry.FindCounter("hps_keys_asked_total", {{"model", "a"}});
+  EXPECT_EQ(a, registry.FindCounter("hps_keys_asked_total", {{"model", "a"}}));
+  EXPECT_NE(a, registry.FindCounter("hps_keys_asked_total", {{"model", "b"}}));
+}
+
+TEST(MetricsTest, ConcurrentAdditionsAreNotLost) {
+  MetricsRegistry registry;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 10'000; ++i) {
+        registry.FindCounter("count", {})->Add(2);
+        registry.FindHistogram("time", {})->Record(static_cast<uint64_t>(i));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(registry.FindCounter("count", {})->value(), 80'000u);
+  EXPECT_EQ(registry.FindHistogram("time", {})->count(), 40'000u);
+  EXPECT_EQ(registry.FindHistogram("time", {})->sum_nanoseconds(), 4ull * 9999 * 10'000 / 2);
+}
+
+TEST(MetricsTest, AnEmptyHistogramHasNoQuantile) {
+  EXPECT_EQ(Histogram().Quantile(0.5), 0.0);
+  EXPECT_EQ(Histogram().count(), 0u);
+}
+
+TEST(MetricsTest, QuantilesAreWithinTheirBucket) {
+  constexpr uint64_t kSeed = 20240607;
+  std::mt19937_64 random(kSeed);
+  Histogram histogram;
+  std::vector<double> values;
+  for (int i = 0; i < 10'000; ++i) {
+    const auto value = static_cast<uint64_t>(std::exp2(std::uniform_real_distribution<>(0, 30)(random)));
+    histogram.Record(value);
+    values.push_back(static_cast<double>(value));
+  }
+  std::sort(values.begin(), values.end());
+  for (double q : {0.01, 0.1, 0.5, 0.9, 0.99, 0.999}) {
+    const double exact = values[static_cast<size_t>(q * static_cast<double>(values.size()))];
+    EXPECT_GE(histogram.Quantile(q), exact / 2.01) << "q " << q << ", seed " << kSeed;
+    EXPECT_LE(histogram.Quantile(q), exact * 2.01) << "q " << q << ", seed " << kSeed;
+  }
+}
+
+TEST(MetricsTest, ExtremeDurationsAreCounted) {
+  Histogram histogram;
+  histogram.Record(0);
+  histogram.Record(UINT64_MAX);
+  EXPECT_EQ(histogram.count(), 2u);
+  EXPECT_EQ(histogram.bucket(0), 1u);
+  EXPECT_EQ(histogram.bucket(Histogram::kBuckets - 1), 1u);
+}
+
+TEST(MetricsTest, PrometheusTextIsCumulativeAndComplete) {
+  MetricsRegistry registry;
+  registry.FindCounter("hps_rows_served_total", {{"model", "m"}, {"tier", "volatile"}})->Add(7);
+  registry.FindCounter("hps_rows_served_total", {{"model", "m"}, {"tier", "default"}})->Add(1);
+  Histogram* histogram = registry.FindHistogram("hps_lookup_duration_seconds", {{"model", "m"}});
+  histogram->Record(3);           // below the first bucket that is shown
+  histogram->Record(1500);        // within 2048 ns
+  histogram->Record(1ull << 40);  // above the last
+  const std::string text = registry.PrometheusText();
+  const auto count = [&](const std::string& part) {
+    size_t found = 0;
+    for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++found;
+    return found;
+  };
+  EXPECT_EQ(count("# TYPE hps_rows_served_total counter\n"), 1u) << text;
+  EXPECT_EQ(count("hps_rows_served_total{model=\"m\",tier=\"volatile\"} 7\n"), 1u) << text;
+  EXPECT_EQ(count("hps_rows_served_total{model=\"m\",tier=\"default\"} 1\n"), 1u) << text;
+  EXPECT_EQ(count("# TYPE hps_lookup_duration_seconds histogram\n"), 1u) << text;
+  EXPECT_EQ(count("hps_lookup_duration_seconds_bucket{model=\"m\",le=\"1.024e-06\"} 1\n"), 1u) << text;
+  EXPECT_EQ(count("hps_lookup_duration_seconds_bucket{model=\"m\",le=\"2.048e-06\"} 2\n"), 1u) << text;
+  EXPECT_EQ(count("hps_lookup_duration_seconds_bucket{model=\"m\",le=\"+Inf\"} 3\n"), 1u) << text;
+  EXPECT_EQ(count("hps_lookup_duration_seconds_count{model=\"m\"} 3\n"), 1u) << text;
+}
+
+// ---- thread pool ------------------------------------------------------------------------------------------------
+
+TEST(ThreadPoolTest, EveryIndexIsVisitedOnceInRangesOfTheGrain) {
+  for (int threads : {1, 2, 5}) {
+    auto pool = NewThreadPool(threads);
+    EXPECT_EQ(pool->parallelism(), threads);
+    for (size_t count : {0, 1, 3, 9, 10, 100, 4097, 100'000}) {
+      for (size_t grain : {0, 1, 4, 7, 2048, 1'000'000}) {
+        std::vector<std::atomic<int>> visits(count);
+        std::mutex mutex;
+        std::vector<std::pair<size_t, size_t>> ranges;
+        pool->ParallelFor(count, grain, [&](size_t first, size_t last) {
+          for (size_t i = first; i < last; ++i) visits[i].fetch_add(1);
+          std::lock_guard lock(mutex);
+          ranges.emplace_back(first, last);
+        });
+        for (const auto& visit : visits) ASSERT_EQ(visit.load(), 1) << count << " in grains of " << grain;
+        for (const auto& [first, last] : ranges) {
+          EXPECT_TRUE(last == count || last - first >= grain) << first << ".." << last << " of " << count;
+        }
+      }
+    }
+  }
+}
+
+TEST(ThreadPoolTest, SmallWorkRunsOnTheCallersThread) {
+  auto pool = NewThreadPool(4);
+  std::thread::id ran_on;
+  pool->ParallelFor(100, 100, [&](size_t, size_t) { ran_on = std::this_thread::get_id(); });
+  EXPECT_EQ(ran_on, std::this_thread::get_id());
+}
+
+TEST(ThreadPoolTest, SeveralThreadsReallyWorkAtOnce) {
+  auto pool = NewThreadPool(2);
+  std::mutex mutex;
+  std::condition_variable arrived;
+  int here = 0;
+  // Neither piece ends before two threads are inside.
+  pool->ParallelFor(2, 1, [&](size_t, size_t) {
+    std::unique_lock lock(mutex);
+    ++here;
+    arrived.notify_all();
+    EXPECT_TRUE(arrived.wait_for(lock, std::chrono::minutes(1), [&] { return here == 2; }));
+  });
+}
+
+TEST(ThreadPoolTest, NestedCallsAreBorne) {
+  auto pool = NewThreadPool(3);
+  std::atomic<int> total{0};
+  pool->ParallelFor(8, 1, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      pool->ParallelFor(8, 1, [&](size_t a, size_t b) {
+        for (size_t j = a; j < b; ++j)
+          pool->ParallelFor(8, 1, [&](size_t x, size_t y) { total += static_cast<int>(y - x); });
+      });
+    }
+  });
+  EXPECT_EQ(total, 512);
+}
+
+TEST(ThreadPoolTest, ABusyPoolDoesNotHoldUpACaller) {
+  auto pool = NewThreadPool(2);
+  std::mutex mutex;
+  std::condition_variable changed;
+  int inside = 0;
+  bool release = false;
+  std::thread other([&] {
+    pool->ParallelFor(2, 1, [&](size_t, size_t) {
+      std::unique_lock lock(mutex);
+      ++inside;
+      changed.notify_all();
+      changed.wait(lock, [&] { return release; });
+    });
+  });
+  {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return inside == 2; });
+  }
+  size_t done = 0;  // all threads of the pool are held, so this one does all the work
+  for (int i = 0; i < 1000; ++i) pool->ParallelFor(16, 1, [&](size_t first, size_t last) { done += last - first; });
+  EXPECT_EQ(done, 16'000u);
+  {
+    std::lock_guard lock(mutex);
+    release = true;
+  }
+  changed.notify_all();
+  other.join();
+}
+
+TEST(ThreadPoolTest, ManyCallersShareOnePool) {
+  auto pool = NewThreadPool(4);
+  std::vector<std::thread> callers;
+  std::atomic<size_t> total{0};
+  for (int t = 0; t < 4; ++t) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < 500; ++i) {
+        size_t mine = 0;
+        std::mutex mutex;
+        pool->ParallelFor(50, 3, [&](size_t first, size_t last) {
+          std::lock_guard lock(mutex);
+          mine += last - first;
+        });
+        total += mine;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(total, 4u * 500 * 50);
+}
+
+TEST(InlineExecutorTest, RunsOnePiece) {
+  int calls = 0;
+  InlineExecutor().ParallelFor(5, 1, [&](size_t first, size_t last) {
+    ++calls;
+    EXPECT_EQ(last - first, 5u);
+  });
+  InlineExecutor().ParallelFor(0, 1, [&](size_t, size_t) { ++calls; });
+  EXPECT_EQ(calls, 1);
+}
+
+}  // namespace
+}  // namespace hps

@@ -1,0 +1,49 @@
+// The conformance suite of TableStore: one test per clause of table_store.h, run over every registered fixture.
+//
+// A backend joins by adding a fixture of a few lines to AllFixtures() in store_conformance_test.cc. Clauses that depend
+// on a capability (persistent, addressable, read-only opening) read it from the store or the fixture; the opposite is
+// checked where the contract names it (Locate of a store that is not addressable is kUnimplemented).
+
+#ifndef HPS_TESTS_STORE_CONFORMANCE_H_
+#define HPS_TESTS_STORE_CONFORMANCE_H_
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "hps/table_store.h"
+
+namespace hps::testing {
+
+struct StoreFixture {
+  using Opener = std::function<Result<std::unique_ptr<TableStore>>(const std::filesystem::path& directory)>;
+
+  std::string name;  // letters and digits; becomes part of the test's name
+  Opener open;       // opens, or creates, the store that lives in `directory`; called again after Close to reopen
+  Opener open_read_only = {};         // the same, read-only; empty where the backend has no such mode
+  size_t large_batch_rows = 100'000;  // more than the backend (as opened here) moves in one piece
+};
+
+class StoreConformance : public ::testing::TestWithParam<StoreFixture> {
+ protected:
+  void SetUp() override;
+  void TearDown() override;
+
+  // Opens (again) and replaces store_; the test fails and stops if that fails.
+  void Open();
+  void Reopen();
+  std::shared_ptr<Table> Create(const std::string& name, size_t row_bytes = 64);
+  const std::filesystem::path& directory() const { return directory_; }
+
+  std::unique_ptr<TableStore> store_;
+
+ private:
+  std::filesystem::path directory_;
+};
+
+}  // namespace hps::testing
+
+#endif  // HPS_TESTS_STORE_CONFORMANCE_H_

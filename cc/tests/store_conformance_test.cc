@@ -1,0 +1,44 @@
+// Every store backend through the conformance suite. Add a fixture here, nothing else.
+
+#include "cc/tests/store_conformance.h"
+
+#include <vector>
+
+#include "cc/storage/hash_map_store.h"
+#include "cc/storage/rocksdb_store.h"
+#include "cc/tests/rocksdb_races.h"
+
+namespace hps::testing {
+namespace {
+
+std::vector<StoreFixture> AllFixtures() {
+  std::vector<StoreFixture> fixtures;
+  fixtures.push_back({.name = "HashMap", .open = [](const std::filesystem::path&) {
+                        static Executor& executor = *NewThreadPool(2).release();
+                        return OpenHashMapStore({.num_partitions = 4, .executor = &executor});
+                      }});
+  // One partition, no helpers, the smallest steps of memory: every boundary is crossed many times.
+  fixtures.push_back({.name = "HashMapOnePartition", .open = [](const std::filesystem::path&) {
+                        return OpenHashMapStore({.num_partitions = 1, .allocation_rate_bytes = 4096});
+                      }});
+  const auto rocksdb = [](const std::filesystem::path& directory, bool read_only) {
+    static Executor& executor = *NewThreadPool(2).release();
+    return OpenRocksDbStore({.path = directory,
+                             .num_threads = 2,
+                             .read_only = read_only,
+                             .max_get_batch_size = 700,
+                             .max_set_batch_size = 900,
+                             .executor = &executor});
+  };
+  fixtures.push_back(
+      {.name = "RocksDb",
+       .open = [rocksdb](const std::filesystem::path& directory) { return rocksdb(directory, false); },
+       .open_read_only = [rocksdb](const std::filesystem::path& directory) { return rocksdb(directory, true); }});
+  return fixtures;
+}
+
+INSTANTIATE_TEST_SUITE_P(Stores, StoreConformance, ::testing::ValuesIn(AllFixtures()),
+                         [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace hps::testing

@@ -1,0 +1,1 @@
+"""Parts of the MovieLens demo: the data, the model, the process that serves it, and printing."""

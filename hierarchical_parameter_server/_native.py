@@ -1,0 +1,66 @@
+"""The only place that imports the native module and loads the TensorFlow op libraries.
+
+The libraries lie beside the native module, which in an editable install is not beside this file.
+"""
+
+import atexit
+import functools
+import os
+
+from . import _hps
+from ._hps import (  # noqa: F401  (re-exported for the package)
+    ParameterServer,
+    bind_handle,
+    config_hash,
+    config_json_schema,
+    config_reference,
+    default_handle,
+    default_server,
+    init_default_server,
+    load_config,
+    open_server,
+    open_server_from_json,
+    open_servers,
+    parse_config,
+    release_handle,
+    shutdown_servers,
+)
+
+TENSORFLOW_MINOR = "2.21"
+
+# Lookups may run on daemon threads until the very end.
+atexit.register(_hps.close_at_exit)
+
+
+def _library(name: str) -> str:
+    return os.path.join(os.path.dirname(_hps.__file__), name)
+
+
+def _load_op_library(name: str):
+    import tensorflow as tf
+
+    if not tf.__version__.startswith(TENSORFLOW_MINOR + "."):
+        raise ImportError(
+            f"hierarchical_parameter_server was built for TensorFlow {TENSORFLOW_MINOR}.x, but {tf.__version__} is "
+            f"installed; TensorFlow's C++ interface changes between minor versions: "
+            f'pip install "tensorflow~={TENSORFLOW_MINOR}.0"'
+        )
+    return tf.load_op_library(_library(name))
+
+
+@functools.cache
+def ops():
+    """The module of generated op wrappers (hps_lookup, hps_lookup_sparse, ...); registers the ops at the first call."""
+    library = _load_op_library("libhps_ops.so")
+    # Lookups only read their resource: without this, tf.function would run them one after another.
+    from tensorflow.python.framework import auto_control_deps_utils
+
+    for op in ("HierarchicalParameterServer>Lookup", "HierarchicalParameterServer>LookupSparse"):
+        auto_control_deps_utils.register_read_only_resource_op(op)
+    return library
+
+
+@functools.cache
+def predecessor_ops():
+    """Registers the predecessor's bare op names `Init` and `Lookup`."""
+    return _load_op_library("libhps_predecessor_ops.so")
