@@ -488,7 +488,8 @@ TEST_F(ParameterServerTest, UnloadingAndReplacingFreeTheMemory) {
     ASSERT_OK(server->LoadModel(OneTable("big1", kWideWidth)));
     ExpectRows(Lookup(*server, "m", 0, kWideWidth, {1, 2}), {1, 2}, 1);
     const uint64_t loaded = AnonymousMemoryBytes();
-    EXPECT_GE(loaded, before + kTableBytes);
+    // Not the whole table: memory that the process had freed before, and still counted in `before`, may be part of it.
+    EXPECT_GE(loaded, before + kTableBytes * 3 / 4);
     ASSERT_OK(server->ReplaceModel(OneTable("big2", kWideWidth)));
     EXPECT_LE(AnonymousMemoryBytes(), loaded + kTableBytes / 10);
     ASSERT_OK(server->UnloadModel("m"));
