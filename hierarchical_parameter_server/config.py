@@ -111,6 +111,10 @@ class VolatileDatabaseParams(_Params):
     tls_client_key: str | None = None
     tls_server_name_identification: str | None = None
     initialize_after_startup: bool | None = None
+    password_env: str | None = None
+    password_file: str | os.PathLike[str] | None = None
+    timeout_ms: int | None = None
+    when_unavailable: str | None = None
 
 
 @dataclasses.dataclass
@@ -126,6 +130,8 @@ class PersistentDatabaseParams(_Params):
     update_filters: Sequence[str] | None = None
     max_batch_size: int | None = None
     initialize_after_startup: bool | None = None
+    timeout_ms: int | None = None
+    when_unavailable: str | None = None
     backend: DatabaseType_t | str | None = None
 
 
@@ -231,12 +237,12 @@ JSON_KEYS[VolatileDatabaseParams] = _same(
     "refresh_time_after_fetch", "cache_missed_embeddings", "update_filters", "max_batch_size", "allocation_rate",
     "shared_memory_size", "shared_memory_name", "shared_memory_auto_remove", "num_node_connections", "enable_tls",
     "tls_ca_certificate", "tls_client_certificate", "tls_client_key", "tls_server_name_identification",
-    "initialize_after_startup",
+    "initialize_after_startup", "password_env", "password_file", "timeout_ms", "when_unavailable",
 )  # fmt: skip
 JSON_KEYS[PersistentDatabaseParams] = {
     "backend": ("persistent_db", "type"),  # before `type`, which is the one that is read back
     **_same("persistent_db", "type", "path", "num_threads", "read_only", "max_get_batch_size", "max_set_batch_size",
-            "update_filters", "max_batch_size", "initialize_after_startup"),
+            "update_filters", "max_batch_size", "initialize_after_startup", "timeout_ms", "when_unavailable"),
 }  # fmt: skip
 JSON_KEYS[UpdateSourceParams] = _same(
     "update_source",
@@ -315,6 +321,7 @@ class ParameterServerConfig:
     persistent_db: PersistentDatabaseParams | None = None
     update_source: UpdateSourceParams | None = None
     fuse_embedding_table: bool | None = None
+    lookup_timeout_ms: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document as plain dicts and lists, holding what was given and nothing else.
@@ -325,7 +332,7 @@ class ParameterServerConfig:
         """
         document: dict[str, Any] = {}
         models: list[dict[str, Any]] = []
-        for name in (*_SECTIONS, "fuse_embedding_table"):
+        for name in (*_SECTIONS, *_TOP_LEVEL):
             value = getattr(self, name)
             if value is not None:
                 document[name] = _plain(value, name)
@@ -357,7 +364,7 @@ class ParameterServerConfig:
         models = top.pop("models", [])
         if not isinstance(models, list):
             raise ValueError("/models: must be a list of models")
-        config = cls(fuse_embedding_table=top.pop("fuse_embedding_table", None))
+        config = cls(**{name: top.pop(name, None) for name in _TOP_LEVEL})
         for name, kind in _SECTIONS.items():
             if name in top:
                 setattr(config, name, _from_section(kind, top.pop(name), f"/{name}"))
@@ -387,6 +394,7 @@ class ParameterServerConfig:
         return _parse(self.to_json(), "<ParameterServerConfig>")
 
 
+_TOP_LEVEL = ("fuse_embedding_table", "lookup_timeout_ms")
 _MODEL_MAPPINGS = {
     "emb_table_name": "embedding_table_names",
     "embedding_vec_size": "embedding_vecsize_per_table",

@@ -41,6 +41,7 @@ Status OutOfRange(std::string message) { return Status(StatusCode::kOutOfRange, 
 Status ResourceExhausted(std::string message) { return Status(StatusCode::kResourceExhausted, std::move(message)); }
 Status Unavailable(std::string message) { return Status(StatusCode::kUnavailable, std::move(message)); }
 Status DeadlineExceeded(std::string message) { return Status(StatusCode::kDeadlineExceeded, std::move(message)); }
+Status Cancelled(std::string message) { return Status(StatusCode::kCancelled, std::move(message)); }
 Status DataLoss(std::string message) { return Status(StatusCode::kDataLoss, std::move(message)); }
 Status Unimplemented(std::string message) { return Status(StatusCode::kUnimplemented, std::move(message)); }
 Status Internal(std::string message) { return Status(StatusCode::kInternal, std::move(message)); }

@@ -85,11 +85,16 @@ Status FinishModel(const JsonValue& json, const Place& place, Notes*, ModelConfi
 }
 
 Status FinishVolatile(const JsonValue& json, const Place& place, Notes*, VolatileConfig* config) {
+  const int secrets = !config->password.empty() + !config->password_env.empty() + !config->password_file.empty();
+  if (secrets > 1) return place.Error("has more than one of password, password_env and password_file; keep one");
   return CheckBatchSizes(json, place, *config);
 }
 
 Status FinishPersistent(const JsonValue& json, const Place& place, Notes*, PersistentConfig* config) {
   if (json.Find("type") == nullptr) config->type = PersistentType::kRocksDb;
+  if (config->when_unavailable == WhenUnavailable::kNextTier) {
+    return place.Child("when_unavailable").Error("is \"next_tier\", but no tier follows; use \"fail\" or \"default\"");
+  }
   return CheckBatchSizes(json, place, *config);
 }
 
@@ -98,7 +103,7 @@ Status FinishUpdateSource(const JsonValue& json, const Place&, Notes*, UpdateSou
   return OkStatus();
 }
 
-Status FinishServer(const JsonValue&, const Place& place, Notes*, ServerConfig* config) {
+Status FinishServer(const JsonValue& json, const Place& place, Notes*, ServerConfig* config) {
   std::set<std::string_view> names;
   for (size_t i = 0; i < config->models.size(); ++i) {
     if (!names.insert(config->models[i].name).second) {
@@ -118,6 +123,15 @@ Status FinishServer(const JsonValue&, const Place& place, Notes*, ServerConfig* 
         .Error(
             "is below 1 without a persistent_db: no tier could serve the rows that are left out; set it to 1 or "
             "add a persistent_db");
+  }
+  if (!persistent && memory.when_unavailable == WhenUnavailable::kNextTier) {
+    const JsonValue* section = json.Find("volatile_db");
+    if (section != nullptr && section->Find("when_unavailable") != nullptr) {
+      return place.Child("volatile_db")
+          .Child("when_unavailable")
+          .Error("is \"next_tier\", but there is no persistent_db; use \"fail\" or \"default\", or add one");
+    }
+    memory.when_unavailable = WhenUnavailable::kFail;
   }
   if (config->persistent_db.path.empty()) {
     std::error_code error;

@@ -140,6 +140,11 @@ constexpr EnumName kOverflowPolicies[] = {
     {"evict_random", int(OverflowPolicy::kEvictRandom)},
     {"evict_least_used", int(OverflowPolicy::kEvictLeastUsed)},
 };
+constexpr EnumName kWhenUnavailable[] = {
+    {"fail", int(WhenUnavailable::kFail)},
+    {"next_tier", int(WhenUnavailable::kNextTier)},
+    {"default", int(WhenUnavailable::kDefault)},
+};
 constexpr EnumName kCacheTypes[] = {
     {"dynamic", int(CacheType::kDynamic)},
     {"stochastic", int(CacheType::kDynamic), true},  // behaved as dynamic in the predecessor, too
@@ -168,6 +173,10 @@ std::span<const EnumName> EnumNames<UpdateSourceType>() {
 template <>
 std::span<const EnumName> EnumNames<OverflowPolicy>() {
   return kOverflowPolicies;
+}
+template <>
+std::span<const EnumName> EnumNames<WhenUnavailable>() {
+  return kWhenUnavailable;
 }
 template <>
 std::span<const EnumName> EnumNames<CacheType>() {

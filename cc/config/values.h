@@ -69,6 +69,8 @@ std::span<const EnumName> EnumNames<UpdateSourceType>();
 template <>
 std::span<const EnumName> EnumNames<OverflowPolicy>();
 template <>
+std::span<const EnumName> EnumNames<WhenUnavailable>();
+template <>
 std::span<const EnumName> EnumNames<CacheType>();
 template <>
 std::span<const EnumName> EnumNames<HashMapAlgorithm>();

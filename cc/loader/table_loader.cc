@@ -179,7 +179,7 @@ Status CopyRows(const Table& from, Table& to, const LoadOptions& options, LoadRe
     report->bytes_read += keys.size() * (sizeof(Key) + row_bytes);
     meter.Add(keys.size());
     full = report->rows_written[0] == limit;
-    return full ? Status(StatusCode::kCancelled, "the row limit is reached") : OkStatus();
+    return full ? Cancelled("the row limit is reached") : OkStatus();
   });
   if (!full) HPS_RETURN_IF_ERROR(status);
   meter.Finish();

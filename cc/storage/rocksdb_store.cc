@@ -352,7 +352,7 @@ Result<uint64_t> RocksDbTable::CountRows(RocksDbDatabase& database) const {
 Status RocksDbTable::CheckStoredSizes(RocksDbDatabase& database) const {
   size_t key_bytes = static_cast<size_t>(spec_.key_bytes);
   size_t row_bytes = spec_.row_bytes;
-  const Status end(StatusCode::kCancelled, "one row is enough");
+  const Status end = Cancelled("one row is enough");
   const Status status = database.Scan(*family_, [&](std::string_view key, std::string_view row) {
     key_bytes = key.size();
     row_bytes = row.size();

@@ -136,6 +136,7 @@ std::vector<KeyCase> KeyCases() {
   return {
       {"", "supportlonglong", "false", [](const C& c) { return !c.long_keys; }},
       {"", "fuse_embedding_table", "true", [](const C& c) { return c.fuse_embedding_table; }},
+      {"", "lookup_timeout_ms", "250", [](const C& c) { return c.lookup_timeout_ms == 250; }},
       {"", "models", "[" + Model("", "other") + "]", [](const C& c) { return c.models[0].name == "other"; }},
       {"", "volatile_db", R"({"type": "disabled"})", Has(v, &V::type, VolatileType::kDisabled)},
       {"", "persistent_db", R"({"type": "rocks_db"})", Has(p, &P::type, PersistentType::kRocksDb)},
@@ -191,6 +192,8 @@ std::vector<KeyCase> KeyCases() {
       {memory, "address", "\"a:7000,b:7001\"", Has(v, &V::address, "a:7000,b:7001")},
       {memory, "user_name", "\"u\"", Has(v, &V::user_name, "u")},
       {memory, "password", "\"secret\"", Has(v, &V::password, "secret")},
+      {memory, "password_env", "\"E\"", Has(v, &V::password_env, "E")},
+      {memory, "password_file", "\"f\"", Has(v, &V::password_file, "f")},
       {memory, "num_node_connections", "2", Has(v, &V::num_node_connections, 2)},
       {memory, "enable_tls", "true", Has(v, &V::enable_tls, true)},
       {memory, "tls_ca_certificate", "\"ca\"", Has(v, &V::tls_ca_certificate, "ca")},
@@ -204,6 +207,8 @@ std::vector<KeyCase> KeyCases() {
       {memory, "refresh_time_after_fetch", "true", Has(v, &V::refresh_time_after_fetch, true)},
       {memory, "cache_missed_embeddings", "true", Has(v, &V::cache_missed_embeddings, true)},
       {memory, "initialize_after_startup", "false", Has(v, &V::initialize_after_startup, false)},
+      {memory, "timeout_ms", "7", Has(v, &V::timeout_ms, 7)},
+      {memory, "when_unavailable", "\"default\"", Has(v, &V::when_unavailable, WhenUnavailable::kDefault)},
       {memory, "update_filters", R"(["^a$", "b"])", Has(v, &V::update_filters, Strings{"^a$", "b"})},
       {memory, "algorithm", "\"stl\"", {}},
 
@@ -215,6 +220,8 @@ std::vector<KeyCase> KeyCases() {
       {disk, "max_get_batch_size", "3", Has(p, &P::max_get_batch_size, 3)},
       {disk, "max_set_batch_size", "4", Has(p, &P::max_set_batch_size, 4)},
       {disk, "initialize_after_startup", "false", Has(p, &P::initialize_after_startup, false)},
+      {disk, "timeout_ms", "8", Has(p, &P::timeout_ms, 8)},
+      {disk, "when_unavailable", "\"default\"", Has(p, &P::when_unavailable, WhenUnavailable::kDefault)},
       {disk, "update_filters", "[]", Has(p, &P::update_filters, Strings{})},
 
       {source, "type", "\"null\"", Has(u, &U::type, UpdateSourceType::kNone)},
@@ -325,6 +332,22 @@ TEST(ConfigDefaults, AreTheDocumentedOnes) {
   EXPECT_EQ(config.update_source.type, UpdateSourceType::kNone);
   EXPECT_TRUE(config.information.empty());
   EXPECT_TRUE(config.warnings.empty());
+}
+
+TEST(ConfigDefaults, WhatFollowsAnUnavailableTier) {
+  const std::string disk = R"("persistent_db": {"type": "rocks_db"})";
+  EXPECT_EQ(Parsed(Document(Model())).volatile_db.when_unavailable, WhenUnavailable::kFail);
+  EXPECT_EQ(Parsed(Document(Model(), disk)).volatile_db.when_unavailable, WhenUnavailable::kNextTier);
+  EXPECT_EQ(Parsed(Document(Model(), disk)).persistent_db.when_unavailable, WhenUnavailable::kFail);
+  EXPECT_PRED_FORMAT2(IsSubstring, "/volatile_db/when_unavailable: is \"next_tier\", but there is no persistent_db",
+                      Refusal(With("/volatile_db", R"("when_unavailable": "next_tier")")));
+  EXPECT_PRED_FORMAT2(IsSubstring, "/persistent_db/when_unavailable: is \"next_tier\", but no tier follows",
+                      Refusal(With("/persistent_db", R"("when_unavailable": "next_tier")")));
+}
+
+TEST(ConfigDefaults, OnePlaceForThePassword) {
+  EXPECT_PRED_FORMAT2(IsSubstring, "/volatile_db: has more than one of password, password_env and password_file",
+                      Refusal(With("/volatile_db", R"("password_env": "A", "password_file": "b")")));
 }
 
 TEST(ConfigDefaults, SectionsWithoutType) {
@@ -670,6 +693,7 @@ TEST(ConfigCanonical, IsTheGoldenText) {
          "persistent_db": {"type": "disabled", "path": "/db"})");
   EXPECT_EQ(CanonicalJson(Parsed(document)), R"({
   "fuse_embedding_table": false,
+  "lookup_timeout_ms": 0,
   "models": [
     {
       "cache_refresh_percentage_per_iteration": 0.1,
@@ -715,10 +739,12 @@ TEST(ConfigCanonical, IsTheGoldenText) {
     "num_threads": 16,
     "path": "/db",
     "read_only": false,
+    "timeout_ms": 0,
     "type": "disabled",
     "update_filters": [
       ".+"
-    ]
+    ],
+    "when_unavailable": "fail"
   },
   "supportlonglong": true,
   "update_source": {
@@ -746,10 +772,13 @@ TEST(ConfigCanonical, IsTheGoldenText) {
     "overflow_margin": 18446744073709551615,
     "overflow_policy": "evict_oldest",
     "overflow_resolution_target": 0.8,
+    "password_env": "",
+    "password_file": "",
     "refresh_time_after_fetch": false,
     "shared_memory_auto_remove": true,
     "shared_memory_name": "hctr_mp_hash_map_database",
     "shared_memory_size": 17179869184,
+    "timeout_ms": 500,
     "tls_ca_certificate": "cacertbundle.crt",
     "tls_client_certificate": "client_cert.pem",
     "tls_client_key": "client_key.pem",
@@ -758,7 +787,8 @@ TEST(ConfigCanonical, IsTheGoldenText) {
     "update_filters": [
       ".+"
     ],
-    "user_name": "default"
+    "user_name": "default",
+    "when_unavailable": "fail"
   }
 }
 )");

@@ -25,6 +25,8 @@ enum class VolatileType { kDisabled, kHashMap, kMultiProcessHashMap, kRedisClust
 enum class PersistentType { kDisabled, kRocksDb };
 enum class UpdateSourceType { kNone, kKafka };
 enum class OverflowPolicy { kEvictOldest, kEvictRandom, kEvictLeastUsed };
+// What a lookup does about rows of a tier that cannot be asked: it is down, or too slow.
+enum class WhenUnavailable { kFail, kNextTier, kDefault };
 enum class CacheType { kDynamic, kStatic, kUvm };
 
 struct TableConfig {
@@ -70,6 +72,8 @@ struct VolatileConfig {
   std::string address = "127.0.0.1:7000";
   std::string user_name = "default";
   std::string password;
+  std::string password_env;   // the environment variable that holds the password
+  std::string password_file;  // the file whose first line is the password
   uint32_t num_node_connections = 5;
   bool enable_tls = false;
   std::string tls_ca_certificate = "cacertbundle.crt";
@@ -83,6 +87,8 @@ struct VolatileConfig {
   bool refresh_time_after_fetch = false;
   bool cache_missed_embeddings = false;
   bool initialize_after_startup = true;
+  uint32_t timeout_ms = 500;  // one lookup's wait for this tier; 0: none but the lookup's own
+  WhenUnavailable when_unavailable = WhenUnavailable::kNextTier;  // filled in: kFail without a persistent tier
   std::vector<std::string> update_filters = {".+"};
 };
 
@@ -94,6 +100,8 @@ struct PersistentConfig {
   uint32_t max_get_batch_size = 10000;
   uint32_t max_set_batch_size = 10000;
   bool initialize_after_startup = true;
+  uint32_t timeout_ms = 0;                                    // as above
+  WhenUnavailable when_unavailable = WhenUnavailable::kFail;  // kFail or kDefault
   std::vector<std::string> update_filters = {".+"};
 };
 
@@ -112,6 +120,7 @@ struct UpdateSourceConfig {
 struct ServerConfig {
   bool long_keys = true;  // supportlonglong; false: keys must fit in 32 bits, stored databases hold 4-byte keys
   bool fuse_embedding_table = false;
+  uint32_t lookup_timeout_ms = 0;  // of a whole lookup that brings no deadline of its own; 0: none
   std::vector<ModelConfig> models;
   VolatileConfig volatile_db;
   PersistentConfig persistent_db;

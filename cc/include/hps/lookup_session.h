@@ -8,6 +8,7 @@
 #ifndef HPS_LOOKUP_SESSION_H_
 #define HPS_LOOKUP_SESSION_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -59,6 +60,7 @@ struct LookupReport {
 struct LookupOptions {
   Executor* executor = nullptr;  // absent: the server's own pool
   Deadline deadline = kNoDeadline;
+  const std::atomic<bool>* cancelled = nullptr;  // becomes true when the caller gives up: kCancelled
 };
 
 class ModelSlot;

@@ -67,6 +67,7 @@ Status OutOfRange(std::string message);
 Status ResourceExhausted(std::string message);
 Status Unavailable(std::string message);
 Status DeadlineExceeded(std::string message);
+Status Cancelled(std::string message);
 Status DataLoss(std::string message);
 Status Unimplemented(std::string message);
 Status Internal(std::string message);

@@ -13,6 +13,7 @@
 #ifndef HPS_TABLE_STORE_H_
 #define HPS_TABLE_STORE_H_
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -55,6 +56,7 @@ struct FetchRequest {
   RowBuffer rows;                                                     // (n); the row of keys[i] is written at index i
   size_t output_bytes = 0;  // a hint: size of the whole output these rows are a part of
   Deadline deadline = kNoDeadline;
+  const std::atomic<bool>* cancelled = nullptr;  // true: the caller gave up; stores that wait look at it (kCancelled)
 };
 
 struct UpsertOptions {
