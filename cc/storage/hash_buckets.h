@@ -75,6 +75,7 @@ class HashBuckets {
   HashBuckets(Bucket* buckets, uint64_t num_buckets) : buckets_(buckets), num_buckets_(num_buckets) {}
 
   uint64_t num_buckets() const { return num_buckets_; }
+  Bucket* bucket(uint64_t i) const { return buckets_ + i; }
 
   // Readers ----------------------------------------------------------------------------------------------------------
 

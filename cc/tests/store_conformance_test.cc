@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cc/storage/hash_map_store.h"
+#include "cc/storage/multi_process_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "cc/tests/rocksdb_races.h"
 
@@ -20,6 +21,15 @@ std::vector<StoreFixture> AllFixtures() {
   // One partition, no helpers, the smallest steps of memory: every boundary is crossed many times.
   fixtures.push_back({.name = "HashMapOnePartition", .open = [](const std::filesystem::path&) {
                         return OpenHashMapStore({.num_partitions = 1, .allocation_rate_bytes = 4096});
+                      }});
+  // Named after the directory, so that each test has its own and a reopened store finds it gone.
+  fixtures.push_back({.name = "MultiProcessHashMap", .open = [](const std::filesystem::path& directory) {
+                        static Executor& executor = *NewThreadPool(2).release();
+                        return OpenMultiProcessStore({.name = directory.filename(),
+                                                      .bytes = 256 << 20,
+                                                      .num_partitions = 4,
+                                                      .allocation_rate_bytes = 1 << 20,
+                                                      .executor = &executor});
                       }});
   const auto rocksdb = [](const std::filesystem::path& directory, bool read_only) {
     static Executor& executor = *NewThreadPool(2).release();
