@@ -30,20 +30,6 @@ uint32_t Load(const uint32_t& place) {
   return std::atomic_ref(const_cast<uint32_t&>(place)).load(std::memory_order_relaxed);
 }
 
-template <typename Word>
-void StoreRow(std::byte* to, const std::byte* row, size_t bytes) {
-  size_t i = 0;
-  Word word;
-  for (; i + sizeof(Word) <= bytes; i += sizeof(Word)) {
-    std::memcpy(&word, row + i, sizeof(Word));
-    StoreWord(to + i, word);
-  }
-  if (i == bytes) return;
-  word = 0;
-  std::memcpy(&word, row + i, bytes - i);
-  StoreWord(to + i, word);
-}
-
 }  // namespace
 
 HashBuckets MultiProcessPartition::Index() const {
@@ -314,9 +300,9 @@ void MultiProcessPartition::FreeSlot(uint32_t slot) {
 void MultiProcessPartition::WriteRow(std::byte* to, const std::byte* row) {
   std::atomic_thread_fence(std::memory_order_release);
   if (table_.slot_bytes % sizeof(uint64_t) == 0) {
-    StoreRow<uint64_t>(to, row, table_.row_bytes);
+    StoreSharedRow<uint64_t>(to, row, table_.row_bytes);
   } else {
-    StoreRow<uint32_t>(to, row, table_.row_bytes);
+    StoreSharedRow<uint32_t>(to, row, table_.row_bytes);
   }
 }
 

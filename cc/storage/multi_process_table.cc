@@ -166,10 +166,7 @@ bool MultiProcessTable::ReadRow(Key key, Probe* probe, std::byte* to) const {
       if (entry == 0 || entry == HashBuckets::kErased) {
         if (Unchanged(*probe, entry, marks)) return false;
       } else if (const std::byte* row = PlaceOfSlot(base_, *table_, *probe->partition, entry - 1).row; row != nullptr) {
-        for (size_t i = 0; i < row_bytes; i += sizeof(Word)) {
-          const Word word = LoadWord<Word>(row + i);
-          std::memcpy(to + i, &word, sizeof(Word));
-        }
+        LoadSharedRow<Word>(to, row, row_bytes);
         if (Unchanged(*probe, entry, marks)) {
           if (touches_) Touch(*probe->partition, entry - 1);
           return true;

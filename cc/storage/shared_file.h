@@ -72,6 +72,8 @@ class SharedFile {
   const int lock_file_;  // the locks' own open file: nothing else keeps it open
   const uint64_t fork_generation_;
   int file_ = -1;
+  void* space_ = nullptr;  // address space that holds the mapping
+  uint64_t space_bytes_ = 0;
   std::byte* data_ = nullptr;
   uint64_t bytes_ = 0;
 };

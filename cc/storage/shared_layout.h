@@ -23,6 +23,7 @@
 #include "cc/storage/hash_buckets.h"
 #include "cc/storage/robust_mutex.h"
 #include "cc/storage/shared_file.h"
+#include "cc/storage/shared_row.h"
 
 namespace hps {
 
@@ -213,20 +214,6 @@ void ForEachBlock(uint64_t table_offset, const SharedTable& table, Visit visit) 
       if (unit != 0) visit(unit * kUnitBytes, table.RegionBytes(region));
     }
   }
-}
-
-// Words of shared memory that readers may look at meanwhile.
-template <typename Word>
-inline Word LoadWord(const std::byte* place) {
-  return std::atomic_ref<Word>(*reinterpret_cast<Word*>(const_cast<std::byte*>(place))).load(std::memory_order_relaxed);
-}
-template <typename Word>
-inline void StoreWord(std::byte* place, Word word) {
-  std::atomic_ref<Word>(*reinterpret_cast<Word*>(place)).store(word, std::memory_order_relaxed);
-}
-// REQUIRES whole words of 8 bytes.
-inline void ZeroWords(std::byte* place, uint64_t bytes) {
-  for (uint64_t i = 0; i < bytes; i += 8) StoreWord<uint64_t>(place + i, 0);
 }
 
 }  // namespace hps
