@@ -127,13 +127,19 @@ Status MultiProcessPartition::Find(Key key, bool reserve, Place* place) {
     place->entry = Load(place->line->entries[place->number]);
     return OkStatus();
   }
-  if (reserve && shared_.claimed >= HashBuckets::ClaimLimit(Index().num_buckets())) {
-    HPS_RETURN_IF_ERROR(ReplaceIndex());
-  }
+  const uint64_t fraction = PlaceOf(key, table_.num_partitions).fraction;
   const HashBuckets index = Index();
-  if (index.num_buckets() == 0) return OkStatus();
-  HashBuckets::Bucket* home = index.Home(PlaceOf(key, table_.num_partitions).fraction);
-  place->way = reserve ? index.FindOrReserve(key, home) : index.FindForWrite(key, home);
+  const bool full = shared_.claimed >= HashBuckets::ClaimLimit(index.num_buckets());
+  if (reserve && !full) {
+    place->way = index.FindOrReserve(key, index.Home(fraction));
+  } else if (index.num_buckets() != 0) {
+    place->way = index.FindForWrite(key, index.Home(fraction));
+  }
+  if (reserve && place->way.bucket == nullptr) {  // keys that have a way need no room, and may get none
+    HPS_RETURN_IF_ERROR(ReplaceIndex());
+    const HashBuckets larger = Index();
+    place->way = larger.FindOrReserve(key, larger.Home(fraction));
+  }
   place->entry = place->way.row_entry();
   return OkStatus();
 }
