@@ -509,8 +509,8 @@ TEST_F(MultiProcessTest, TwoProcessesWriteAndReadAtOnce) {
   EXPECT_FALSE(Exists(name));
 }
 
-// Attaches, reads a table and waits to be killed, or for its end to be asked for.
-int RunHolder(const fs::path& folder) {
+// Attaches, reads a table and waits to be killed or, if it `stops`, for its end to be asked for.
+int RunHolder(const fs::path& folder, bool stops) {
   auto store = Open(folder.filename().string());
   std::shared_ptr<Table> table;
   if (!store->ListTables()->empty()) {
@@ -519,7 +519,7 @@ int RunHolder(const fs::path& folder) {
   }
   std::puts("attached");
   std::fflush(stdout);
-  while (!fs::exists(folder / "stop")) {
+  while (!stops || !fs::exists(folder / "stop")) {
     if (table != nullptr) {
       for (const uint32_t version : Versions(*table, Keys(0, 1'000, false))) {
         if (version != 1) return 1;
@@ -548,7 +548,7 @@ TEST_F(MultiProcessTest, ATableDroppedInOneProcessIsReadInTheOther) {
   const std::vector<Key> keys = Keys(0, 120'000, false);  // more than half of the memory
   const auto store = Open(name);
   ASSERT_OK(Put(*Create(*store, keys.size()), keys, 1));
-  ChildProcess crashing("holder", folder / "");
+  ChildProcess crashing("stayer", folder / "");
   ChildProcess closing("holder", folder / "");
   crashing.WaitForLine("attached");
   closing.WaitForLine("attached");
@@ -623,7 +623,8 @@ int RunRole(const std::string& role, const fs::path& given) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   const fs::path folder = given.parent_path();
   if (role == "writer") return RunWriter(folder);
-  if (role == "holder") return RunHolder(folder);
+  if (role == "holder") return RunHolder(folder, /*stops=*/true);
+  if (role == "stayer") return RunHolder(folder, /*stops=*/false);
   if (role == "forker") return RunForker(folder);
   return 1;
 }
