@@ -8,11 +8,11 @@
 namespace hps {
 
 void LowerThreadPriority() {
-  constexpr int kNice = 10;
+  constexpr int kSteps = 10;
   const auto thread = static_cast<id_t>(::syscall(SYS_gettid));  // Linux keeps the nice value per thread
   sched_param none{};
   (void)::sched_setscheduler(static_cast<pid_t>(thread), SCHED_BATCH, &none);
-  (void)::setpriority(PRIO_PROCESS, thread, kNice);
+  (void)::setpriority(PRIO_PROCESS, thread, ::getpriority(PRIO_PROCESS, thread) + kSteps);
 }
 
 }  // namespace hps

@@ -5,9 +5,9 @@
 
 namespace hps {
 
-// From now on the calling thread gets processor time after the threads of normal priority (about a tenth of theirs
-// where all want it), and does not interrupt them when it wakes up. A thread cannot take this back. Where the host
-// forbids it nothing changes.
+// From now on the calling thread gets about a tenth of the processor time of others where all want it, and does not
+// interrupt them when it wakes up. Call it once in a thread; it cannot be taken back. Where the host forbids it nothing
+// changes.
 void LowerThreadPriority();
 
 }  // namespace hps

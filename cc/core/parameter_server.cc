@@ -30,6 +30,7 @@ namespace hps {
 namespace {
 
 constexpr std::chrono::milliseconds kLongestProbe{1000};
+constexpr std::chrono::milliseconds kLookupPatience{200};
 
 Status ClosedStatus() {
   return FailedPrecondition("the parameter server was closed; open it again (hps.Init or hps.ParameterServer)");
@@ -131,7 +132,7 @@ class ParameterServer::Impl {
       if (auto found = slots_.find(name); found != slots_.end()) slot = slots_.extract(found).mapped();
     }
     if (!slot) return NoSuchModel(name);
-    DropVolatileTables(*slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")), *resources_);
+    LetGo(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
     return OkStatus();
   }
 
@@ -243,8 +244,18 @@ class ParameterServer::Impl {
       slot->Publish(std::move(model));
       slots_[config.name] = std::move(slot);
     }
-    if (old) DropVolatileTables(*old, *resources_);
+    if (old) LetGo(std::move(old));
     return OkStatus();
+  }
+
+  // Drops a version that is no longer published. Its memory is freed here, and not by the last lookup that uses it,
+  // unless that lookup takes long.
+  void LetGo(std::shared_ptr<const Model> model) {
+    DropVolatileTables(*model, *resources_);
+    const auto end = std::chrono::steady_clock::now() + kLookupPatience;
+    while (model.use_count() > 1 && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
   }
 
   // Loads on a thread that stands back for lookups of other models. The first models have nobody to stand back for, but
