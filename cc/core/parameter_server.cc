@@ -18,7 +18,7 @@
 #include <tuple>
 
 #include "cc/base/fork_guard.h"
-#include "cc/base/thread_priority.h"
+#include "cc/base/stand_back.h"
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
@@ -41,6 +41,23 @@ std::string Join(const std::vector<std::string>& names) {
   for (const std::string& name : names) text += (text.empty() ? "'" : ", '") + name + "'";
   return text.empty() ? "none" : text;
 }
+
+// Writes large batches on all threads while the server starts, and on few that stand back once it serves.
+class LoadExecutor final : public Executor {
+ public:
+  LoadExecutor(Executor& all, int few) : all_(all), few_(NewBackgroundPool(few)) {}
+  void StandBack(bool stand_back) { stand_back_ = stand_back; }
+  int parallelism() const override { return chosen().parallelism(); }
+  void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
+    chosen().ParallelFor(count, grain, body);
+  }
+
+ private:
+  Executor& chosen() const { return stand_back_ ? *few_ : all_; }
+  Executor& all_;
+  const std::unique_ptr<Executor> few_;
+  std::atomic<bool> stand_back_{false};
+};
 
 // For closing at exit; servers are not kept alive by it.
 struct LiveServers {
@@ -89,7 +106,7 @@ class ParameterServer::Impl {
     const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
     resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
     resources_->executor = NewThreadPool(threads);
-    resources_->load_executor = NewBackgroundPool(threads);
+    resources_->load_executor = std::make_unique<LoadExecutor>(*resources_->executor, std::max(1, threads / 2));
     HPS_RETURN_IF_ERROR(OpenStores());
     CloseAllAtExit(resources_->persistent_store != nullptr);
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
@@ -258,12 +275,14 @@ class ParameterServer::Impl {
     }
   }
 
-  // Loads on a thread that stands back for lookups of other models. The first models have nobody to stand back for, but
-  // their thread gets all that is free too.
+  // While models are served, on a thread that leaves them room.
   Result<std::shared_ptr<Model>> BuildBesideLookups(const ModelConfig& config, const BuildOptions& options) {
+    auto& executor = static_cast<LoadExecutor&>(*resources_->load_executor);
+    executor.StandBack(started_);
+    if (!started_) return BuildModel(config, *resources_, options);
     std::optional<Result<std::shared_ptr<Model>>> model;
     std::thread loader([&] {
-      LowerThreadPriority();
+      StandBackForLookups();
       model.emplace(BuildModel(config, *resources_, options));
     });
     loader.join();
