@@ -65,9 +65,6 @@ class HashMapTable final : public Table {
   void ForEachRow(size_t count, KeyAt key_at, Prefetch prefetch, Use use) const;
   template <size_t kRowBytes, bool kStream>
   void FetchRows(const FetchRequest& request, size_t count, std::vector<uint32_t>* misses) const;
-  // Calls body(partition number, positions of its keys in input order) for each partition that has some.
-  template <typename Body>
-  void ForEachPartition(std::span<const Key> keys, Body body) const;
 
   const TableSpec spec_;
   Executor* const executor_;

@@ -152,24 +152,26 @@ bool MultiProcessTable::Unchanged(const Probe& probe, uint32_t entry, uint32_t m
          probe.published->load(std::memory_order_relaxed) == probe.version;
 }
 
-// Copies the key's row, with what its slot has besides; false where there is none.
+// Copies the key's row, in whole words.
 template <typename Word, size_t kRowBytes>
-bool MultiProcessTable::ReadRow(Key key, Probe* probe, std::byte* to) const {
+MultiProcessTable::Read MultiProcessTable::ReadRow(Key key, Probe* probe, std::byte* to) const {
   const size_t row_bytes = kRowBytes > 0 ? kRowBytes : spec_.row_bytes;
   while (true) {
     if (probe->entry == nullptr) {
       std::atomic_thread_fence(std::memory_order_acquire);
-      if (probe->published->load(std::memory_order_relaxed) == probe->version) return false;
+      if (probe->published->load(std::memory_order_relaxed) == probe->version) return Read::kMissing;
     } else {
       const uint32_t marks = Load(*probe->marks, std::memory_order_acquire);
       const uint32_t entry = Load(*probe->entry, std::memory_order_acquire);
       if (entry == 0 || entry == HashBuckets::kErased) {
-        if (Unchanged(*probe, entry, marks)) return false;
-      } else if (const std::byte* row = PlaceOfSlot(base_, *table_, *probe->partition, entry - 1).row; row != nullptr) {
+        if (Unchanged(*probe, entry, marks)) return Read::kMissing;
+      } else if (const std::byte* row = PlaceOfSlot(base_, *table_, *probe->partition, entry - 1).row; row == nullptr) {
+        if (Unchanged(*probe, entry, marks)) return Read::kDamaged;
+      } else {
         LoadSharedRow<Word>(to, row, row_bytes);
         if (Unchanged(*probe, entry, marks)) {
           if (touches_) Touch(*probe->partition, entry - 1);
-          return true;
+          return Read::kRow;
         }
       }
       if (probe->published->load(std::memory_order_acquire) == probe->version) continue;  // the entry is still its
@@ -192,7 +194,7 @@ void MultiProcessTable::Touch(const SharedPartition& partition, uint32_t slot) c
 // Sends the keys through three stages that lie kAhead keys apart: ask for the key's line; find its entry and ask for
 // the row; read the row.
 template <typename Word, size_t kRowBytes, bool kStream>
-void MultiProcessTable::FetchRows(const FetchRequest& request, size_t count, std::vector<uint32_t>* misses) const {
+Status MultiProcessTable::FetchRows(const FetchRequest& request, size_t count, std::vector<uint32_t>* misses) const {
   constexpr size_t kAhead = 16;
   const size_t row_bytes = kRowBytes > 0 ? kRowBytes : spec_.row_bytes;
   const uint32_t* positions = request.positions ? request.positions->data() : nullptr;
@@ -205,8 +207,12 @@ void MultiProcessTable::FetchRows(const FetchRequest& request, size_t count, std
   for (size_t step = 0; step < count + 2 * kAhead; ++step) {
     if (step >= 2 * kAhead) {
       const size_t at = position(step - 2 * kAhead);
-      if (!ReadRow<Word, kRowBytes>(request.keys[at], &probes[step % (2 * kAhead)], row)) {
+      const Read read = ReadRow<Word, kRowBytes>(request.keys[at], &probes[step % (2 * kAhead)], row);
+      if (read == Read::kMissing) {
         misses->push_back(static_cast<uint32_t>(at));
+      } else if (read == Read::kDamaged) {
+        return DataLoss("multi_process_hash_map: the index of table '" + spec_.name + "' in " + state_->heap->path() +
+                        " is damaged; stop the processes that use it and remove the file");
       } else if (kStream) {
         StreamRow(request.rows.data + at * request.rows.stride_bytes, row, row_bytes);
       } else {
@@ -220,6 +226,7 @@ void MultiProcessTable::FetchRows(const FetchRequest& request, size_t count, std
     if (step < count) Begin(request.keys[position(step)], &probes[step % (2 * kAhead)]);
   }
   if (kStream) StreamingDone();
+  return OkStatus();
 }
 
 Status MultiProcessTable::Fetch(const FetchRequest& request, std::vector<uint32_t>* misses) const {
@@ -235,20 +242,19 @@ Status MultiProcessTable::Fetch(const FetchRequest& request, std::vector<uint32_
                       StreamingPossible(request.rows.data, request.rows.stride_bytes) &&
                       StreamingPossible(request.rows.data, spec_.row_bytes);
   const auto fetch = [&]<typename Word, size_t kRowBytes>() {
-    stream ? FetchRows<Word, kRowBytes, true>(request, count, misses)
-           : FetchRows<Word, kRowBytes, false>(request, count, misses);
+    return stream ? FetchRows<Word, kRowBytes, true>(request, count, misses)
+                  : FetchRows<Word, kRowBytes, false>(request, count, misses);
   };
   switch (spec_.row_bytes) {  // the sizes whose copy the compiler may unroll
-    case 32: fetch.operator()<uint64_t, 32>(); break;
-    case 64: fetch.operator()<uint64_t, 64>(); break;
-    case 128: fetch.operator()<uint64_t, 128>(); break;
-    case 256: fetch.operator()<uint64_t, 256>(); break;
-    case 512: fetch.operator()<uint64_t, 512>(); break;
+    case 32: return fetch.operator()<uint64_t, 32>();
+    case 64: return fetch.operator()<uint64_t, 64>();
+    case 128: return fetch.operator()<uint64_t, 128>();
+    case 256: return fetch.operator()<uint64_t, 256>();
+    case 512: return fetch.operator()<uint64_t, 512>();
     default:
-      table_->slot_bytes % sizeof(uint64_t) == 0 ? fetch.operator()<uint64_t, 0>() : fetch.operator()<uint32_t, 0>();
-      break;
+      return table_->slot_bytes % sizeof(uint64_t) == 0 ? fetch.operator()<uint64_t, 0>()
+                                                        : fetch.operator()<uint32_t, 0>();
   }
-  return OkStatus();
 }
 
 Status MultiProcessTable::Locate(std::span<const Key>, std::span<const std::byte*>) const {

@@ -77,10 +77,11 @@ class MultiProcessTable final : public Table {
   void Begin(Key key, Probe* probe) const;
   const std::byte* FindEntry(Key key, Probe* probe) const;
   bool Unchanged(const Probe& probe, uint32_t entry, uint32_t marks) const;
+  enum class Read { kRow, kMissing, kDamaged };
   template <typename Word, size_t kRowBytes>
-  bool ReadRow(Key key, Probe* probe, std::byte* to) const;
+  Read ReadRow(Key key, Probe* probe, std::byte* to) const;
   template <typename Word, size_t kRowBytes, bool kStream>
-  void FetchRows(const FetchRequest& request, size_t count, std::vector<uint32_t>* misses) const;
+  Status FetchRows(const FetchRequest& request, size_t count, std::vector<uint32_t>* misses) const;
   void Touch(const SharedPartition& partition, uint32_t slot) const;
   void AppendKeys(const SharedPartition& partition, std::vector<Key>* keys) const;
 

@@ -302,6 +302,30 @@ TEST_P(MultiProcessKeysTest, ReadersSeeWholeRowsWhileSlotsAreUsedAgainAtOnce) {
   ASSERT_OK(CheckMultiProcessStore(*store));
 }
 
+TEST_F(MultiProcessTest, ADamagedIndexIsAnErrorAndNoEndlessLoop) {
+  const auto store = Open(name);
+  const auto table = Create(*store, 15);
+  ASSERT_OK(Put(*table, Keys(0, 15, true), 1));
+  // Scribbles over the only dense line: the one cache line that holds 15 ascending slot numbers or all of partition 0.
+  const int file = ::shm_open(("/" + name).c_str(), O_RDWR, 0600);
+  auto* memory = static_cast<std::byte*>(::mmap(nullptr, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0));
+  ::close(file);
+  bool found = false;
+  for (size_t place = 0; place < 1 << 20; place += sizeof(DenseLine)) {
+    auto& line = *reinterpret_cast<DenseLine*>(memory + place);
+    if (line.entries[0] != 1 || line.entries[14] != 15) continue;
+    std::atomic_ref(line.entries[3]).store(0x7fffffff);
+    found = true;
+  }
+  ::munmap(memory, 1 << 20);
+  ASSERT_TRUE(found);
+  RowBlock rows(1, kRowBytes);
+  std::vector<uint32_t> misses;
+  ExpectError(table->Fetch({.keys = Keys(3, 1, true), .rows = rows.buffer()}, &misses), StatusCode::kDataLoss,
+              {kTableName, "is damaged", "remove the file"});
+  ExpectVersion(*table, Keys(4, 11, true), 1);
+}
+
 TEST_F(MultiProcessTest, RowsOfAnySize) {
   const auto store = Open(name);
   for (const size_t row_bytes : {1, 2, 3, 5, 8, 17, 31, 4'095, 5'001, 70'000}) {
@@ -341,6 +365,97 @@ TEST_F(MultiProcessTest, DroppedTablesAndOutgrownIndexesAreUsedAgain) {
     if (round == 3) taken = TakenBytes(name);
   }
   EXPECT_LE(TakenBytes(name), taken + taken / 10);
+}
+
+// Overflow -----------------------------------------------------------------------------------------------------------
+
+constexpr uint64_t kMargin = 100;
+
+std::unique_ptr<TableStore> OpenBounded(const std::string& name, OverflowPolicy policy, bool refresh = false) {
+  MultiProcessOptions options = Options(name);
+  options.num_partitions = 1;
+  options.overflow = {.margin = kMargin, .policy = policy, .refresh_time_after_fetch = refresh};
+  return Open(options);
+}
+
+// Which keys still have their row.
+std::vector<Key> Left(const Table& table, const std::vector<Key>& keys) {
+  std::vector<Key> left;
+  const std::vector<uint32_t> versions = Versions(table, keys);
+  for (size_t i = 0; i < keys.size(); ++i) {
+    if (versions[i] != 0) left.push_back(keys[i]);
+  }
+  return left;
+}
+
+TEST_P(MultiProcessKeysTest, OldestRowsLeaveFirst) {
+  const auto store = OpenBounded(name, OverflowPolicy::kEvictOldest);
+  EXPECT_TRUE(store->capabilities().bounded);
+  const auto table = Create(*store, 1'000);
+  for (size_t key = 0; key < kMargin; ++key) ASSERT_OK(Put(*table, Keys(key, 1, GetParam()), 1));
+  ASSERT_OK(Put(*table, Keys(0, 10, GetParam()), 2));  // younger again
+  (void)Versions(*table, Keys(10, 10, GetParam()));    // reading changes nothing here
+  EXPECT_EQ(table->Stats()->rows, kMargin);
+  ASSERT_OK(Put(*table, Keys(kMargin, 1, GetParam()), 1));
+  std::vector<Key> expected = Keys(0, 10, GetParam());
+  const std::vector<Key> rest = Keys(kMargin + 1 - 70, 70, GetParam());
+  expected.insert(expected.end(), rest.begin(), rest.end());
+  EXPECT_EQ(Left(*table, Keys(0, kMargin + 1, GetParam())), expected);
+  EXPECT_EQ(table->Stats()->rows, 80u);
+  ASSERT_OK(CheckMultiProcessStore(*store));
+}
+
+TEST_P(MultiProcessKeysTest, ReadingMakesYoungerWhereItIsToldTo) {
+  const auto store = OpenBounded(name, OverflowPolicy::kEvictOldest, /*refresh=*/true);
+  const auto table = Create(*store);
+  for (size_t key = 0; key < kMargin; ++key) ASSERT_OK(Put(*table, Keys(key, 1, GetParam()), 1));
+  ExpectVersion(*table, Keys(0, 10, GetParam()), 1);
+  ASSERT_OK(Put(*table, Keys(kMargin, 1, GetParam()), 1));
+  EXPECT_EQ(Left(*table, Keys(0, 30, GetParam())), Keys(0, 10, GetParam()));
+}
+
+TEST_P(MultiProcessKeysTest, LeastUsedRowsLeaveFirst) {
+  const auto store = OpenBounded(name, OverflowPolicy::kEvictLeastUsed);
+  const auto table = Create(*store, 50);
+  ASSERT_OK(Put(*table, Keys(0, kMargin, GetParam()), 1));
+  for (int round = 0; round < 8; ++round) ExpectVersion(*table, Keys(20, 40, GetParam()), 1);
+  ASSERT_OK(Put(*table, Keys(60, 30, GetParam()), 1));  // written twice
+  ASSERT_OK(Put(*table, Keys(kMargin, 10, GetParam()), 1));
+  std::vector<Key> left = Left(*table, Keys(20, 70, GetParam()));
+  EXPECT_GE(left.size(), 69u);
+  EXPECT_EQ(Left(*table, Keys(kMargin, 10, GetParam())).size(), 10u) << "those just written are the last to leave";
+  // Counts are halved, so that old fame fades: others that are read a few times overtake it.
+  for (size_t wave = 2; wave < 12; ++wave) {
+    ASSERT_OK(Put(*table, Keys(wave * kMargin, 40, GetParam()), 1));
+    for (int round = 0; round < 4; ++round) ExpectVersion(*table, Keys(wave * kMargin, 40, GetParam()), 1);
+  }
+  EXPECT_LT(Left(*table, Keys(20, 40, GetParam())).size(), 40u);
+  ASSERT_OK(CheckMultiProcessStore(*store));
+}
+
+TEST_P(MultiProcessKeysTest, AnyRowsLeaveAtRandom) {
+  const auto store = OpenBounded(name, OverflowPolicy::kEvictRandom);
+  const auto table = Create(*store);
+  ASSERT_OK(Put(*table, Keys(0, kMargin, GetParam()), 1));
+  ASSERT_OK(Put(*table, Keys(kMargin, 1, GetParam()), 1));
+  EXPECT_EQ(table->Stats()->rows, 80u);
+  const size_t early = Left(*table, Keys(0, 50, GetParam())).size();
+  EXPECT_GT(early, 25u);
+  EXPECT_LT(early, 50u);
+  ASSERT_OK(CheckMultiProcessStore(*store));
+}
+
+TEST_P(MultiProcessKeysTest, AnUpsertLargerThanTheMarginIsHeldWithinIt) {
+  for (const OverflowPolicy policy :
+       {OverflowPolicy::kEvictOldest, OverflowPolicy::kEvictRandom, OverflowPolicy::kEvictLeastUsed}) {
+    const auto store = OpenBounded(name, policy);
+    const auto table = Create(*store, 5'000);
+    ASSERT_OK(Put(*table, Keys(0, 5'000, GetParam()), 1));
+    EXPECT_LE(table->Stats()->rows, kMargin);
+    EXPECT_GE(table->Stats()->rows, 80u);
+    EXPECT_LT(table->Stats()->memory_bytes, 5'000u * 10 + 50'000u) << "rows that may never be had are set aside";
+    ASSERT_OK(CheckMultiProcessStore(*store));
+  }
 }
 
 // Attaching and leaving ----------------------------------------------------------------------------------------------
