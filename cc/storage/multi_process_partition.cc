@@ -80,9 +80,10 @@ void MultiProcessPartition::ForEachPlace(Visit visit) const {
   const uint64_t dense = table_.dense.load(std::memory_order_relaxed);
   if (dense == 0) return;
   const uint64_t lines = DenseLine::LinesFor(table_.expected_rows);
-  const uint64_t stride = DenseLine::kBlockLines * table_.num_partitions;
-  for (uint64_t block = DenseLine::kBlockLines * number_; block < lines; block += stride) {
-    for (uint64_t i = block; i < std::min(block + DenseLine::kBlockLines, lines); ++i) {
+  const uint64_t block_lines = table_.dense_block_lines;
+  const uint64_t stride = block_lines * table_.num_partitions;
+  for (uint64_t block = block_lines * number_; block < lines; block += stride) {
+    for (uint64_t i = block; i < std::min(block + block_lines, lines); ++i) {
       DenseLine* line = heap_.At<DenseLine>(dense) + i;
       for (size_t number = 0; number < DenseLine::kKeys; ++number) {
         const uint32_t entry = Load(line->entries[number]);
@@ -108,10 +109,13 @@ Status MultiProcessPartition::Upsert(std::span<const uint32_t> order, std::span<
   ForEachPrefetched(
       order, keys, [&](uint32_t i) { PrefetchRow(row(i), table_.row_bytes); },
       [&](size_t at) {
-        status = UpsertOne(keys[order[at]], row(order[at]), only_absent);
-        if (status.ok() && shared_.rows.load(std::memory_order_relaxed) > overflow_.margin) {
-          Evict(order.first(at + 1), keys);
+        const Key key = keys[order[at]];
+        if (shared_.rows.load(std::memory_order_relaxed) >= overflow_.margin) {
+          Place place;
+          (void)Find(key, /*reserve=*/false, &place);  // without a reservation nothing can fail
+          if (place.entry == 0) MakeRoom(order, keys);
         }
+        status = UpsertOne(key, row(order[at]), only_absent);
         return status.ok();
       });
   return status;
@@ -161,7 +165,7 @@ Status MultiProcessPartition::UpsertOne(Key key, const std::byte* row, bool only
   if (place.line != nullptr) {
     std::atomic_ref(place.line->entries[place.number]).store(slot + 1, std::memory_order_release);
   } else {
-    if (place.way.entry == HashBuckets::kUnclaimed) ++shared_.claimed;
+    if (place.way.takes_new_key()) ++shared_.claimed;
     HashBuckets::SetRow(place.way, key, slot);
   }
   if (place.entry != 0) {
@@ -393,14 +397,15 @@ Status MultiProcessPartition::Check() {
 
 // Eviction -----------------------------------------------------------------------------------------------------------
 
-void MultiProcessPartition::Evict(std::span<const uint32_t> written, std::span<const Key> keys) {
-  std::vector<Key> newest;
-  newest.reserve(written.size());
-  for (const uint32_t i : written) newest.push_back(keys[i]);
-  std::sort(newest.begin(), newest.end());
+// Leaves room for the row that comes: with it the partition has the target's rows.
+void MultiProcessPartition::MakeRoom(std::span<const uint32_t> order, std::span<const Key> keys) {
+  std::vector<Key> spared;
+  spared.reserve(order.size());
+  for (const uint32_t i : order) spared.push_back(keys[i]);
+  std::sort(spared.begin(), spared.end());
 
   struct Candidate {
-    bool newest;     // of the upsert that is running: the last to leave
+    bool spared;     // of the upsert that is running: the last to leave
     uint64_t worth;  // the smallest leave first
     Place place;
   };
@@ -416,15 +421,16 @@ void MultiProcessPartition::Evict(std::span<const uint32_t> written, std::span<c
       // Times are told by how long ago they were, so that the clock may wrap.
       if (overflow_.policy == OverflowPolicy::kEvictOldest) worth = static_cast<uint32_t>(static_cast<uint32_t>(worth) - clock - 1);
     }
-    candidates.push_back({std::binary_search(newest.begin(), newest.end(), key), worth, place});
+    candidates.push_back({std::binary_search(spared.begin(), spared.end(), key), worth, place});
   });
-  const uint64_t stay = std::min(overflow_.target_rows(), overflow_.margin);
+  const uint64_t stay = std::min(overflow_.target_rows(), overflow_.margin) - 1;
   const uint64_t leave = candidates.size() - std::min<uint64_t>(candidates.size(), stay);
   std::nth_element(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(leave), candidates.end(),
                    [](const Candidate& left, const Candidate& right) {
-                     return left.newest != right.newest ? right.newest : left.worth < right.worth;
+                     return left.spared != right.spared ? right.spared : left.worth < right.worth;
                    });
   for (uint64_t i = 0; i < leave; ++i) Remove(candidates[i].place);
+  shared_.evicted_rows.store(shared_.evicted_rows.load(std::memory_order_relaxed) + leave, std::memory_order_relaxed);
   if (overflow_.policy != OverflowPolicy::kEvictLeastUsed) return;
   for (uint64_t i = leave; i < candidates.size(); ++i) {
     std::byte* meta = Meta(candidates[i].place.entry - 1);

@@ -86,7 +86,7 @@ class MultiProcessPartition {
   void ForEachUsedSlotNumber(Visit visit) const;
   void Repair();
 
-  void Evict(std::span<const uint32_t> written, std::span<const Key> keys);
+  void MakeRoom(std::span<const uint32_t> order, std::span<const Key> keys);
 
   SharedHeap& heap_;
   std::byte* const base_;

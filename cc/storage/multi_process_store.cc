@@ -35,12 +35,16 @@ uint64_t PartitionRows(uint64_t expected_rows, uint32_t num_partitions) {
 class MultiProcessStore final : public TableStore {
  public:
   explicit MultiProcessStore(std::shared_ptr<MultiProcessState> state)
-      : state_(std::move(state)), heap_(*state_->heap) {}
+      : state_(std::move(state)), heap_(*state_->heap), num_partitions_(heap_.layout().num_partitions) {}
 
   ~MultiProcessStore() override { (void)Close(); }
 
   std::string_view kind() const override { return "multi_process_hash_map"; }
-  StoreCapabilities capabilities() const override { return {.shared = true, .bounded = state_->overflow.bounded()}; }
+  StoreCapabilities capabilities() const override {
+    return {.shared = true,
+            .bounded = state_->overflow.bounded(),
+            .capacity_rows = CapacityRows(state_->overflow, num_partitions_, DenseLine::kKeys)};
+  }
 
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {
     const EpochGuard guard;
@@ -198,7 +202,7 @@ class MultiProcessStore final : public TableStore {
     const uint32_t num_partitions = heap_.layout().num_partitions;
     const OverflowOptions& overflow = state_->overflow;
     uint64_t held_rows = PartitionRows(spec.expected_rows, num_partitions);
-    if (overflow.bounded()) held_rows = std::min(held_rows, overflow.margin + 1);
+    if (overflow.bounded()) held_rows = std::min(held_rows, overflow.margin + 1);  // an update needs one slot more
     SharedTable shape = {};
     shape.bytes = sizeof(SharedTable) + num_partitions * sizeof(SharedPartition) + spec.name.size();
     shape.row_bytes = spec.row_bytes;
@@ -212,6 +216,7 @@ class MultiProcessStore final : public TableStore {
                                          static_cast<double>(held_rows));
     shape.planned_rows = std::max(static_cast<uint64_t>(mean), held_rows * 32 / 35) + 1;
     shape.num_partitions = num_partitions;
+    shape.dense_block_lines = overflow.bounded() ? 1 : DenseLine::kBlockLines;
     shape.name_bytes = spec.name.size();
     // Better now than in the middle of a load: the rows and the smaller one of the indexes.
     if (spec.expected_rows > 0) {
@@ -232,6 +237,7 @@ class MultiProcessStore final : public TableStore {
     table.planned_rows = shape.planned_rows;
     table.first_bits = shape.first_bits;
     table.num_partitions = num_partitions;
+    table.dense_block_lines = shape.dense_block_lines;
     table.name_bytes = shape.name_bytes;
     std::copy(spec.name.begin(), spec.name.end(), table.name());
     Status status;
@@ -252,6 +258,7 @@ class MultiProcessStore final : public TableStore {
 
   const std::shared_ptr<MultiProcessState> state_;
   SharedHeap& heap_;  // usable where *state_ is open
+  const uint32_t num_partitions_;
 };
 
 }  // namespace
@@ -264,6 +271,12 @@ Result<std::unique_ptr<TableStore>> OpenMultiProcessStore(const MultiProcessOpti
   }
   if (options.allocation_rate_bytes == 0) {
     return InvalidArgument(kind + "allocation_rate is 0; choose the bytes to ask for at a time, such as 268435456");
+  }
+  if (options.overflow.margin == 0 || !(options.overflow.resolution_target > 0) ||
+      !(options.overflow.resolution_target < 1)) {
+    return InvalidArgument(kind + "overflow_margin is " + std::to_string(options.overflow.margin) +
+                           " and overflow_resolution_target " + std::to_string(options.overflow.resolution_target) +
+                           "; choose at least 1 row, and a target between 0 and 1");
   }
   if (options.bytes > (uint64_t{1} << 42)) {
     return InvalidArgument(kind + "shared_memory_size is " + std::to_string(options.bytes) +

@@ -11,8 +11,10 @@
 // left behind is used again by the next one with the same configuration.
 //
 // Beyond table_store.h: rows are not addressable; a deadline is looked at once, before the batch; a partition holds at
-// most 2^32 - 2 rows; writes to a dropped table that is still held go to that table. TableStats::memory_bytes is shared
-// memory. With a finite overflow margin a partition that grows beyond it is shrunk (overflow.h). Memory is taken from
+// most 2^32 - 3 rows; writes to a dropped table that is still held go to that table. TableStats::memory_bytes is shared
+// memory. With an overflow margin a key that comes into a full partition makes
+// rows leave down to the target, the fresh one counted, before it is written (overflow.h); a time (of evict_oldest, in
+// upserts to the partition) or a count of uses costs 4 bytes a row. Memory is taken from
 // /dev/shm as tables grow, and used again after they are dropped, but not given back before the file is removed.
 
 #ifndef HPS_STORAGE_MULTI_PROCESS_STORE_H_

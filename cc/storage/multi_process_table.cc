@@ -56,6 +56,7 @@ MultiProcessTable::MultiProcessTable(TableSpec spec, uint64_t offset, std::share
       base_(state_->heap->base()),
       table_(state_->heap->At<SharedTable>(offset)),
       num_partitions_(table_->num_partitions),
+      dense_block_lines_(table_->dense_block_lines),
       touches_(table_->meta_bytes != 0 && (state_->overflow.refresh_time_after_fetch ||
                                            state_->overflow.policy == OverflowPolicy::kEvictLeastUsed)) {}
 
@@ -78,7 +79,8 @@ Status MultiProcessTable::CheckStride(size_t stride_bytes) const {
 }
 
 uint32_t MultiProcessTable::PartitionOf(Key key) const {
-  return Covers(key) ? DenseLine::PartitionOf(static_cast<uint64_t>(key) / DenseLine::kKeys, num_partitions_)
+  return Covers(key) ? DenseLine::PartitionOf(static_cast<uint64_t>(key) / DenseLine::kKeys, dense_block_lines_,
+                                             num_partitions_)
                      : PlaceOf(key, num_partitions_).partition;
 }
 
@@ -100,7 +102,7 @@ void MultiProcessTable::Begin(Key key, Probe* probe) const {
   probe->entry = nullptr;
   if (Covers(key)) {
     const uint64_t line = static_cast<uint64_t>(key) / DenseLine::kKeys;
-    probe->partition = table_->partitions() + DenseLine::PartitionOf(line, num_partitions_);
+    probe->partition = table_->partitions() + DenseLine::PartitionOf(line, dense_block_lines_, num_partitions_);
     probe->published = &never_replaced;
     probe->version = 0;
     const uint64_t dense = table_->dense.load(std::memory_order_acquire);
@@ -236,6 +238,9 @@ Status MultiProcessTable::Fetch(const FetchRequest& request, std::vector<uint32_
   if (request.deadline != kNoDeadline && std::chrono::steady_clock::now() > request.deadline) {
     return DeadlineExceeded("multi_process_hash_map: the deadline had passed before table '" + spec_.name +
                             "' was read");
+  }
+  if (request.cancelled != nullptr && request.cancelled->load(std::memory_order_relaxed)) {
+    return Cancelled("multi_process_hash_map: the caller gave up before table '" + spec_.name + "' was read");
   }
   const size_t count = request.positions ? request.positions->size() : request.keys.size();
   const bool stream = std::max(count * spec_.row_bytes, request.output_bytes) >= kStreamBytes &&
@@ -381,6 +386,7 @@ Result<TableStats> MultiProcessTable::Stats() const {
   TableStats stats;
   for (uint32_t p = 0; p < num_partitions_; ++p) {
     stats.rows += table_->partitions()[p].rows.load(std::memory_order_relaxed);
+    stats.evicted_rows += table_->partitions()[p].evicted_rows.load(std::memory_order_relaxed);
   }
   const auto lock = state_->heap->Lock();
   ForEachBlock(offset_, *table_, [&](uint64_t, uint64_t bytes) { stats.memory_bytes += UnitsFor(bytes) * kUnitBytes; });

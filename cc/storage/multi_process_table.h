@@ -91,6 +91,7 @@ class MultiProcessTable final : public Table {
   std::byte* const base_;
   SharedTable* const table_;
   const uint32_t num_partitions_;
+  const uint64_t dense_block_lines_;
   const bool touches_;  // reading a row changes its time or count
 };
 

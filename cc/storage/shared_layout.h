@@ -83,13 +83,14 @@ struct SharedIndex {
 // numbers from there to 2^first_bits are left out. The others grow by a quarter of the next lower power of two.
 struct alignas(64) SharedPartition {
   static constexpr size_t kMaxRegions = 122;
-  static constexpr uint64_t kMaxSlots = 0xFFFFFFFE;
+  static constexpr uint64_t kMaxSlots = 0xFFFFFFFD;  // slot + 1 and three other values fit in 32 bits
 
   // Atomic; written under `mutex`, and the header's mutex where blocks come and go.
   std::atomic<uint64_t> published;  // index[published % 2] is the index; 0: there is none. Counts replacements
   SharedIndex index[2];
   std::atomic<uint32_t> regions[kMaxRegions];  // unit of the region, 0: none
   std::atomic<uint64_t> rows;
+  std::atomic<uint64_t> evicted_rows;  // since the table was made
   SharedIndex next;  // an index in the making; offset 0: none
 
   RobustMutex mutex;        // guards what follows and the partition's contents
@@ -112,6 +113,7 @@ struct alignas(64) SharedTable {
   uint64_t planned_rows;  // a partition's first index has room for so many
   uint32_t first_bits;    // >= 2
   uint32_t num_partitions;
+  uint64_t dense_block_lines;  // neighbours in one partition, so that writers do not share cache lines
   uint64_t name_bytes;
   std::atomic<uint64_t> dense;                // atomic: offset of the dense index, 0: none yet
   std::atomic<uint32_t> dropped;              // atomic
@@ -150,14 +152,16 @@ struct SharedRecord {
 // The dense index: a cache line for 15 keys, so that each line has a version of its own.
 struct alignas(64) DenseLine {
   static constexpr uint64_t kKeys = 15;
-  static constexpr uint64_t kBlockLines = 16;  // neighbours in one partition, so that writers do not share lines
+  static constexpr uint64_t kBlockLines = 16;  // SharedTable::dense_block_lines of tables without a margin
 
   uint32_t entries[kKeys];  // slot + 1, 0: absent
   uint32_t marks;
 
   static uint64_t LinesFor(uint64_t keys) { return (keys + kKeys - 1) / kKeys; }
-  static uint32_t PartitionOf(uint64_t line, uint32_t num_partitions) {
-    return static_cast<uint32_t>(line / kBlockLines % num_partitions);
+  static uint32_t PartitionOf(uint64_t line, uint64_t block_lines, uint32_t num_partitions) {
+    // Divisions are slow, and there are two sizes of blocks.
+    const uint64_t block = block_lines == kBlockLines ? line / kBlockLines : line / block_lines;
+    return static_cast<uint32_t>(block % num_partitions);
   }
 };
 static_assert(sizeof(DenseLine) == 64);

@@ -38,6 +38,8 @@ TEST_F(MultiProcessTest, OptionsOutOfRangeAreRefused) {
   refused([](auto& options) { options.num_partitions = 0; }, "num_partitions is 0");
   refused([](auto& options) { options.num_partitions = 4097; }, "choose 1 to 4096");
   refused([](auto& options) { options.allocation_rate_bytes = 0; }, "allocation_rate is 0");
+  refused([](auto& options) { options.overflow.margin = 0; }, "overflow_margin is 0");
+  refused([](auto& options) { options.overflow.resolution_target = 1; }, "a target between 0 and 1");
   refused([](auto& options) { options.bytes = 4096; }, "shared_memory_size is 4096 bytes");
   refused([](auto& options) { options.bytes = UINT64_MAX; }, "the most is 4398046511104");
   for (const std::string bad : {"", "a/b", "..", ".hidden"}) {
@@ -367,82 +369,15 @@ TEST_F(MultiProcessTest, DroppedTablesAndOutgrownIndexesAreUsedAgain) {
   EXPECT_LE(TakenBytes(name), taken + taken / 10);
 }
 
-// Overflow -----------------------------------------------------------------------------------------------------------
+// Overflow: the clauses of all bounded stores are in store_conformance.cc -------------------------------------------
 
 constexpr uint64_t kMargin = 100;
 
-std::unique_ptr<TableStore> OpenBounded(const std::string& name, OverflowPolicy policy, bool refresh = false) {
+std::unique_ptr<TableStore> OpenBounded(const std::string& name, OverflowPolicy policy) {
   MultiProcessOptions options = Options(name);
   options.num_partitions = 1;
-  options.overflow = {.margin = kMargin, .policy = policy, .refresh_time_after_fetch = refresh};
+  options.overflow = {.margin = kMargin, .policy = policy};
   return Open(options);
-}
-
-// Which keys still have their row.
-std::vector<Key> Left(const Table& table, const std::vector<Key>& keys) {
-  std::vector<Key> left;
-  const std::vector<uint32_t> versions = Versions(table, keys);
-  for (size_t i = 0; i < keys.size(); ++i) {
-    if (versions[i] != 0) left.push_back(keys[i]);
-  }
-  return left;
-}
-
-TEST_P(MultiProcessKeysTest, OldestRowsLeaveFirst) {
-  const auto store = OpenBounded(name, OverflowPolicy::kEvictOldest);
-  EXPECT_TRUE(store->capabilities().bounded);
-  const auto table = Create(*store, 1'000);
-  for (size_t key = 0; key < kMargin; ++key) ASSERT_OK(Put(*table, Keys(key, 1, GetParam()), 1));
-  ASSERT_OK(Put(*table, Keys(0, 10, GetParam()), 2));  // younger again
-  (void)Versions(*table, Keys(10, 10, GetParam()));    // reading changes nothing here
-  EXPECT_EQ(table->Stats()->rows, kMargin);
-  ASSERT_OK(Put(*table, Keys(kMargin, 1, GetParam()), 1));
-  std::vector<Key> expected = Keys(0, 10, GetParam());
-  const std::vector<Key> rest = Keys(kMargin + 1 - 70, 70, GetParam());
-  expected.insert(expected.end(), rest.begin(), rest.end());
-  EXPECT_EQ(Left(*table, Keys(0, kMargin + 1, GetParam())), expected);
-  EXPECT_EQ(table->Stats()->rows, 80u);
-  ASSERT_OK(CheckMultiProcessStore(*store));
-}
-
-TEST_P(MultiProcessKeysTest, ReadingMakesYoungerWhereItIsToldTo) {
-  const auto store = OpenBounded(name, OverflowPolicy::kEvictOldest, /*refresh=*/true);
-  const auto table = Create(*store);
-  for (size_t key = 0; key < kMargin; ++key) ASSERT_OK(Put(*table, Keys(key, 1, GetParam()), 1));
-  ExpectVersion(*table, Keys(0, 10, GetParam()), 1);
-  ASSERT_OK(Put(*table, Keys(kMargin, 1, GetParam()), 1));
-  EXPECT_EQ(Left(*table, Keys(0, 30, GetParam())), Keys(0, 10, GetParam()));
-}
-
-TEST_P(MultiProcessKeysTest, LeastUsedRowsLeaveFirst) {
-  const auto store = OpenBounded(name, OverflowPolicy::kEvictLeastUsed);
-  const auto table = Create(*store, 50);
-  ASSERT_OK(Put(*table, Keys(0, kMargin, GetParam()), 1));
-  for (int round = 0; round < 8; ++round) ExpectVersion(*table, Keys(20, 40, GetParam()), 1);
-  ASSERT_OK(Put(*table, Keys(60, 30, GetParam()), 1));  // written twice
-  ASSERT_OK(Put(*table, Keys(kMargin, 10, GetParam()), 1));
-  std::vector<Key> left = Left(*table, Keys(20, 70, GetParam()));
-  EXPECT_GE(left.size(), 69u);
-  EXPECT_EQ(Left(*table, Keys(kMargin, 10, GetParam())).size(), 10u) << "those just written are the last to leave";
-  // Counts are halved, so that old fame fades: others that are read a few times overtake it.
-  for (size_t wave = 2; wave < 12; ++wave) {
-    ASSERT_OK(Put(*table, Keys(wave * kMargin, 40, GetParam()), 1));
-    for (int round = 0; round < 4; ++round) ExpectVersion(*table, Keys(wave * kMargin, 40, GetParam()), 1);
-  }
-  EXPECT_LT(Left(*table, Keys(20, 40, GetParam())).size(), 40u);
-  ASSERT_OK(CheckMultiProcessStore(*store));
-}
-
-TEST_P(MultiProcessKeysTest, AnyRowsLeaveAtRandom) {
-  const auto store = OpenBounded(name, OverflowPolicy::kEvictRandom);
-  const auto table = Create(*store);
-  ASSERT_OK(Put(*table, Keys(0, kMargin, GetParam()), 1));
-  ASSERT_OK(Put(*table, Keys(kMargin, 1, GetParam()), 1));
-  EXPECT_EQ(table->Stats()->rows, 80u);
-  const size_t early = Left(*table, Keys(0, 50, GetParam())).size();
-  EXPECT_GT(early, 25u);
-  EXPECT_LT(early, 50u);
-  ASSERT_OK(CheckMultiProcessStore(*store));
 }
 
 TEST_P(MultiProcessKeysTest, AnUpsertLargerThanTheMarginIsHeldWithinIt) {
