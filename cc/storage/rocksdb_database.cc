@@ -467,6 +467,8 @@ struct Registry {
   std::mutex mutex;
   std::condition_variable closed;
   std::map<std::string, std::weak_ptr<Database>> databases;
+  int live = 0;        // databases that exist, registered or not
+  bool ended = false;  // the process exits
 };
 
 Registry& OpenDatabases() {
@@ -478,10 +480,11 @@ void CloseDatabase(Database* database) {
   const std::string path = database->path();
   const bool registered = database->registered;
   delete database;
-  if (!registered) return;
   Registry& registry = OpenDatabases();
-  std::lock_guard lock(registry.mutex);
-  registry.databases.erase(path);
+  std::unique_lock lock(registry.mutex, std::defer_lock);
+  if (registered) lock.lock();  // one that could not be started goes under its opener's lock
+  if (registered) registry.databases.erase(path);
+  --registry.live;
   registry.closed.notify_all();
 }
 
@@ -490,6 +493,7 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
   std::shared_ptr<Database> database;  // outlives the lock: letting go of it may lock again
   std::unique_lock lock(registry.mutex);
   for (;;) {
+    if (registry.ended) return FailedPrecondition(Located(path) + ": the process is ending; no database is opened");
     auto found = registry.databases.find(path);
     if (found == registry.databases.end()) break;
     database = found->second.lock();
@@ -502,7 +506,11 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
     registry.closed.wait(lock);
   }
   database = std::shared_ptr<Database>(new Database(path, options.read_only), CloseDatabase);
-  HPS_RETURN_IF_ERROR(database->Start(options));
+  ++registry.live;
+  if (Status started = database->Start(options); !started.ok()) {
+    database.reset();
+    return started;
+  }
   registry.databases[path] = database;
   database->registered = true;
   return database;
@@ -514,6 +522,13 @@ Result<std::shared_ptr<RocksDbDatabase>> RocksDbDatabase::Open(const RocksDbOpti
   HPS_ASSIGN_OR_RETURN(const std::string path, PrepareFolder(options));
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<Database> database, OpenShared(path, options));
   return std::shared_ptr<RocksDbDatabase>(std::move(database));
+}
+
+bool EndRocksDb(std::chrono::milliseconds limit) {
+  Registry& registry = OpenDatabases();
+  std::unique_lock lock(registry.mutex);
+  registry.ended = true;
+  return registry.closed.wait_for(lock, limit, [&] { return registry.live == 0; });
 }
 
 std::string RocksDbDatabase::Where() const { return Located(path_); }

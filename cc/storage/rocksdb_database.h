@@ -61,7 +61,7 @@ class RocksDbDatabase {
   using ReadVisitor = std::function<Status(size_t, std::optional<std::string_view>)>;
   using ScanVisitor = std::function<Status(std::string_view key, std::string_view row)>;
 
-  // Makes the folder, or refuses it; see OpenRocksDbStore. Looks at path, num_threads and read_only.
+  // Makes the folder, or refuses it; see OpenRocksDbStore, and EndRocksDb. Looks at path, num_threads and read_only.
   static Result<std::shared_ptr<RocksDbDatabase>> Open(const RocksDbOptions& options);
   virtual ~RocksDbDatabase() = default;
 
