@@ -191,6 +191,20 @@ Field<ServerConfig> Models() {
   return field;
 }
 
+// "$schema": for editors, which find docs/ps.schema.json by it.
+Field<ServerConfig> EditorSchema() {
+  Field<ServerConfig> field;
+  field.name = "$schema";
+  field.type = TypeOf<std::string>();
+  field.description = "the address of this file's JSON schema, docs/ps.schema.json, for editors";
+  field.default_text = "none";
+  field.read = [](const JsonValue& value, const Place& place, Notes*, ServerConfig*) {
+    std::string ignored;
+    return ReadValue(value, place, {}, &ignored);
+  };
+  return field;
+}
+
 // Built in place and never destroyed: the address of `info` is handed out, and threads may outlive main.
 template <typename S>
 const Section<S>* MakeSection(std::string_view pointer, std::string_view description, std::vector<Field<S>> fields,
@@ -391,6 +405,7 @@ const Section<ServerConfig>& ServerSection() {
   static const auto* section = MakeSection<C>(
       "", "the document",
       {
+          EditorSchema(),
           Required(Plain("supportlonglong", &C::long_keys, {},
                          "true: 64-bit keys; false: keys that fit in 32 bits (ids may be int32)")),
           Plain("fuse_embedding_table", &C::fuse_embedding_table, {}, "look up tables of equal width as one", kLater),

@@ -134,6 +134,7 @@ std::vector<KeyCase> KeyCases() {
   const auto u = &C::update_source;
   using Strings = std::vector<std::string>;
   return {
+      {"", "$schema", "\"ps.schema.json\"", [](const C&) { return true; }},
       {"", "supportlonglong", "false", [](const C& c) { return !c.long_keys; }},
       {"", "fuse_embedding_table", "true", [](const C& c) { return c.fuse_embedding_table; }},
       {"", "lookup_timeout_ms", "250", [](const C& c) { return c.lookup_timeout_ms == 250; }},
@@ -818,7 +819,7 @@ TEST(ConfigHash, IsThatOfTheMeaning) {
   for (const KeyCase& key : KeyCases()) {
     ServerConfig config = Parsed(With(key.section, "\"" + key.key + "\": " + key.value));
     bool is_default = key.section + "/" + key.key == "/volatile_db/initial_cache_rate" || key.value == "\"disabled\"" ||
-                      key.value == "\"null\"";
+                      key.value == "\"null\"" || key.key == "$schema";  // for editors
     bool sets_type = key.section == "/persistent_db" || key.section == "/update_source";
     EXPECT_EQ(ConfigHash(config) != base, (key.is_taken && !is_default) || (sets_type && !is_default)) << key.key;
   }
