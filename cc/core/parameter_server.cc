@@ -170,7 +170,8 @@ class ParameterServer::Impl {
          {std::tuple("volatile", resources_->volatile_store, &TierStack::volatile_tier),
           std::tuple("persistent", resources_->persistent_store, &TierStack::persistent_tier)}) {
       if (!store) continue;
-      const Tier& common = name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
+      const Tier& common =
+          name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
       Readiness::TierState state{.tier = name, .store = std::string(store->kind())};
       state.needed = common.when_unavailable == WhenUnavailable::kFail;
       const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
@@ -353,10 +354,11 @@ class ParameterServer::Impl {
       HPS_ASSIGN_OR_RETURN(persistent_store, OpenRocksDbStore(options));
     }
     if (options_.adapt_store && volatile_store) volatile_store = options_.adapt_store("volatile", volatile_store);
-    if (options_.adapt_store && persistent_store) persistent_store = options_.adapt_store("persistent", persistent_store);
+    if (options_.adapt_store && persistent_store)
+      persistent_store = options_.adapt_store("persistent", persistent_store);
     if (volatile_store) {
-      resources_->volatile_tier =
-          CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable, &resources_->volatile_breaker);
+      resources_->volatile_tier = CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable,
+                                             &resources_->volatile_breaker);
       // Without a lower tier there is nothing to go on to (configurations made in code may say so all the same).
       if (!persistent_store && cache.when_unavailable == WhenUnavailable::kNextTier) {
         resources_->volatile_tier.when_unavailable = WhenUnavailable::kFail;
