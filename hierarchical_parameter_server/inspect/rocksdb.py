@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -51,7 +51,10 @@ def inspect_database(folder: Path, shown: int, exact: bool = False) -> Report:
         raise InvalidArgumentError(f"{folder} is no RocksDB database: it has no file {CURRENT_FILE}")
     report = Report("rocks_db", str(folder), f"RocksDB database {folder}")
     with _open(folder) as (database, families):
-        records = _read_records(database, report)
+        try:
+            records = _read_records(database, report)
+        except Exception as error:
+            raise _mapped(error, str(folder), database.path()) from error
         for family in sorted(families):
             name = stored_names.parse_table_name(family)
             if name is not None:
@@ -117,7 +120,7 @@ def _read_records(database, report: Report) -> dict[str, dict[str, stored_names.
     """By model. Damaged records are problems of the report."""
     records = {}
     prefix = stored_names.RECORD_PREFIX.encode()
-    for key, value in database.items(from_key=prefix):
+    for key, value in _walk(database, lambda rows: (rows.key(), rows.value()), prefix):
         if not key.startswith(prefix):
             break
         name = key[len(prefix) :].decode("utf-8", "replace")
@@ -132,6 +135,16 @@ def _read_records(database, report: Report) -> dict[str, dict[str, stored_names.
     return records
 
 
+def _walk(family, take: Callable, first: bytes = b"") -> Iterator:
+    """take(iterator) for each row from the key `first` on. Raises where the rows cannot be read."""
+    rows = family.iter()
+    rows.seek(first)
+    while rows.valid():
+        yield take(rows)
+        rows.next()
+    rows.status()  # the package's own loops end silently at a damaged block
+
+
 def _inspect_table(database, name, records, shown: int, exact: bool, where: str) -> Table:
     table = Table.stored(name, records)
     family = database.get_column_family(name.stored)
@@ -141,10 +154,10 @@ def _inspect_table(database, name, records, shown: int, exact: bool, where: str)
         table.rows = family.property_int_value("rocksdb.estimate-num-keys") or 0
         table.rows_exact = False
         if exact or table.bytes + in_memory <= _COUNTED_BYTES:
-            table.rows, table.rows_exact = sum(1 for _ in family.keys()), True
+            table.rows, table.rows_exact = sum(1 for _ in _walk(family, lambda rows: None)), True
         if table.rows and not table.bytes:
             table.notes.append("its rows are in the database's log only, until it is flushed")
-        first = list(itertools.islice(family.items(), SAMPLE_ROWS))
+        first = list(itertools.islice(_walk(family, lambda rows: (rows.key(), rows.value())), SAMPLE_ROWS))
         table.take_sample([key for key, _ in first], [row for _, row in first], shown)
     except Exception as error:
         table.problems.append(str(_mapped(error, f"{where}, table {name.stored}", database.path())))
