@@ -22,7 +22,7 @@ from .config import (
     UpdateSourceType_t,
     VolatileDatabaseParams,
 )
-from .server import Init, ParameterServer, prometheus_text, shutdown, stats
+from .server import Init, ParameterServer, prometheus_text, readiness, ready, shutdown, stats
 
 __all__ = [
     "DatabaseHashMapAlgorithm_t",
@@ -40,6 +40,8 @@ __all__ = [
     "__version__",
     "errors",
     "prometheus_text",
+    "readiness",
+    "ready",
     "shutdown",
     "stats",
 ]

@@ -101,6 +101,21 @@ class ParameterServer:
         """(name, width) of each table of a model, in order."""
         return self._server.tables(model)
 
+    def readiness(self) -> dict:
+        """Whether the server can answer lookups now, and why not.
+
+        Returns:
+            ``ready`` (bool), ``reason`` (a sentence), ``models`` (loaded ones) and ``tiers``: for "volatile" and
+            "persistent", as far as configured, ``store``, ``needed`` (lookups fail without it), ``reachable`` and
+            ``error``. A tier that is not needed may be unreachable and the server is ready all the same. Each tier is
+            asked for one row, for at most a second.
+        """
+        return self._server.readiness()
+
+    def ready(self) -> bool:
+        """True when all models are loaded and every tier that lookups need answers: for readiness probes."""
+        return self.readiness()["ready"]
+
     def stats(self) -> dict:
         """Models, tables, rows and memory per tier, where rows came from, latencies."""
         return json.loads(self._server.stats_json())
@@ -153,6 +168,26 @@ def Init(ps_config_file: str | os.PathLike | None = None, global_batch_size: int
     _native.init_default_server(os.fspath(ps_config_file))
     with tf.init_scope():
         return tf.constant("OK")
+
+
+def readiness() -> dict:
+    """Whether every server open in this process can answer lookups now, and why not.
+
+    Returns:
+        ``ready`` (bool), ``reason`` (a sentence) and ``servers``: what :meth:`ParameterServer.readiness` says of each,
+        the default server first. Not ready before a server is open.
+    """
+    servers = [server.readiness() for server in _native.open_servers()]
+    if not servers:
+        return {"ready": False, "reason": "no server is open: call hps.Init or load a model", "servers": []}
+    failing = [server["reason"] for server in servers if not server["ready"]]
+    remarks = failing or [server["reason"] for server in servers if server["reason"] != "ready"]
+    return {"ready": not failing, "reason": "; ".join(remarks) or "ready", "servers": servers}
+
+
+def ready() -> bool:
+    """True when a server is open and every open server is ready, see :func:`readiness`."""
+    return readiness()["ready"]
 
 
 def stats() -> dict:

@@ -162,16 +162,7 @@ Status CheckBuilt(const ServerConfig& config) {
                          "a limit of rows; leave the key out, or keep part of the rows in memory with "
                          "initial_cache_rate and a persistent_db");
       }
-      if (!memory.initialize_after_startup) {
-        return not_built("/volatile_db/initialize_after_startup",
-                         "a tier that starts empty; use an initial_cache_rate of 0 with a persistent_db");
-      }
       break;
-  }
-  if (config.persistent_db.type != PersistentType::kDisabled && !config.persistent_db.initialize_after_startup &&
-      !config.persistent_db.read_only) {
-    return not_built("/persistent_db/initialize_after_startup",
-                     "a tier that is not loaded and yet written; use \"read_only\": true");
   }
   if (config.update_source.type == UpdateSourceType::kKafka) {
     return not_built("/update_source/type", "kafka_message_queue; leave update_source out");

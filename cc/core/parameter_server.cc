@@ -10,11 +10,15 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
+#include <tuple>
 
 #include "cc/base/fork_guard.h"
+#include "cc/base/thread_priority.h"
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
@@ -24,6 +28,9 @@
 
 namespace hps {
 namespace {
+
+constexpr std::chrono::milliseconds kLongestProbe{1000};
+constexpr std::chrono::milliseconds kLookupPatience{200};
 
 Status ClosedStatus() {
   return FailedPrecondition("the parameter server was closed; open it again (hps.Init or hps.ParameterServer)");
@@ -79,15 +86,17 @@ class ParameterServer::Impl {
     for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
     WarnWithoutGpu();
     resources_->long_keys = config_.long_keys;
-    resources_->executor = NewThreadPool(static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u)));
+    const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
+    resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
+    resources_->executor = NewThreadPool(threads);
+    resources_->load_executor = NewBackgroundPool(threads);
     HPS_RETURN_IF_ERROR(OpenStores());
     CloseAllAtExit(resources_->persistent_store != nullptr);
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
-      resources_->promoter =
-          std::make_unique<Promoter>(resources_->metrics.FindCounter("hps_rows_promoted_total", {}),
-                                     resources_->metrics.FindCounter("hps_rows_promotion_dropped_total", {}));
+      resources_->promoter = std::make_unique<Promoter>();
     }
     for (const ModelConfig& model : config_.models) HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false));
+    started_ = true;
     return OkStatus();
   }
 
@@ -123,8 +132,42 @@ class ParameterServer::Impl {
       if (auto found = slots_.find(name); found != slots_.end()) slot = slots_.extract(found).mapped();
     }
     if (!slot) return NoSuchModel(name);
-    DropVolatileTables(*slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")), *resources_);
+    LetGo(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
     return OkStatus();
+  }
+
+  Readiness CheckReadiness() const {
+    Readiness readiness;
+    if (Status forked = CheckProcess(); !forked.ok()) return {.reason = forked.message()};
+    if (closed_) return {.reason = ClosedStatus().message()};
+    if (!started_) return {.reason = "the models of " + config_.origin + " are being loaded"};
+    std::shared_ptr<const Model> any;  // with a table of which each tier can be asked for a row
+    for (const auto& slot : Slots()) {
+      if (auto model = slot->Current(); model.ok()) {
+        readiness.models.push_back(slot->name());
+        any = *model;
+      }
+    }
+    readiness.ready = true;
+    for (const auto& [name, store, tier_of] :
+         {std::tuple("volatile", resources_->volatile_store, &TierStack::volatile_tier),
+          std::tuple("persistent", resources_->persistent_store, &TierStack::persistent_tier)}) {
+      if (!store) continue;
+      const Tier& common = name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
+      Readiness::TierState state{.tier = name, .store = std::string(store->kind())};
+      state.needed = common.when_unavailable == WhenUnavailable::kFail;
+      const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
+      state.reachable = answered.ok();
+      state.error = answered.message();
+      if (!state.reachable) {
+        readiness.ready &= !state.needed;
+        if (!readiness.reason.empty()) readiness.reason += "; ";
+        readiness.reason += state.needed ? answered.message() : "lookups do without a tier: " + answered.message();
+      }
+      readiness.tiers.push_back(std::move(state));
+    }
+    if (readiness.reason.empty()) readiness.reason = "ready";
+    return readiness;
   }
 
   std::vector<std::string> ModelNames() const {
@@ -189,7 +232,10 @@ class ParameterServer::Impl {
     options.initial_cache_rate = config_.volatile_db.initial_cache_rate;
     options.cache_missed_embeddings = config_.volatile_db.cache_missed_embeddings;
     options.show_progress = options_.show_progress;
-    HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildModel(config, *resources_, options));
+    options.load_volatile = config_.volatile_db.initialize_after_startup;
+    options.load_persistent = config_.persistent_db.initialize_after_startup;
+    options.volatile_capacity_rows = VolatileCapacityRows();
+    HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildBesideLookups(config, options));
     if (old) model->version = old->version + 1;
     if (!slot) slot = std::make_shared<ModelSlot>(config.name, resources_);
     {
@@ -198,8 +244,38 @@ class ParameterServer::Impl {
       slot->Publish(std::move(model));
       slots_[config.name] = std::move(slot);
     }
-    if (old) DropVolatileTables(*old, *resources_);
+    if (old) LetGo(std::move(old));
     return OkStatus();
+  }
+
+  // Drops a version that is no longer published. Its memory is freed here, and not by the last lookup that uses it,
+  // unless that lookup takes long.
+  void LetGo(std::shared_ptr<const Model> model) {
+    DropVolatileTables(*model, *resources_);
+    const auto end = std::chrono::steady_clock::now() + kLookupPatience;
+    while (model.use_count() > 1 && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+
+  // Loads on a thread that stands back for lookups of other models. The first models have nobody to stand back for, but
+  // their thread gets all that is free too.
+  Result<std::shared_ptr<Model>> BuildBesideLookups(const ModelConfig& config, const BuildOptions& options) {
+    std::optional<Result<std::shared_ptr<Model>>> model;
+    std::thread loader([&] {
+      LowerThreadPriority();
+      model.emplace(BuildModel(config, *resources_, options));
+    });
+    loader.join();
+    return *std::move(model);
+  }
+
+  // Rows of one table that the volatile tier may hold.
+  uint64_t VolatileCapacityRows() const {
+    const VolatileConfig& memory = config_.volatile_db;
+    const uint64_t partitions = std::max(1u, memory.num_partitions);
+    constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
+    return memory.overflow_margin > kNoLimit / partitions ? kNoLimit : memory.overflow_margin * partitions;
   }
 
   // What CheckBuilt says of a model that came after the configuration.
@@ -243,7 +319,7 @@ class ParameterServer::Impl {
       HashMapOptions options;
       options.num_partitions = cache.num_partitions;
       options.allocation_rate_bytes = cache.allocation_rate_bytes;
-      options.executor = resources_->executor.get();
+      options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
     }
     const PersistentConfig& database = config_.persistent_db;
@@ -257,11 +333,38 @@ class ParameterServer::Impl {
       options.executor = resources_->executor.get();
       HPS_ASSIGN_OR_RETURN(persistent_store, OpenRocksDbStore(options));
     }
+    if (options_.adapt_store && volatile_store) volatile_store = options_.adapt_store("volatile", volatile_store);
+    if (options_.adapt_store && persistent_store) persistent_store = options_.adapt_store("persistent", persistent_store);
+    if (volatile_store) {
+      resources_->volatile_tier =
+          CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable, &resources_->volatile_breaker);
+      // Without a lower tier there is nothing to go on to (configurations made in code may say so all the same).
+      if (!persistent_store && cache.when_unavailable == WhenUnavailable::kNextTier) {
+        resources_->volatile_tier.when_unavailable = WhenUnavailable::kFail;
+      }
+    }
+    if (persistent_store) {
+      resources_->persistent_tier = CommonTier("persistent", *persistent_store, database.timeout_ms,
+                                               database.when_unavailable, &resources_->persistent_breaker);
+    }
     std::lock_guard lock(slots_mutex_);
     if (closed_) return ClosedStatus();
     resources_->volatile_store = std::move(volatile_store);
     resources_->persistent_store = std::move(persistent_store);
     return OkStatus();
+  }
+
+  // What all tables of a store have in common, and the store's circuit breaker.
+  Tier CommonTier(const std::string& name, const TableStore& store, uint32_t timeout_ms, WhenUnavailable policy,
+                  std::unique_ptr<CircuitBreaker>* breaker) {
+    *breaker = std::make_unique<CircuitBreaker>(name, std::string(store.kind()), resources_->metrics);
+    Tier tier;
+    tier.addressable = store.capabilities().addressable;
+    tier.timeout = std::chrono::milliseconds(timeout_ms);
+    tier.when_unavailable = policy;
+    tier.breaker = breaker->get();
+    tier.option = name == "volatile" ? "volatile_db" : "persistent_db";
+    return tier;
   }
 
   void WarnWithoutGpu() const {
@@ -281,6 +384,7 @@ class ParameterServer::Impl {
   std::mutex load_mutex_;
   mutable std::mutex slots_mutex_;
   std::map<std::string, std::shared_ptr<ModelSlot>, std::less<>> slots_;
+  std::atomic<bool> started_{false};  // the configuration's models are loaded
   std::atomic<bool> closed_{false};
 };
 
@@ -332,6 +436,7 @@ Status ParameterServer::CloseAll() {
   return status;
 }
 
+Readiness ParameterServer::CheckReadiness() const { return impl_->CheckReadiness(); }
 std::string ParameterServer::StatsJson() const {
   return ServerStatsJson(impl_->config(), impl_->resources(), impl_->Slots());
 }

@@ -34,6 +34,13 @@ Counter* MetricsRegistry::FindCounter(const std::string& name, const MetricLabel
   return metric.counter.get();
 }
 
+Gauge* MetricsRegistry::FindGauge(const std::string& name, const MetricLabels& labels) {
+  std::lock_guard lock(mutex_);
+  Metric& metric = metrics_[{name, labels}];
+  if (!metric.gauge) metric.gauge = std::make_unique<Gauge>();
+  return metric.gauge.get();
+}
+
 Histogram* MetricsRegistry::FindHistogram(const std::string& name, const MetricLabels& labels) {
   std::lock_guard lock(mutex_);
   Metric& metric = metrics_[{name, labels}];
@@ -41,11 +48,20 @@ Histogram* MetricsRegistry::FindHistogram(const std::string& name, const MetricL
   return metric.histogram.get();
 }
 
+uint64_t MetricsRegistry::SumOfCounters(const std::string& name) const {
+  std::lock_guard lock(mutex_);
+  uint64_t sum = 0;
+  for (auto it = metrics_.lower_bound({name, {}}); it != metrics_.end() && it->first.first == name; ++it) {
+    if (it->second.counter) sum += it->second.counter->value();
+  }
+  return sum;
+}
+
 std::vector<MetricsRegistry::Sample> MetricsRegistry::Samples() const {
   std::lock_guard lock(mutex_);
   std::vector<Sample> samples;
   for (const auto& [key, metric] : metrics_) {
-    samples.push_back({key.first, key.second, metric.counter.get(), metric.histogram.get()});
+    samples.push_back({key.first, key.second, metric.counter.get(), metric.gauge.get(), metric.histogram.get()});
   }
   return samples;
 }
@@ -73,11 +89,15 @@ std::string MetricsRegistry::PrometheusText() const {
   std::string last_name;
   for (const Sample& sample : Samples()) {
     if (sample.name != last_name) {
-      out += "# TYPE " + sample.name + (sample.counter ? " counter\n" : " histogram\n");
+      out += "# TYPE " + sample.name + (sample.counter ? " counter\n" : sample.gauge ? " gauge\n" : " histogram\n");
       last_name = sample.name;
     }
     if (sample.counter) {
       out += sample.name + LabelText(sample.labels) + " " + std::to_string(sample.counter->value()) + "\n";
+      continue;
+    }
+    if (sample.gauge) {
+      out += sample.name + LabelText(sample.labels) + " " + std::to_string(sample.gauge->value()) + "\n";
       continue;
     }
     // From a microsecond to half a minute, whatever was recorded: a scraper wants the same buckets each time.

@@ -180,6 +180,8 @@ class LookupSparseOp : public tf::OpKernel {
     TensorFlowExecutor executor(context);
     LookupOptions options;
     options.executor = &executor;
+    const OpCancellation cancellation(context);
+    options.cancelled = cancellation.flag();
     OP_REQUIRES_OK(context, ToTensorFlow(session->LookupSparse(lookups, options)));
   }
 

@@ -130,6 +130,9 @@ py::dict ReportDict(const hps::LookupReport& report) {
   dict["rows_from_volatile"] = report.rows_from_volatile;
   dict["rows_from_persistent"] = report.rows_from_persistent;
   dict["rows_from_default"] = report.rows_from_default;
+  dict["rows_unavailable"] = report.rows_unavailable;
+  dict["rows_skipped_volatile"] = report.rows_skipped_volatile;
+  dict["rows_skipped_persistent"] = report.rows_skipped_persistent;
   dict["volatile_nanoseconds"] = report.volatile_nanoseconds;
   dict["persistent_nanoseconds"] = report.persistent_nanoseconds;
   return dict;
@@ -153,6 +156,25 @@ py::tuple Lookup(const hps::ParameterServer& server, const py::array& key_array,
   hps::LookupReport report;
   Check(Unlocked([&] { return session.Lookup(std::span(&lookup, 1), {}, &report); }));
   return py::make_tuple(rows, found, ReportDict(report));
+}
+
+py::dict ReadinessDict(const hps::ParameterServer& server) {
+  const hps::Readiness readiness = Unlocked([&] { return server.CheckReadiness(); });
+  py::dict tiers;
+  for (const auto& tier : readiness.tiers) {
+    py::dict state;
+    state["store"] = tier.store;
+    state["needed"] = tier.needed;
+    state["reachable"] = tier.reachable;
+    state["error"] = tier.error;
+    tiers[py::str(tier.tier)] = state;
+  }
+  py::dict dict;
+  dict["ready"] = readiness.ready;
+  dict["reason"] = readiness.reason;
+  dict["tiers"] = tiers;
+  dict["models"] = readiness.models;
+  return dict;
 }
 
 std::vector<std::pair<std::string, uint32_t>> Tables(const hps::ParameterServer& server, const std::string& model) {
@@ -184,6 +206,7 @@ PYBIND11_MODULE(_hps, m) {
            })
       .def("unload_model", [](hps::ParameterServer& server,
                               const std::string& name) { Check(Unlocked([&] { return server.UnloadModel(name); })); })
+      .def("readiness", &ReadinessDict)
       .def("stats_json",
            [](const hps::ParameterServer& server) { return Unlocked([&] { return server.StatsJson(); }); })
       .def("prometheus_text",

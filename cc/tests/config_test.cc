@@ -659,6 +659,8 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
            R"("volatile_db": {"type": "disabled", "overflow_margin": 5}, "persistent_db": {})",
            R"("volatile_db": {"initial_cache_rate": 0.5}, "persistent_db": {"path": "/x"})",
            R"("persistent_db": {"read_only": true, "initialize_after_startup": false})",
+           R"("persistent_db": {"initialize_after_startup": false})",
+           R"("volatile_db": {"initialize_after_startup": false})",
            R"("update_source": {"type": "null"})",
        }) {
     EXPECT_EQ(check(accepted).ToString(), "OK") << accepted;
@@ -668,9 +670,6 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
       {R"("volatile_db": {"type": "multi_process_hash_map"})", "/volatile_db/type: not built yet: multi_process"},
       {R"("volatile_db": {"type": "disabled"})", "/volatile_db/type: not built yet: a server without any database"},
       {R"("volatile_db": {"overflow_margin": 1000})", "/volatile_db/overflow_margin: not built yet"},
-      {R"("volatile_db": {"initialize_after_startup": false})", "/volatile_db/initialize_after_startup: not built yet"},
-      {R"("persistent_db": {"initialize_after_startup": false})",
-       "/persistent_db/initialize_after_startup: not built yet"},
       {R"("update_source": {})", "/update_source/type: not built yet: kafka_message_queue"},
   };
   for (const auto& [members, message] : refused) {

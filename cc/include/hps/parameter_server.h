@@ -7,6 +7,7 @@
 #ifndef HPS_PARAMETER_SERVER_H_
 #define HPS_PARAMETER_SERVER_H_
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -20,6 +21,24 @@ namespace hps {
 
 struct ServerOptions {
   bool show_progress = true;  // log lines while tables load
+  // Puts an adaptor around a store before it is used (to meter it, to let it fail in a test); `tier` is "volatile" or
+  // "persistent". Must not return nullptr.
+  std::function<std::shared_ptr<TableStore>(std::string_view tier, std::shared_ptr<TableStore> store)> adapt_store;
+};
+
+// For load balancers and people.
+struct Readiness {
+  bool ready = false;
+  std::string reason;  // one sentence: why not, or what works with restrictions; "ready" otherwise
+  struct TierState {
+    std::string tier;   // "volatile" or "persistent"
+    std::string store;  // its kind
+    bool needed = false;     // lookups fail without it
+    bool reachable = false;
+    std::string error = {};  // empty where it is reachable
+  };
+  std::vector<TierState> tiers = {};
+  std::vector<std::string> models = {};  // loaded ones
 };
 
 class ParameterServer {
@@ -46,6 +65,11 @@ class ParameterServer {
   // model do not come back to life when one of that name is loaded again.
   Status UnloadModel(std::string_view model);
   std::vector<std::string> ModelNames() const;
+
+  // Ready: the server is open, every model of its configuration is loaded (unless it was unloaded on purpose), and each
+  // tier without which lookups fail answered just now. Asks each tier for one row and waits at most a second for it;
+  // while a tier is known not to answer it is asked as rarely as lookups ask it, so that recovery is noticed here too.
+  Readiness CheckReadiness() const;
 
   // A JSON object: configuration hash, models, tables, rows per tier, memory, load reports, counters, latencies.
   std::string StatsJson() const;

@@ -119,7 +119,8 @@ class TableStore {
 
   // kNotFound if there is no such table; kFailedPrecondition if its stored rows have another size.
   virtual Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) = 0;
-  // kAlreadyExists if there is one of that name.
+  // kAlreadyExists if there is one of that name. Where several processes or threads create one name at once, exactly
+  // one of them succeeds, also in a shared store.
   virtual Result<std::shared_ptr<Table>> CreateTable(const TableSpec& spec) = 0;
   // kNotFound if there is no such table. Open Table pointers stay readable.
   virtual Status DropTable(std::string_view name) = 0;
