@@ -50,6 +50,10 @@ class SigpipeGuard {
   bool was_pending_ = false;
 };
 
+bool HasRoom(const RedisConnection& connection) {
+  return connection.ready() && connection.outstanding() < kTasksPerLane && connection.unsent_bytes() <= kUnsentBytes;
+}
+
 // Half to all of 5, 10, 20, ... 320 ms: callers that failed together do not come back together.
 milliseconds BackOff(int attempts) {
   thread_local std::minstd_rand random(std::random_device{}());
@@ -217,7 +221,7 @@ Status RedisExchange::Fill(Route& route) {
     for (Lane& lane : route.lanes) {
       RedisConnection& connection = *lane.connection;
       if (route.queue.empty()) break;
-      if (!connection.ready() || connection.outstanding() > depth || connection.unsent_bytes() > kUnsentBytes) continue;
+      if (!HasRoom(connection) || connection.outstanding() > depth) continue;
       RedisTask* task = route.queue.front();
       route.queue.pop_front();
       if (connection.outstanding() == 0) lane.moved = now_;
@@ -262,6 +266,7 @@ Status RedisExchange::Wait() {
     if (route->retry_at != Deadline{}) until = std::min(until, route->retry_at);
     if (route->exhausted) exhausted = route->node.get();
     for (const Lane& lane : route->lanes) {
+      if (!route->queue.empty() && HasRoom(*lane.connection)) return OkStatus();  // do not sleep, fill it
       if (lane.connection->outstanding() == 0 && lane.connection->ready()) continue;
       waiting.push_back({lane.connection->fd(), lane.connection->events(), 0});
       until = std::min(until, lane.moved + (lane.reached ? kSilence : kConnectTime) + milliseconds(1));
