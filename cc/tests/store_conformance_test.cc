@@ -2,6 +2,9 @@
 
 #include "cc/tests/store_conformance.h"
 
+#include <map>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "cc/storage/hash_map_store.h"
@@ -19,8 +22,11 @@ StoreFixture OnRedis(const std::string& name, int masters, RedisStoreOptions sto
     std::unique_ptr<RedisService> redis;
     std::filesystem::path directory;
   };
+  static std::map<std::string, std::shared_ptr<Servers>> all;  // the list of fixtures is made once for each clause
+  std::shared_ptr<Servers>& known = all[name];
+  if (known == nullptr) known = std::make_shared<Servers>();
   return {.name = name,
-          .open = [masters, store_options, servers = std::make_shared<Servers>()](
+          .open = [masters, store_options, servers = known](
                       const std::filesystem::path& directory) -> Result<std::unique_ptr<TableStore>> {
             if (servers->redis == nullptr) {
               HPS_ASSIGN_OR_RETURN(servers->redis, RedisService::Start({.masters = masters}));
