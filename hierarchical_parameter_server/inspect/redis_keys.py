@@ -16,6 +16,7 @@ from .redis_nodes import Nodes, RedisOptions, find_nodes, mapped, parse_addresse
 from .report import CURRENT, INCOMPLETE, SAMPLE_ROWS, SUPERSEDED, Report, Table
 
 TABLE_PREFIX = "hps.table/"
+_FIELDS = ("num_partitions", "row_bytes", "key_bytes")
 _SCAN_PATTERN = "h[pc][st]*"  # hps* and hctr*
 _SCAN_COUNT = 10_000
 _MEMORY_SAMPLES = 100
@@ -38,6 +39,7 @@ class _Found:
     access: dict[int, _Partition] = dataclasses.field(default_factory=dict)
     old_layout: bool = False
     fields: dict[str, int] | None = None  # of our description of the table
+    dropping: bool = False
 
 
 def inspect_redis(options: RedisOptions, shown: int) -> Report:
@@ -94,8 +96,12 @@ def _take_key(client, key: bytes, tables: dict[str, _Found], records, report: Re
     elif text.startswith(TABLE_PREFIX) and stored_names.parse_table_name(text.removeprefix(TABLE_PREFIX)):
         name = text.removeprefix(TABLE_PREFIX)
         try:
-            fields = client.hmget(key, "num_partitions", "row_bytes", "key_bytes")
-            named = zip(("num_partitions", "row_bytes", "key_bytes"), fields, strict=True)
+            *fields, dropping = client.hmget(key, *_FIELDS, "dropping")
+            if dropping is not None:
+                report.notes.append(f"the table {name} is being dropped, or its dropping was cut short")
+                tables.setdefault(name, _Found()).dropping = True
+                return
+            named = zip(_FIELDS, fields, strict=True)
             tables.setdefault(name, _Found()).fields = {field: int(value) for field, value in named}
         except (TypeError, ValueError, redis.ResponseError):
             report.problems.append(f"the description {text} cannot be understood; drop the table, or load it anew")
@@ -105,6 +111,9 @@ def _take_key(client, key: bytes, tables: dict[str, _Found], records, report: Re
             records[model] = stored_names.parse_model_record(client.get(key), f"the record of model {model}")
         except (DataLossError, redis.ResponseError, AttributeError) as error:
             report.problems.append(str(error))
+    elif text.startswith(stored_names.RECORD_PREFIX + stored_names.LOAD_CLAIM_PREFIX):
+        model = text.removeprefix(stored_names.RECORD_PREFIX + stored_names.LOAD_CLAIM_PREFIX)
+        report.notes.append(f"a node is loading model {model}, or ended while it did (record {text})")
     elif text.startswith(stored_names.RECORD_PREFIX):
         report.notes.append(f"a record {text.removeprefix(stored_names.RECORD_PREFIX)} that this program does not know")
     elif text.startswith(("hps_et", "hctr_et", TABLE_PREFIX)):
@@ -149,6 +158,8 @@ def _check_layout(table: Table, found: _Found, partitions: int, misplaced: int, 
             f"{misplaced} of {sampled} keys are not in the partition where num_partitions {table.partitions} puts them: "
             f"programs with another number of partitions wrote to it; drop it and load it anew"
         )
+    if found.dropping:
+        return
     if found.fields is None:
         table.notes.append("without our description: another program wrote it; num_partitions is the highest seen")
         return
@@ -168,7 +179,7 @@ def _add_notes(report: Report, records) -> None:
     stored = {(table.model, table.table, table.generation) for table in report.tables}
     for table in report.tables:
         if table.state == SUPERSEDED:
-            table.notes.append("an old generation, or one that is being loaded; the next load of the model drops it")
+            table.notes.append("the generation before, which other nodes may still serve, or one that is being loaded")
         elif table.state == INCOMPLETE:
             table.notes.append("its load is running or was cut short")
         elif table.state == CURRENT and table.rows < (table.recorded_rows or 0):

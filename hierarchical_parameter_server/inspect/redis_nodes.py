@@ -6,11 +6,14 @@ Passwords come from the caller, who has them from the environment, a file or a p
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import ssl
 from urllib.parse import unquote, urlsplit
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from ..errors import (
     DeadlineExceededError,
@@ -109,11 +112,10 @@ def connect(options: RedisOptions, address: tuple[str, int]) -> redis.Redis:
         "socket_timeout": options.timeout_seconds,
         "socket_connect_timeout": options.timeout_seconds,
         "protocol": 2,
+        "retry": Retry(NoBackoff(), 0),
     }
     if not options.tls:
         return redis.Redis(connection_pool=redis.ConnectionPool(**arguments))
-    import os
-
     of_folder = options.tls_ca is not None and os.path.isdir(options.tls_ca)
     arguments |= {
         "ssl_ca_path" if of_folder else "ssl_ca_certs": options.tls_ca,

@@ -12,6 +12,7 @@ from ..errors import DataLossError
 
 RECORD_PREFIX = "hps.record/"  # of the names under which stores keep records
 MODEL_RECORD_PREFIX = "hps.model."  # of records that say which generation of a model's tables is current
+LOAD_CLAIM_PREFIX = "hps.load."  # of records by which a node says that it is loading a model
 RECORD_FIRST_LINE = "hps model record "
 RECORD_VERSION = "1"
 

@@ -38,6 +38,10 @@ def memory_plan(
     tables = [table for model in canonical["models"] for table in _tables(model, canonical)]
     host = Resource("host memory", available=machine.available_host_bytes() if host_memory is None else host_memory)
     plan = MemoryPlan(origin, volatile["type"], persistent["type"], tables, host)
+    if volatile["type"] != "disabled" or persistent["type"] != "disabled":
+        host.items["buffers of the loader"] = min(
+            sizes.LOADER_BUFFERS, 2 * max(table.rows * (8 + table.row_bytes) for table in tables)
+        )
     largest_model = _largest_model(tables, "volatile_bytes")
     in_process = volatile["type"] == "hash_map"
     if in_process:
@@ -46,6 +50,7 @@ def memory_plan(
     if volatile["type"] == "redis_cluster":
         plan.redis = Resource(f"Redis {volatile['address']}, all masters together")
         plan.redis.items["tables"] = sum(table.volatile_bytes for table in tables)
+        plan.redis.temporary["a model's version before, kept for nodes that still serve it"] = largest_model
     if volatile["type"] == "multi_process_hash_map":
         plan.shared = Resource(f"shared memory {volatile['shared_memory_name']}", available=volatile["shared_memory_size"])
         plan.shared.items["tables"] = sum(table.volatile_bytes for table in tables)
