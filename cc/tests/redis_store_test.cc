@@ -228,8 +228,8 @@ TEST_P(RedisPredecessor, IsAdopted) {
   EXPECT_EQ(Ask(server(), {"HGET", "hps.table/hps_et.m.t", "num_partitions"}), "8");
   // It is written where it was, and found by who opens it next.
   ASSERT_OK(table->Erase(std::span(keys).first(1)));
-  const auto again = Value(Open()->OpenTable(spec));
-  EXPECT_EQ(RowsOf(*again), 299u);
+  const auto other = Open();
+  EXPECT_EQ(RowsOf(*Value(other->OpenTable(spec))), 299u);
   ASSERT_OK(store->DropTable("hps_et.m.t"));
 }
 
@@ -490,6 +490,7 @@ TEST(RedisLogin, TlsToAServerWithoutIt) {
   const auto tls = Value(RedisService::Start({.tls = true}));
   const auto plain = Value(RedisService::Start());
   RedisStoreOptions options = OptionsFor(*tls);
+  options.patience = std::chrono::seconds(5);
   options.address = plain->address_list();
   const Status status = OpenRedisStore(options).status();
   EXPECT_FALSE(status.ok());
@@ -536,7 +537,8 @@ TEST(RedisRestart, RowsComeBackFromFiles) {
     ASSERT_OK(redis->Restart(0));
     ExpectAll(*table, keys, 4);  // without opening anything anew
     EXPECT_EQ(Value(store->ReadRecord("r")), "value");
-    EXPECT_EQ(RowsOf(*Value(Value(OpenRedisStore(OptionsFor(*redis)))->OpenTable(kTable))), keys.size());
+    const auto other = Value(OpenRedisStore(OptionsFor(*redis)));
+    EXPECT_EQ(RowsOf(*Value(other->OpenTable(kTable))), keys.size());
   }
 }
 
