@@ -193,6 +193,15 @@ class Connection final : public RedisConnection {
 
   int fd() const override { return fd_; }
   bool ready() const override { return phase_ == Phase::kReady; }
+  std::string_view waits_for() const override {
+    switch (phase_) {
+      case Phase::kConnecting: return "the connection";
+      case Phase::kHandshake: return "the TLS handshake; does the server speak TLS at this port?";
+      case Phase::kLogin: return "the login";
+      case Phase::kReady: break;
+    }
+    return "nothing";
+  }
   size_t outstanding() const override { return outstanding_.size(); }
   size_t unsent_bytes() const override { return context_ == nullptr ? 0 : sdslen(context_->obuf); }
 

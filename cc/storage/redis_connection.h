@@ -53,6 +53,8 @@ class RedisConnection {
   virtual short events() const = 0;
   // Logged in and in use, as opposed to still connecting.
   virtual bool ready() const = 0;
+  // What a connection that is not ready waits for; for messages.
+  virtual std::string_view waits_for() const = 0;
   // Tasks submitted and not done.
   virtual size_t outstanding() const = 0;
   virtual std::vector<RedisTask*> outstanding_tasks() const = 0;

@@ -314,7 +314,8 @@ Status RedisExchange::Move(Route& route, size_t index) {
   }
   if (!status.ok()) return LaneLost(route, index, status);
   if (!lane.reached && now_ - lane.moved > kConnectTime) {
-    return LaneLost(route, index, Unavailable("redis node " + route.node->name + ": cannot connect in time"));
+    return LaneLost(route, index, Unavailable("redis node " + route.node->name + ": waited in vain for " +
+                                              std::string(connection.waits_for())));
   }
   return OkStatus();
 }

@@ -1,7 +1,7 @@
 // Tables come and go under their descriptions ("hps.table/<name>"): a table exists while its description does. Creating
 // sets the fields of the description one by one, only where they are absent: who sets the first one has created the
-// table, and who finds a half-written description completes it. Dropping marks the description, removes the rows, then
-// the description; who finds the mark finishes the work.
+// table, and who finds a half-written description completes it. Dropping marks the description with the time, removes the
+// rows, then the description; who finds the mark waits, and finishes the work if it is old.
 // Lock order: tables_mutex_ guards the map of states and is not held over commands.
 
 #include "cc/storage/redis_store.h"
@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <thread>
 
 #include "cc/storage/redis_row_tasks.h"
 #include "cc/storage/redis_secrets.h"
@@ -24,19 +25,23 @@ namespace {
 constexpr std::string_view kKind = "redis_cluster";
 constexpr size_t kSampleRows = 64;  // of each partition of a table that has no description
 constexpr uint32_t kMostPartitions = 65536;
+constexpr int64_t kDropSeconds = 60;  // no drop takes so long: who began it has died
 
 struct Description {
   uint32_t num_partitions = 0;
   uint64_t row_bytes = 0;  // 0: not written yet
   int key_bytes = 0;       // 0: not written yet
   bool old = false;        // RedisLayout::Version::kOld
-  bool dropping = false;
+  int64_t dropping_since = 0;  // seconds of the clock; 0: it is not being dropped
 
   RedisLayout Layout(std::string_view name) const {
     return RedisLayout(old ? RedisLayout::Version::kOld : RedisLayout::Version::kCurrent, std::string(name),
                        num_partitions, key_bytes == 4 ? 4 : 8);
   }
 };
+
+// Hosts' clocks need agree to a minute only.
+int64_t Now() { return std::chrono::system_clock::to_time_t(std::chrono::system_clock::now()); }
 
 uint64_t NumberIn(const RedisReply& reply) {
   return reply.kind == RedisReply::Kind::kString ? std::strtoull(reply.text.c_str(), nullptr, 10) : 0;
@@ -176,9 +181,17 @@ class RedisStore final : public TableStore {
   // where there is no such table.
   Result<std::optional<Description>> Find(const TableSpec& spec, bool adopt = true) {
     HPS_ASSIGN_OR_RETURN(std::optional<Description> description, ReadDescription(spec.name));
-    if (description && description->dropping) {
-      HPS_RETURN_IF_ERROR(Drop(spec.name, *description));
-      description.reset();
+    const Deadline end = std::chrono::steady_clock::now() + session_->options.patience;
+    while (description && description->dropping_since != 0) {
+      // Whoever drops it does so at this moment, unless it has died.
+      if (Now() - description->dropping_since > kDropSeconds) {
+        HPS_RETURN_IF_ERROR(Drop(spec.name, *description));
+      } else if (std::chrono::steady_clock::now() > end) {
+        return Unavailable("another process is dropping this table; try again in a minute");
+      } else {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+      HPS_ASSIGN_OR_RETURN(description, ReadDescription(spec.name));
     }
     if (description && (description->row_bytes == 0 || description->key_bytes == 0) && adopt) {
       HPS_RETURN_IF_ERROR(Describe(spec, description->old).status());
@@ -219,7 +232,7 @@ class RedisStore final : public TableStore {
     description.row_bytes = NumberIn(reply.elements[1]);
     description.key_bytes = static_cast<int>(NumberIn(reply.elements[2]));
     description.old = reply.elements[3].text == "4.1";
-    description.dropping = reply.elements[4].kind != RedisReply::Kind::kNil;
+    description.dropping_since = static_cast<int64_t>(NumberIn(reply.elements[4]));
     return std::optional<Description>(description);
   }
 
@@ -355,7 +368,7 @@ class RedisStore final : public TableStore {
     const std::string key = RedisDescriptionKey(name);
     const RedisLayout layout = description.Layout(name);
     HPS_RETURN_IF_ERROR(session_->Call({"HSET", key, "num_partitions", std::to_string(layout.num_partitions()),
-                                        "layout", description.old ? "4.1" : "4.2", "dropping", "1"})
+                                        "layout", description.old ? "4.1" : "4.2", "dropping", std::to_string(Now())})
                             .status());
     std::shared_ptr<RedisTableState> state;
     {
@@ -401,6 +414,29 @@ Result<std::vector<RedisEndpoint>> ParseAddresses(const std::string& address) {
 }
 
 }  // namespace
+
+RedisStoreOptions RedisOptionsOf(const VolatileConfig& config) {
+  RedisStoreOptions options;
+  options.address = config.address;
+  options.user_name = config.user_name;
+  options.password = config.password;
+  options.password_env = config.password_env;
+  options.password_file = config.password_file;
+  options.num_partitions = config.num_partitions;
+  options.num_node_connections = config.num_node_connections;
+  options.max_get_batch_size = config.max_get_batch_size;
+  options.max_set_batch_size = config.max_set_batch_size;
+  options.enable_tls = config.enable_tls;
+  options.tls_ca_certificate = config.tls_ca_certificate;
+  options.tls_client_certificate = config.tls_client_certificate;
+  options.tls_client_key = config.tls_client_key;
+  options.tls_server_name_identification = config.tls_server_name_identification;
+  options.overflow = {.margin = config.overflow_margin,
+                      .policy = config.overflow_policy,
+                      .resolution_target = config.overflow_resolution_target,
+                      .refresh_time_after_fetch = config.refresh_time_after_fetch};
+  return options;
+}
 
 Result<std::unique_ptr<TableStore>> OpenRedisStore(const RedisStoreOptions& options) {
   const std::string where = std::string(kKind) + " \"" + options.address + "\"";

@@ -57,6 +57,9 @@ struct RedisStoreOptions {
   std::chrono::milliseconds patience = std::chrono::seconds(15);
 };
 
+// What the section "volatile_db" of a configuration says.
+RedisStoreOptions RedisOptionsOf(const VolatileConfig& config);
+
 // The port of an address that names none: that of the predecessor's default address.
 inline constexpr uint16_t kRedisDefaultPort = 7000;
 
