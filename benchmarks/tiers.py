@@ -2,8 +2,8 @@
 
     python -m benchmarks.tiers [--record] [--rows N] [--width N] [--seconds S]
 
-Each tier serves the same table alone, from a server of its own in this process; Redis runs beside it on this machine. The
-tiers take turns call by call on the same ids. Rows are checked before and after. --record writes
+Each tier serves the same table alone, from a server of its own in this process; Redis runs beside it on this machine.
+The tiers take turns call by call on the same ids. Rows are checked before and after. --record writes
 benchmarks/results/tiers.jsonl and tiers.md, which `./dev docs` copies into docs/operations.md.
 """
 
@@ -180,9 +180,9 @@ def summary(records: list[dict]) -> str:
     machine, first = about["machine"], measured[0]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text += (
-        f"\n\nRows of {first['width']} float32 values ({first['width'] * 4} bytes), {first['rows']:,} rows, keys from all "
-        f"over the range of int64, uniform; one call of `ParameterServer.lookup`. *Times as long* is call by call against "
-        f"the first line, at {batches[len(batches) // 2]:,} ids; rows/s at {batches[-1]:,}. {machine['cpu']}, "
+        f"\n\nRows of {first['width']} float32 values ({first['width'] * 4} bytes), {first['rows']:,} rows, keys from "
+        f"all over the range of int64, uniform; one call of `ParameterServer.lookup`. *Times as long* is call by call "
+        f"against the first line, at {batches[len(batches) // 2]:,} ids; rows/s at {batches[-1]:,}. {machine['cpu']}, "
         f"{machine['cores']} cores; commit {about['commit']}, {about['date']}, load average "
         f"{max(record['load_average'] for record in measured):.1f}.\n"
     )

@@ -67,8 +67,8 @@ def _add_inspect(commands) -> None:
     parser.add_argument(
         "place",
         metavar="PLACE",
-        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), or Redis: "
-        "redis://[user@]host:port, rediss:// for TLS, host:port",
+        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), or "
+        "Redis: redis://[user@]host:port, rediss:// for TLS, host:port",
     )
     parser.add_argument("--rows", metavar="N", type=int, default=3, help="rows of each table to show (default: 3)")
     parser.add_argument("--exact", action="store_true", help="count rows that would be estimated; reads whole tables")
@@ -122,8 +122,8 @@ def _add_memory(commands) -> None:
     )
     parser.set_defaults(run=_memory)
     parser.add_argument("config", metavar="PS_JSON")
-    parser.add_argument("--host-memory", metavar="SIZE", type=_size, help="plan for a host with so much to spare: 64GiB")
-    parser.add_argument("--gpu-memory", metavar="SIZE", type=_size, help="plan for GPUs with so much to spare: 80GiB")
+    parser.add_argument("--host-memory", metavar="SIZE", type=_size, help="plan for a host with 64GiB, say, to spare")
+    parser.add_argument("--gpu-memory", metavar="SIZE", type=_size, help="plan for GPUs with 80GiB, say, to spare")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -161,7 +161,13 @@ def test_a_database_that_a_server_is_using(tmp_path, rng):
     assert server.exitcode == 0
     (table,) = report.tables
     assert (table.model, table.table, table.generation, table.state) == ("films", "items", 0, "current")
-    assert (table.rows, table.rows_exact, table.recorded_rows, table.width, table.key_bytes) == (500, True, 500, WIDTH, 8)
+    assert (table.rows, table.rows_exact, table.recorded_rows, table.width, table.key_bytes) == (
+        500,
+        True,
+        500,
+        WIDTH,
+        8,
+    )
     assert table.bytes > 500 * (8 + 4 * WIDTH)
     assert table.fingerprint == _native.fingerprint_table_folder(str(tmp_path / "items"), WIDTH)
     order = np.argsort(table.sample.keys)
@@ -176,7 +182,9 @@ def test_generations_records_and_families_of_others(tmp_path):
         tmp_path / "database",
         {
             "default": {
-                b"hps.record/hps.model.films": record("2\t20\titems\tfp: tab\tinside", "0\t0\tusers\t", "1\t9\tgone\tfp"),
+                b"hps.record/hps.model.films": record(
+                    "2\t20\titems\tfp: tab\tinside", "0\t0\tusers\t", "1\t9\tgone\tfp"
+                ),
                 b"hps.record/hps.model.broken": b"hps model record 1\nnonsense\n",
                 b"hps.record/hps.model.newer": b"hps model record 2\n",
                 b"hps.record/something": b"else",

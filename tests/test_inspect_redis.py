@@ -16,7 +16,7 @@ from hierarchical_parameter_server.inspect.redis_nodes import PASSWORD_VARIABLE,
 from hierarchical_parameter_server.inspect.stored_names import partition_of
 
 WIDTH = 6
-PASSWORD = "not to be seen 4711"
+PASSWORD = "not-to-be-seen-4711"
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +268,14 @@ def test_addresses():
     assert (options.addresses, options.user, options.tls) == ([("::1", 7001), ("cache", 7000)], "me@x", True)
     assert parse_place("cache:6379").addresses == [("cache", 6379)]
     assert parse_place("some/folder") is None and parse_place("folder") is None
-    for wrong in ("redis://", "redis://a:b:1", "redis://host:0", "redis://host:70000", "redis://host:1/2", "host:99999"):
+    for wrong in (
+        "redis://",
+        "redis://a:b:1",
+        "redis://host:0",
+        "redis://host:70000",
+        "redis://host:1/2",
+        "host:99999",
+    ):
         with pytest.raises(hps.errors.InvalidArgumentError):
             parse_place(wrong)
 

@@ -90,7 +90,8 @@ def test_hash_map_takes_what_was_planned(tmp_path, kind, width, rows):
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "long_keys"), [("dense", 4, True), ("scattered", 4, False), ("dense", 64, True), ("scattered", 300, True)]
+    ("kind", "width", "long_keys"),
+    [("dense", 4, True), ("scattered", 4, False), ("dense", 64, True), ("scattered", 300, True)],
 )
 def test_rocksdb_takes_what_was_planned(tmp_path, kind, width, long_keys):
     rng = np.random.default_rng(SEED)
@@ -113,7 +114,13 @@ def test_rocksdb_takes_what_was_planned(tmp_path, kind, width, long_keys):
 
 @pytest.mark.parametrize(
     ("width", "rows", "key_bytes", "access"),
-    [(4, 60_000, 8, False), (16, 50_000, 8, True), (16, 33_000, 4, False), (64, 30_000, 8, False), (300, 6_000, 8, True)],
+    [
+        (4, 60_000, 8, False),
+        (16, 50_000, 8, True),
+        (16, 33_000, 4, False),
+        (64, 30_000, 8, False),
+        (300, 6_000, 8, True),
+    ],
 )
 def test_redis_takes_what_was_planned(width, rows, key_bytes, access):
     with RedisServer() as server, server.client() as client:
@@ -210,7 +217,11 @@ def test_large_key_files_are_sampled(tmp_path, monkeypatch):
 
 def test_hot_tables_go_to_the_fastest_tier_that_has_room(tmp_path):
     tables = {name: (np.arange(20_000) * 3 + 1, 64) for name in ("cold", "hot", "warm")}  # 5 MiB and some index each
-    model = {"maxnum_catfeature_query_per_table_per_sample": [1, 100, 10], "gpucache": True, "deployed_device_list": [0]}
+    model = {
+        "maxnum_catfeature_query_per_table_per_sample": [1, 100, 10],
+        "gpucache": True,
+        "deployed_device_list": [0],
+    }
     config = make_config(
         tmp_path, tables, model=model, persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")}
     )
@@ -226,7 +237,9 @@ def test_without_a_lower_tier_the_cure_is_named(tmp_path):
     plan = memory_plan(make_config(tmp_path, {"items": (np.arange(20_000), 64)}), host_memory=1 << 20)
     assert plan.tables[0].proposal == "nowhere" and "add a persistent_db" in plan.tables[0].reason
     volatile = {"type": "redis_cluster", "address": "cache:7000"}
-    plan = memory_plan(make_config(tmp_path, {"items": (np.arange(20_000), 64)}, volatile_db=volatile), host_memory=1 << 20)
+    plan = memory_plan(
+        make_config(tmp_path, {"items": (np.arange(20_000), 64)}, volatile_db=volatile), host_memory=1 << 20
+    )
     assert plan.tables[0].proposal == "Redis"
 
 

@@ -140,4 +140,4 @@ def _add_unnamed(folders: Report, database: Report, report: Report) -> None:
     named = {(folder.model, folder.table) for folder in folders.tables}
     others = sorted({table.name for table in database.tables if (table.model, table.table) not in named})
     if others:
-        report.notes.append(f"{database.title} also holds tables that the configuration does not name: {', '.join(others)}")
+        report.notes.append(f"{database.title} also holds tables that are not configured: {', '.join(others)}")

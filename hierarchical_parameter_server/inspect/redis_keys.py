@@ -155,8 +155,8 @@ def _check_layout(table: Table, found: _Found, partitions: int, misplaced: int, 
         return
     if misplaced:
         table.problems.append(
-            f"{misplaced} of {sampled} keys are not in the partition where num_partitions {table.partitions} puts them: "
-            f"programs with another number of partitions wrote to it; drop it and load it anew"
+            f"{misplaced} of {sampled} keys are not in the partition where num_partitions {table.partitions} puts "
+            f"them: programs with another number of partitions wrote to it; drop it and load it anew"
         )
     if found.dropping:
         return
@@ -164,7 +164,7 @@ def _check_layout(table: Table, found: _Found, partitions: int, misplaced: int, 
         table.notes.append("without our description: another program wrote it; num_partitions is the highest seen")
         return
     if partitions > table.partitions:
-        table.problems.append(f"it is described with {table.partitions} partitions and there is a number {partitions - 1}")
+        table.problems.append(f"described with {table.partitions} partitions, and there is a number {partitions - 1}")
     for what, described, seen in (
         ("rows", found.fields["row_bytes"], table.row_bytes),
         ("keys", found.fields["key_bytes"], table.key_bytes),

@@ -27,6 +27,8 @@ from ..errors import (
 DEFAULT_PORT = 7000  # the predecessor's, of its default address 127.0.0.1:7000
 PASSWORD_VARIABLE = "HPS_REDIS_PASSWORD"
 
+_ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:/@\[\]]+))(?::(?P<port>\d{1,5}))?")
+
 
 @dataclasses.dataclass
 class RedisOptions:
@@ -56,7 +58,7 @@ def parse_addresses(text: str) -> list[tuple[str, int]]:
     """host[:port][,host[:port]...] with IPv6 addresses in brackets. InvalidArgumentError for anything else."""
     addresses = []
     for part in re.split(r"[,;]", text):
-        match = re.fullmatch(r"\s*(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:/@\[\]]+))(?::(?P<port>\d{1,5}))?\s*", part)
+        match = _ADDRESS.fullmatch(part.strip())
         if not match or int(match["port"] or DEFAULT_PORT) not in range(1, 65536):
             raise InvalidArgumentError(f"{part.strip()!r} is no address; write host:port, with a port of 1 to 65535")
         addresses.append((match["v6"] or match["host"], int(match["port"] or DEFAULT_PORT)))

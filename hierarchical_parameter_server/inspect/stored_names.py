@@ -16,7 +16,8 @@ LOAD_CLAIM_PREFIX = "hps.load."  # of records by which a node says that it is lo
 RECORD_FIRST_LINE = "hps model record "
 RECORD_VERSION = "1"
 
-_TABLE = re.compile(r"(?P<prefix>hps_et|hctr_et)\.(?P<model>[A-Za-z0-9_\-]{1,120})\.(?P<table>[A-Za-z0-9_\-]{1,120})(@(?P<n>[1-9]\d*))?")
+_PART = r"[A-Za-z0-9_\-]{1,120}"
+_TABLE = re.compile(rf"(?P<prefix>hps_et|hctr_et)\.(?P<model>{_PART})\.(?P<table>{_PART})(@(?P<n>[1-9]\d*))?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,8 @@ def memory_plan(
         plan.redis.items["tables"] = sum(table.volatile_bytes for table in tables)
         plan.redis.temporary["a model's version before, kept for nodes that still serve it"] = largest_model
     if volatile["type"] == "multi_process_hash_map":
-        plan.shared = Resource(f"shared memory {volatile['shared_memory_name']}", available=volatile["shared_memory_size"])
+        title = f"shared memory {volatile['shared_memory_name']}"
+        plan.shared = Resource(title, available=volatile["shared_memory_size"])
         plan.shared.items["tables"] = sum(table.volatile_bytes for table in tables)
         plan.shared.temporary["a model's next version beside it"] = largest_model
         host.items["shared memory, once for all processes"] = plan.shared.need

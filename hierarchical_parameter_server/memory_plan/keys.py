@@ -13,6 +13,7 @@ from ..errors import DataLossError
 READ_WHOLE_ROWS = 8 << 20  # of larger files blocks spread over the file are read
 _BLOCKS = 1024
 _BLOCK_ROWS = 1024
+_CHUNK_ROWS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,9 @@ def look_at_keys(folder: Path, rows: int) -> KeyRange:
     sampled = rows > READ_WHOLE_ROWS
     seen = dense = 0
     with open(folder / "key", "rb") as file:
-        for first in np.linspace(0, rows - _BLOCK_ROWS, _BLOCKS, dtype=np.int64) if sampled else range(0, rows, 1 << 20):
-            wanted = _BLOCK_ROWS if sampled else min(1 << 20, rows - first)
+        spread = np.linspace(0, rows - _BLOCK_ROWS, _BLOCKS, dtype=np.int64)
+        for first in spread if sampled else range(0, rows, _CHUNK_ROWS):
+            wanted = _BLOCK_ROWS if sampled else min(_CHUNK_ROWS, rows - first)
             data = os.pread(file.fileno(), wanted * 8, int(first) * 8)
             if len(data) != wanted * 8:
                 raise DataLossError(f"{folder / 'key'} was changed while it was read; try again")

@@ -50,7 +50,7 @@ def propose(
         elif rocksdb:
             share = min(1.0, host_left / on_host)
             table.proposal = "disk"
-            table.reason = f"{room}: all rows in RocksDB, {share:.0%} of them in memory, hot ones by cache_missed_embeddings"
+            table.reason = f"{room}: all rows in RocksDB, {share:.0%} in memory, hot ones by cache_missed_embeddings"
             host_left -= share * on_host
         else:
             table.proposal = "nowhere"
@@ -58,4 +58,3 @@ def propose(
     if spilt and rocksdb and not redis:
         return ["initial_cache_rate is one number for all tables; bound what is brought up with overflow_margin"]
     return []
-

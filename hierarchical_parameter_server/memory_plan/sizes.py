@@ -35,7 +35,9 @@ def _touched(pieces: float, total: int) -> int:
     """Bytes in memory of an area of `total` bytes into which `pieces` small writes fall at random."""
     page = _HUGE_PAGE if total >= _HUGE_PAGE else _PAGE
     pages = math.ceil(total / page)
-    return min(total, round(pages * (1 - (1 - 1 / pages) ** pieces)) * page) if pieces and pages > 1 else total * (pieces > 0)
+    if pieces <= 0 or pages <= 1:
+        return total if pieces > 0 else 0
+    return min(total, round(pages * (1 - (1 - 1 / pages) ** pieces)) * page)
 
 
 def hash_map_bytes(rows: int, row_bytes: int, num_partitions: int, dense_rows: int) -> int:
