@@ -151,7 +151,7 @@ def mapped(error: Exception, address: tuple[str, int], options: RedisOptions) ->
         )
     if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith("NOPERM"):
         return FailedPreconditionError(
-            f"{where}: user {user} may not do what an inspection needs ({text}); allow +@read +info +cluster|slots "
+            f"{where}: user {user} may not do what an inspection needs ({text}); allow +@read +ping +info +cluster|slots "
             f"+memory|usage and the keys hps*"
         )
     if isinstance(error, redis.BusyLoadingError):
