@@ -125,7 +125,7 @@ def run(axes: Axes, write: Callable[[dict], None]) -> None:
     random = np.random.default_rng(1)
     with tempfile.TemporaryDirectory(prefix="hps_tiers_") as name, contextlib.ExitStack() as stack:
         data = TableData(axes.rows, width, Path(name))
-        config = json.loads(data.scattered_config_path().read_text(encoding="utf-8"))
+        config = json.loads(data.scattered_config_path.read_text(encoding="utf-8"))
         tiers, absent = _open_tiers(config, Path(name), stack)
         for batch in axes.batches:
             ids = [random.integers(0, axes.rows, batch) for _ in range(max(2, min(64, (1 << 20) // batch)))]
