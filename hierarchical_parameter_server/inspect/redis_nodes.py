@@ -151,8 +151,8 @@ def mapped(error: Exception, address: tuple[str, int], options: RedisOptions) ->
         )
     if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith("NOPERM"):
         return FailedPreconditionError(
-            f"{where}: user {user} may not do what an inspection needs ({text}); allow +@read +ping +info +cluster|slots "
-            f"+memory|usage and the keys hps*"
+            f"{where}: user {user} may not do what an inspection needs ({text}); allow +@read +ping +info "
+            f"+cluster|slots +memory|usage and the keys hps*"
         )
     if isinstance(error, redis.BusyLoadingError):
         return UnavailableError(f"{where} is still loading its data; try again")
