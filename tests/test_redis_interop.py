@@ -77,7 +77,7 @@ def test_rows_go_both_ways(tmp_path, service, long_keys):
     keys = LONG_KEYS if long_keys else SHORT_KEYS
     rows = rows_of(keys)
     with serve(tmp_path, service, keys, rows, long_keys) as server, service.client() as client:
-        np.testing.assert_array_equal(server.lookup("main", 0, keys), rows)
+        np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
 
         # What we wrote, read by the other client.
         partitions = [partition_of(key, long_keys) for key in keys]
@@ -98,18 +98,18 @@ def test_rows_go_both_ways(tmp_path, service, long_keys):
             client.hset(values_key(partition_of(key, long_keys)), raw(key, long_keys), row.tobytes())
         client.hset(values_key(partitions[0]), raw(keys[0], long_keys), new_rows[0].tobytes())
         client.hdel(values_key(partitions[1]), raw(keys[1], long_keys))
-        np.testing.assert_array_equal(server.lookup("main", 0, new_keys), new_rows)
-        np.testing.assert_array_equal(server.lookup("main", 0, keys[:1]), new_rows[:1])
-        np.testing.assert_array_equal(server.lookup("main", 0, keys[1:2]), np.full((1, WIDTH), DEFAULT_VALUE, "f4"))
-        np.testing.assert_array_equal(server.lookup("main", 0, keys[2:]), rows[2:])
+        np.testing.assert_array_equal(server.lookup(new_keys, "main"), new_rows)
+        np.testing.assert_array_equal(server.lookup(keys[:1], "main"), new_rows[:1])
+        np.testing.assert_array_equal(server.lookup(keys[1:2], "main"), np.full((1, WIDTH), DEFAULT_VALUE, "f4"))
+        np.testing.assert_array_equal(server.lookup(keys[2:], "main"), rows[2:])
 
 
 def test_row_of_another_length_fails_the_lookup(tmp_path, service):
     with serve(tmp_path, service, LONG_KEYS, rows_of(LONG_KEYS)) as server, service.client() as client:
         client.hset(values_key(partition_of(255, True)), raw(255, True), b"short")
         with pytest.raises(Exception, match=f'"{TABLE}": key 255 has a row of 5 bytes instead of 28'):
-            server.lookup("main", 0, np.array([1, 255]))
-        assert server.lookup("main", 0, np.array([1])).shape == (1, WIDTH)
+            server.lookup(np.array([1, 255]), "main")
+        assert server.lookup(np.array([1]), "main").shape == (1, WIDTH)
 
 
 def test_tls_beside_tensorflow(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_tls_beside_tensorflow(tmp_path, monkeypatch):
         for _ in range(3):
             np.testing.assert_array_equal(lookup(tf.constant(keys[::-1].copy())).numpy(), rows[::-1])
         with hps.ParameterServer(path) as server:  # a second set of connections
-            np.testing.assert_array_equal(server.lookup("main", 0, keys), rows)
+            np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
             assert service.options.password not in json.dumps(server.stats())
         hps.shutdown()
 
