@@ -1,5 +1,7 @@
-"""The stored format of Redis, proven with the Python package redis, an independent client, in both directions; and TLS in
-a process that has TensorFlow's own OpenSSL in it."""
+"""The stored format of Redis, proven with the Python package redis, an independent client, in both directions.
+
+And TLS in a process that has TensorFlow's own OpenSSL in it.
+"""
 
 import json
 

@@ -2,8 +2,9 @@
 // pipelines of HMGET over the same connections to the same server in the same minute.
 //
 // The raw side sends commands that were formatted before the clock starts and counts the replies with hiredis' parser
-// without making objects or copying a row; it is run with several commands sizes, and the best of them is what the store
-// is compared with. Rounds of both alternate. Every Fetch is checked once. Prints JSON lines, a "run" record first.
+// without making objects or copying a row; it is run with several commands sizes, and the best of them is what the
+// store is compared with. Rounds of both alternate. Every Fetch is checked once. Prints JSON lines, a "run" record
+// first.
 //
 // Usage: redis_benchmark [ROWS]      with redis-server or redis-tools installed; starts its own servers.
 
@@ -70,11 +71,12 @@ void PrintRun(int argc, char** argv) {
   std::strftime(date, sizeof(date), "%Y-%m-%d %H:%M UTC", std::gmtime(&now));
   const std::string commit = Line("git rev-parse --short=12 HEAD");
   const std::string changes = Line("git status --porcelain | head -1").empty() ? "" : "+changes";
-  std::printf("{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"%s\", \"commit\": \"%s%s\", \"machine\": {\"cpu\": "
-              "\"%s\", \"cores\": %ld}, \"redis\": \"%s\", \"load_average\": %.2f}\n",
-              date, command.c_str(), commit.c_str(), changes.c_str(),
-              Line("grep -m1 'model name' /proc/cpuinfo | sed 's/.*: //'").c_str(), ::sysconf(_SC_NPROCESSORS_ONLN),
-              Line("redis-server --version | sed 's/.*v=\\([0-9.]*\\).*/\\1/'").c_str(), load);
+  std::printf(
+      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"%s\", \"commit\": \"%s%s\", \"machine\": {\"cpu\": "
+      "\"%s\", \"cores\": %ld}, \"redis\": \"%s\", \"load_average\": %.2f}\n",
+      date, command.c_str(), commit.c_str(), changes.c_str(),
+      Line("grep -m1 'model name' /proc/cpuinfo | sed 's/.*: //'").c_str(), ::sysconf(_SC_NPROCESSORS_ONLN),
+      Line("redis-server --version | sed 's/.*v=\\([0-9.]*\\).*/\\1/'").c_str(), load);
 }
 
 // Raw pipelines: `connections` to each node, each with its share of the commands of a batch.
@@ -91,8 +93,8 @@ class Pipelines {
       for (size_t first = 0; first < partitions[i].size(); first += keys_per_command) {
         const size_t count = std::min<size_t>(keys_per_command, partitions[i].size() - first);
         std::string& command = commands[node].emplace_back();
-        command = "*" + std::to_string(count + 2) + "\r\n$5\r\nHMGET\r\n$" + std::to_string(name.size()) + "\r\n" + name +
-                  "\r\n";
+        command = "*" + std::to_string(count + 2) + "\r\n$5\r\nHMGET\r\n$" + std::to_string(name.size()) + "\r\n" +
+                  name + "\r\n";
         for (size_t j = first; j < first + count; ++j) {
           command += "$8\r\n" + std::string(reinterpret_cast<const char*>(&partitions[i][j]), 8) + "\r\n";
         }
@@ -134,7 +136,8 @@ class Pipelines {
         if (lane.unsent && redisBufferWrite(lane.context, &done) != REDIS_OK) Check(Unavailable(lane.context->errstr));
         if (done != 0) lane.unsent = false;
         const bool active = lane.received < lane.commands.size();
-        waiting.push_back({active ? lane.context->fd : -1, static_cast<short>(POLLIN | (lane.unsent ? POLLOUT : 0)), 0});
+        waiting.push_back(
+            {active ? lane.context->fd : -1, static_cast<short>(POLLIN | (lane.unsent ? POLLOUT : 0)), 0});
       }
       (void)::poll(waiting.data(), waiting.size(), -1);
       for (size_t i = 0; i < lanes_.size(); ++i) {
@@ -245,13 +248,13 @@ void Measure(const RedisService& redis, TableStore& store, size_t rows, size_t w
   }
   std::vector<double> ratios;
   for (int round = 0; round < kRounds; ++round) ratios.push_back(ours[round] / raw_rates[best][round]);
-  std::printf("{\"kind\": \"redis\", \"nodes\": %d, \"rows\": %zu, \"width\": %zu, \"batch\": %zu, \"connections\": %d, "
-              "\"rounds\": %d, \"hps_keys_per_second\": %.0f, \"raw_keys_per_second\": %.0f, "
-              "\"raw_keys_per_command\": %u, \"ratio\": %.3f, \"ratio_quartiles\": [%.3f, %.3f], "
-              "\"hps_processor_ns_per_key\": %.0f, \"raw_processor_ns_per_key\": %.0f}\n",
-              redis.size(), rows, width, batch, connections, kRounds, Median(ours), Median(raw_rates[best]), best,
-              Median(ratios), Median(ratios, 0.25), Median(ratios, 0.75), Median(our_processor),
-              Median(raw_processor[best]));
+  std::printf(
+      "{\"kind\": \"redis\", \"nodes\": %d, \"rows\": %zu, \"width\": %zu, \"batch\": %zu, \"connections\": %d, "
+      "\"rounds\": %d, \"hps_keys_per_second\": %.0f, \"raw_keys_per_second\": %.0f, "
+      "\"raw_keys_per_command\": %u, \"ratio\": %.3f, \"ratio_quartiles\": [%.3f, %.3f], "
+      "\"hps_processor_ns_per_key\": %.0f, \"raw_processor_ns_per_key\": %.0f}\n",
+      redis.size(), rows, width, batch, connections, kRounds, Median(ours), Median(raw_rates[best]), best,
+      Median(ratios), Median(ratios, 0.25), Median(ratios, 0.75), Median(our_processor), Median(raw_processor[best]));
   std::fflush(stdout);
 }
 
