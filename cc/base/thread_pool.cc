@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cc/base/shared_work.h"
-#include "cc/base/thread_priority.h"
+#include "cc/base/stand_back.h"
 #include "hps/executor.h"
 
 namespace hps {
@@ -27,7 +27,7 @@ class ThreadPool final : public Executor {
   ThreadPool(int threads, bool background) {
     for (int i = 1; i < threads; ++i) {
       threads_.emplace_back([this, background] {
-        if (background) LowerThreadPriority();
+        if (background) StandBackForLookups();
         Run();
       });
     }

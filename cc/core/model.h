@@ -53,10 +53,10 @@ struct ServerResources {
 
   bool long_keys = true;
   uint64_t fork_generation = ForkGeneration();
-  mutable MetricsRegistry metrics;  // thread-safe by itself
+  mutable MetricsRegistry metrics;              // thread-safe by itself
   std::chrono::milliseconds lookup_timeout{0};  // of lookups that bring no deadline; 0: none
   std::unique_ptr<Executor> executor;
-  std::unique_ptr<Executor> load_executor;  // for large writes; its threads stand back for lookups
+  std::unique_ptr<Executor> load_executor;  // for large writes; leaves lookups room. Uses `executor`
   std::unique_ptr<CircuitBreaker> volatile_breaker;
   std::unique_ptr<CircuitBreaker> persistent_breaker;
   // What every table's tiers have in common; without table and counters.

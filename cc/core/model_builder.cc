@@ -159,8 +159,8 @@ class Builder {
     LoadOptions load;
     load.table = config_.name + "/" + table.name;
     load.long_keys = resources_.long_keys;
-    load.progress = [this, log = options_.show_progress ? LogLoadProgress(load.table) : LoadProgressCallback()](
-                        const LoadProgress& progress) {
+    load.progress = [this, log = options_.show_progress ? LogLoadProgress(load.table)
+                                                        : LoadProgressCallback()](const LoadProgress& progress) {
       if (shared_) shared_->KeepClaim();
       if (log) log(progress);
     };
@@ -206,8 +206,7 @@ class Builder {
       if (cache_rows >= rows && options_.volatile_capacity_rows != std::numeric_limits<uint64_t>::max()) {
         load.row_limits = {options_.volatile_capacity_rows};
       }
-      HPS_RETURN_IF_ERROR(
-          CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
+      HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
     }
     // Around the table last of all: what has been opened and filled is the store's own.
     if (stack.persistent_tier.table) {
@@ -254,8 +253,8 @@ class Builder {
                          metrics.FindCounter("hps_rows_promotion_repeated_total", up)};
   }
 
-  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill). *empty: it was
-  // made now and is not to be loaded.
+  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill). *empty: it
+  // was made now and is not to be loaded.
   Status OpenPersistent(const TableConfig& table, TierStack* stack, bool* fill, bool* empty) {
     TableSpec spec = Spec(table);
     const auto found = old_record_.tables.find(table.name);
@@ -383,8 +382,8 @@ class Builder {
   const BuildOptions& options_;
   TableStore* const volatile_;
   TableStore* const persistent_;
-  std::optional<SharedTier> shared_;            // where the volatile store is shared
-  std::map<std::string, std::string> wanted_;   // fingerprint by table, for shared_
+  std::optional<SharedTier> shared_;           // where the volatile store is shared
+  std::map<std::string, std::string> wanted_;  // fingerprint by table, for shared_
   std::map<std::string, uint64_t> shared_rows_;
   ModelRecord old_record_;
   ModelRecord new_record_;

@@ -18,7 +18,7 @@
 #include <tuple>
 
 #include "cc/base/fork_guard.h"
-#include "cc/base/thread_priority.h"
+#include "cc/base/stand_back.h"
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
@@ -42,6 +42,23 @@ std::string Join(const std::vector<std::string>& names) {
   for (const std::string& name : names) text += (text.empty() ? "'" : ", '") + name + "'";
   return text.empty() ? "none" : text;
 }
+
+// Writes large batches on all threads while the server starts, and on few that stand back once it serves.
+class LoadExecutor final : public Executor {
+ public:
+  LoadExecutor(Executor& all, int few) : all_(all), few_(NewBackgroundPool(few)) {}
+  void StandBack(bool stand_back) { stand_back_ = stand_back; }
+  int parallelism() const override { return chosen().parallelism(); }
+  void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
+    chosen().ParallelFor(count, grain, body);
+  }
+
+ private:
+  Executor& chosen() const { return stand_back_ ? *few_ : all_; }
+  Executor& all_;
+  const std::unique_ptr<Executor> few_;
+  std::atomic<bool> stand_back_{false};
+};
 
 // For closing at exit; servers are not kept alive by it.
 struct LiveServers {
@@ -90,7 +107,7 @@ class ParameterServer::Impl {
     const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
     resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
     resources_->executor = NewThreadPool(threads);
-    resources_->load_executor = NewBackgroundPool(threads);
+    resources_->load_executor = std::make_unique<LoadExecutor>(*resources_->executor, std::max(1, threads / 2));
     HPS_RETURN_IF_ERROR(OpenStores());
     CloseAllAtExit(resources_->persistent_store != nullptr);
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
@@ -154,7 +171,8 @@ class ParameterServer::Impl {
          {std::tuple("volatile", resources_->volatile_store, &TierStack::volatile_tier),
           std::tuple("persistent", resources_->persistent_store, &TierStack::persistent_tier)}) {
       if (!store) continue;
-      const Tier& common = name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
+      const Tier& common =
+          name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
       Readiness::TierState state{.tier = name, .store = std::string(store->kind())};
       state.needed = common.when_unavailable == WhenUnavailable::kFail;
       const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
@@ -259,12 +277,14 @@ class ParameterServer::Impl {
     }
   }
 
-  // Loads on a thread that stands back for lookups of other models. The first models have nobody to stand back for, but
-  // their thread gets all that is free too.
+  // While models are served, on a thread that leaves them room.
   Result<std::shared_ptr<Model>> BuildBesideLookups(const ModelConfig& config, const BuildOptions& options) {
+    auto& executor = static_cast<LoadExecutor&>(*resources_->load_executor);
+    executor.StandBack(started_);
+    if (!started_) return BuildModel(config, *resources_, options);
     std::optional<Result<std::shared_ptr<Model>>> model;
     std::thread loader([&] {
-      LowerThreadPriority();
+      StandBackForLookups();
       model.emplace(BuildModel(config, *resources_, options));
     });
     loader.join();
@@ -338,10 +358,11 @@ class ParameterServer::Impl {
       HPS_ASSIGN_OR_RETURN(persistent_store, OpenRocksDbStore(options));
     }
     if (options_.adapt_store && volatile_store) volatile_store = options_.adapt_store("volatile", volatile_store);
-    if (options_.adapt_store && persistent_store) persistent_store = options_.adapt_store("persistent", persistent_store);
+    if (options_.adapt_store && persistent_store)
+      persistent_store = options_.adapt_store("persistent", persistent_store);
     if (volatile_store) {
-      resources_->volatile_tier =
-          CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable, &resources_->volatile_breaker);
+      resources_->volatile_tier = CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable,
+                                             &resources_->volatile_breaker);
       // Without a lower tier there is nothing to go on to (configurations made in code may say so all the same).
       if (!persistent_store && cache.when_unavailable == WhenUnavailable::kNextTier) {
         resources_->volatile_tier.when_unavailable = WhenUnavailable::kFail;

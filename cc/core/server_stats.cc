@@ -64,8 +64,8 @@ Json TableJson(const ModelTable& table) {
                  {"rows_per_second", table.load.rows_per_second()}}}};
   if (table.load.duplicate_keys) json["load"]["duplicate_keys"] = *table.load.duplicate_keys;
   const PromotionCounters& promotions = table.stack.promotions;
-  for (const auto& [name, tier] : {std::pair("volatile", &table.stack.volatile_tier),
-                                   std::pair("persistent", &table.stack.persistent_tier)}) {
+  for (const auto& [name, tier] :
+       {std::pair("volatile", &table.stack.volatile_tier), std::pair("persistent", &table.stack.persistent_tier)}) {
     if (tier->table) json[name] = TierJson(*tier);
   }
   if (table.stack.volatile_tier.table && promotions.promoted != nullptr) {

@@ -25,7 +25,8 @@ class Executor {
 Executor& InlineExecutor();
 // A pool of `threads` - 1 threads plus the caller. Bears nested calls.
 std::unique_ptr<Executor> NewThreadPool(int threads);
-// The same, of threads that stand back for others when processors are short (the caller's thread stays as it is).
+// The same, of threads that use at most half of the processors and stand back for others there (the caller's thread
+// stays as it is).
 std::unique_ptr<Executor> NewBackgroundPool(int threads);
 
 }  // namespace hps

@@ -31,9 +31,9 @@ struct Readiness {
   bool ready = false;
   std::string reason;  // one sentence: why not, or what works with restrictions; "ready" otherwise
   struct TierState {
-    std::string tier;   // "volatile" or "persistent"
-    std::string store;  // its kind
-    bool needed = false;     // lookups fail without it
+    std::string tier;     // "volatile" or "persistent"
+    std::string store;    // its kind
+    bool needed = false;  // lookups fail without it
     bool reachable = false;
     std::string error = {};  // empty where it is reachable
   };
