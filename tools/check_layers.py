@@ -31,7 +31,13 @@ LAYERS = (
     Layer("cc/base", (CONTRACTS, "cc/base/")),
     Layer("cc/config", (CONTRACTS, "cc/base/", "cc/config/"), ("nlohmann/",), most=1),
     Layer("cc/metrics", (CONTRACTS, "cc/base/", "cc/metrics/")),
-    Layer("cc/storage", (CONTRACTS, "cc/base/", "cc/storage/"), ("rocksdb/",), files=r"rocksdb_.*\.cc", most=1),
+    Layer(
+        "cc/storage",
+        (CONTRACTS, "cc/base/", "cc/storage/"),
+        ("rocksdb/", "hiredis/", "openssl/"),
+        files=r"(rocksdb_.*|redis_connection)\.cc",
+        most=1,
+    ),
     Layer("cc/loader", (CONTRACTS, "cc/base/", "cc/storage/", "cc/loader/")),
     Layer(
         "cc/core",
