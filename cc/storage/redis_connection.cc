@@ -452,6 +452,11 @@ class Connection final : public RedisConnection {
     static redisReplyObjectFunctions functions = {
         .createString = [](const redisReadTask* item, char* text, size_t size) -> void* {
           const bool error = item->type == REDIS_REPLY_ERROR;
+          // hiredis skips what stands behind a string of given length. Unless that is a line break the bytes are not
+          // from Redis, and without this the last row of a reply would be taken though its end is garbage.
+          if (item->type == REDIS_REPLY_STRING && std::memcmp(text + size, "\r\n", 2) != 0) {
+            Self(item).Refuse(Self(item).Lost("not a Redis reply: a string without a line break behind it"));
+          }
           return Self(item).OnItem(item, error ? RedisReply::Kind::kError : RedisReply::Kind::kString, 0, text, size);
         },
         .createArray = [](const redisReadTask* item, size_t elements) -> void* {
