@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -84,6 +85,11 @@ void CloseAllAtExit(bool database) {
         ::_exit(exit_status);
       }
       if (Status closed = ParameterServer::CloseAll(); !closed.ok()) Log(LogLevel::kWarning, closed.ToString());
+      if (added == 2 && !EndRocksDb(std::chrono::seconds(10))) {
+        Log(LogLevel::kWarning, "a database is still in use; the process ends without waiting for it");
+        std::fflush(nullptr);
+        ::_exit(exit_status);
+      }
     };
     if (::on_exit(at_exit, nullptr) != 0) Log(LogLevel::kWarning, "no more functions can be added to run at exit");
     return;

@@ -21,6 +21,7 @@
 #ifndef HPS_STORAGE_ROCKSDB_STORE_H_
 #define HPS_STORAGE_ROCKSDB_STORE_H_
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -44,6 +45,11 @@ struct RocksDbOptions {
 // another read_only, written in a newer format, or RocksDB was in use before this process was forked. kDataLoss:
 // damaged files, named. kResourceExhausted: disk full.
 Result<std::unique_ptr<TableStore>> OpenRocksDbStore(const RocksDbOptions& options);
+
+// For the exit of the process, once all stores are closed: opens no database any more (kFailedPrecondition) and waits
+// until operations that still run have let go of the last one, before the library's static objects are destroyed under
+// them. False where one is open after `limit`.
+bool EndRocksDb(std::chrono::milliseconds limit);
 
 }  // namespace hps
 
