@@ -354,3 +354,11 @@ def test_a_configuration_whose_places_are_broken(tmp_path, capsys):
     assert "gone/key: No such file or directory" in out
     assert "the files fit width 4" in out
     assert "database does not exist" in out
+
+
+def test_the_help_shows_each_command_with_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for example in ("hps convert model.keras", "hps memory served/ps.json", "hps inspect redis://"):
+        assert example in text

@@ -153,9 +153,9 @@ def _add_rocksdb(plan: MemoryPlan, persistent: dict[str, Any]) -> None:
     plan.host.items["RocksDB: filters and indexes of its files"] = sum(
         sizes.rocksdb_filter_bytes(table.rows, table.row_bytes) for table in plan.tables
     )
-    plan.host.items["RocksDB: block cache, at most"] = min(sizes.ROCKSDB_BLOCK_CACHE, on_disk)
     if not persistent["read_only"]:
-        plan.host.temporary["RocksDB: rows that are being written, at most"] = min(sizes.ROCKSDB_MEMTABLES, 2 * on_disk)
+        plan.host.temporary["RocksDB: rows that are being written, at most"] = min(sizes.ROCKSDB_WRITES, 2 * on_disk)
+    plan.notes.append("RocksDB reads through the system's page cache: memory that is left over makes it faster")
     plan.disk = Resource(f"disk at {persistent['path']}", available=machine.free_disk_bytes(persistent["path"]))
     if persistent["read_only"]:
         plan.notes.append("the database is read-only: what it takes on disk is there already")

@@ -17,11 +17,10 @@ _RUN = 64 << 10  # of slots that a partition sets aside
 PROMOTION_QUEUE = 64 << 20  # rows on their way up, at most
 LOADER_BUFFERS = 2 * (4 << 20)  # at most; the process keeps them for the next load
 
-ROCKSDB_MEMTABLES = 256 << 20  # of one database, at most
-ROCKSDB_BLOCK_CACHE = 64 << 20
+ROCKSDB_WRITES = 512 << 20  # of one database, at most: half for loads, half for updates
 _ROCKSDB_ROW = 12.4  # length and sequence numbers, bloom filter, restart points and the hash index of a block
 _ROCKSDB_BLOCK = 50  # index entry, checksum and end of a block
-_ROCKSDB_BLOCK_SIZE = 4096
+_ROCKSDB_BLOCK_SIZE = 2048
 
 GPU_INDEX_LOAD = 0.8  # of keys and slot numbers in the cache's index: a bound, as on the CPU
 GPU_SET = 64  # slots are rounded up to whole sets
