@@ -39,7 +39,7 @@ def memory_plan(
     host = Resource("host memory", available=machine.available_host_bytes() if host_memory is None else host_memory)
     plan = MemoryPlan(origin, volatile["type"], persistent["type"], tables, host)
     if volatile["type"] != "disabled" or persistent["type"] != "disabled":
-        host.items["buffers of the loader"] = min(
+        host.temporary["buffers of the loader, some of which the allocator may keep"] = min(
             sizes.LOADER_BUFFERS, 2 * max(table.rows * (8 + table.row_bytes) for table in tables)
         )
     largest_model = _largest_model(tables, "volatile_bytes")

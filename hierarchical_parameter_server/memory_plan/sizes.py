@@ -15,7 +15,7 @@ _BUCKET = 64  # of the hashed index: five entries, planned for four
 _RUN = 64 << 10  # of slots that a partition sets aside
 
 PROMOTION_QUEUE = 64 << 20  # rows on their way up, at most
-LOADER_BUFFERS = 2 * (4 << 20)  # at most; the process keeps them for the next load
+LOADER_BUFFERS = 2 * (4 << 20)  # at most
 
 ROCKSDB_WRITES = 512 << 20  # of one database, at most: half for loads, half for updates
 _ROCKSDB_ROW = 12.4  # length and sequence numbers, bloom filter, restart points and the hash index of a block
