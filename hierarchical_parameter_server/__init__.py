@@ -22,6 +22,8 @@ from .config import (
     UpdateSourceType_t,
     VolatileDatabaseParams,
 )
+from .inspect import inspect
+from .memory_plan import memory_plan
 from .server import Init, ParameterServer, prometheus_text, readiness, ready, shutdown, stats
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "VolatileDatabaseParams",
     "__version__",
     "errors",
+    "inspect",
+    "memory_plan",
     "prometheus_text",
     "readiness",
     "ready",

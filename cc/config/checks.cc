@@ -147,7 +147,7 @@ Status CheckBuilt(const ServerConfig& config) {
   };
   const VolatileConfig& memory = config.volatile_db;
   switch (memory.type) {
-    case VolatileType::kRedisCluster: return not_built("/volatile_db/type", "redis_cluster; use \"parallel_hash_map\"");
+    case VolatileType::kRedisCluster: break;
     case VolatileType::kMultiProcessHashMap:
       return not_built("/volatile_db/type", "multi_process_hash_map; use \"parallel_hash_map\" in each process");
     case VolatileType::kDisabled:

@@ -24,6 +24,7 @@
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
 #include "cc/storage/hash_map_store.h"
+#include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "hps/log.h"
 
@@ -347,6 +348,9 @@ class ParameterServer::Impl {
       options.allocation_rate_bytes = cache.allocation_rate_bytes;
       options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
+    }
+    if (cache.type == VolatileType::kRedisCluster) {
+      HPS_ASSIGN_OR_RETURN(volatile_store, OpenRedisStore(RedisOptionsOf(cache)));
     }
     const PersistentConfig& database = config_.persistent_db;
     if (database.type == PersistentType::kRocksDb) {

@@ -16,8 +16,10 @@
 #include <vector>
 
 #include "cc/base/fork_guard.h"
+#include "cc/core/host_memory.h"
 #include "hps/config.h"
 #include "hps/log.h"
+#include "hps/model_reader.h"
 #include "hps/parameter_server.h"
 #include "hps/server_registry.h"
 
@@ -239,6 +241,11 @@ PYBIND11_MODULE(_hps, m) {
     return hps::CanonicalJson(Unwrap(hps::ParseConfig(json, origin)));
   });
   m.def("load_config", [](const std::string& path) { return hps::CanonicalJson(Unwrap(hps::LoadConfig(path))); });
+  // Makes the checks of a load.
+  m.def("fingerprint_table_folder", [](const std::string& path, uint32_t width) {
+    return Unwrap(Unlocked([&] { return hps::FingerprintTableFolder(path, width); }));
+  });
+  m.def("available_memory_bytes", &hps::AvailableMemoryBytes, py::arg("root") = "");
   m.def("config_hash", [](const std::string& path) { return hps::ConfigHash(Unwrap(hps::LoadConfig(path))); });
   m.def("config_json_schema", &hps::ConfigJsonSchema);
   m.def("config_reference", &hps::ConfigReferenceMarkdown);

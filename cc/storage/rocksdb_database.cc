@@ -5,18 +5,18 @@
 //
 // Invariant: nothing is written to a dropped family. RocksDB would take that for a diverged memtable and refuse all
 // further writes.
-// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, Database::log_mutex_. Families are released with
+// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, ::bulk_mutex, Database::log_mutex_. Families are released with
 // no lock held.
 
 #include "cc/storage/rocksdb_database.h"
 
-#include <rocksdb/cache.h>
 #include <rocksdb/db.h>
 #include <rocksdb/env.h>
 #include <rocksdb/filter_policy.h>
 #include <rocksdb/listener.h>
 #include <rocksdb/options.h>
 #include <rocksdb/slice.h>
+#include <rocksdb/sst_file_writer.h>
 #include <rocksdb/table.h>
 #include <rocksdb/write_batch.h>
 
@@ -28,6 +28,7 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "hps/log.h"
@@ -41,7 +42,11 @@ constexpr const char* kCurrentFile = "CURRENT";               // every database 
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
-constexpr size_t kBlockCacheBytes = size_t{64} << 20;  // all tables of a database
+constexpr size_t kBulkTotalBytes = size_t{256} << 20;  // bulk rows in memory, all tables of a database
+constexpr size_t kBulkBatchBytes = size_t{2} << 20;    // fewer bulk rows go through a memtable
+constexpr size_t kBulkFileBytes = size_t{128} << 20;
+constexpr size_t kBlockBytes = 2 << 10;
+constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
 std::string Located(std::string_view path) { return "rocks_db \"" + std::string(path) + "\""; }
 
@@ -153,12 +158,14 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   return result;
 }
 
-// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside blocks. Format 5 is what
-// both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not.
-rocksdb::ColumnFamilyOptions FamilyOptions(const std::shared_ptr<rocksdb::Cache>& cache) {
+// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside small blocks. Format 5 is what
+// both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not. There is no block cache: the
+// system's page cache does that job, and taking a small block from there is cheaper than the cache's bookkeeping.
+rocksdb::ColumnFamilyOptions FamilyOptions() {
   rocksdb::BlockBasedTableOptions table;
   table.format_version = 5;
-  table.block_cache = cache;
+  table.no_block_cache = true;
+  table.block_size = kBlockBytes;
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
   table.data_block_index_type = rocksdb::BlockBasedTableOptions::kDataBlockBinaryAndHash;
   table.data_block_hash_table_util_ratio = 0.75;
@@ -197,10 +204,15 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) override;
   Status Drop(std::string_view name) override;
   std::vector<std::string> Names() override;
-  Status Read(RocksDbFamily& family, std::span<const std::string_view> keys, Deadline deadline,
+  Status Read(RocksDbFamily& family, std::span<const std::string_view> keys, const ReadLimits& limits,
               const ReadVisitor& visit) override;
   Status Scan(RocksDbFamily& family, const ScanVisitor& visit) override;
-  Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, bool bulk) override;
+  Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes) override {
+    return Write(family, changes, rocksdb::WriteOptions());
+  }
+  Status AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes, std::span<const Key> keys,
+                 ConstRowBuffer rows) override;
+  Status FinishBulk(RocksDbFamily& family) override;
   Result<std::optional<std::string>> ReadRecord(std::string_view key) override;
   Status WriteRecord(std::string_view key, std::optional<std::string_view> value) override;
   RocksDbFamilyStats Stats(RocksDbFamily& family) override;
@@ -214,16 +226,28 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
  private:
   std::shared_ptr<Family> Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle);
+  Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, const rocksdb::WriteOptions& options);
+  // The caller holds write_mutex, shared, and bulk_mutex of the family, which is not dropped.
+  Status FinishBulkLocked(RocksDbFamily& family);
+  Status WriteBulk(RocksDbFamily& family, const BulkRows& rows);
+  Status IngestBulk(RocksDbFamily& family, const BulkRows& rows);
+  Status WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
+                         const std::string& path, bool* written);
+  std::vector<std::shared_ptr<Family>> Families();
+  fs::path BulkFolder() const { return fs::path(path_) / kBulkFolder; }
+
   Status Map(const rocksdb::Status& status) const { return MapStatus(status, Where()); }
   Status Map(const rocksdb::Status& status, const RocksDbFamily& family) const {
     return MapStatus(status, Where(family.name));
   }
 
-  std::shared_ptr<rocksdb::Cache> cache_;
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
   std::shared_mutex log_mutex_;            // held shared to write, exclusively while the log is synced
-  std::atomic<bool> bulk_pending_{false};  // rows were written past the log since the last flush
+  std::atomic<bool> unlogged_{false};      // rows were written past the log since the last flush
+  size_t threads_ = 1;                     // that write sorted files
+  BulkMemory bulk_memory_{.limit_bytes = kBulkTotalBytes};
+  std::atomic<uint64_t> bulk_files_{0};
 
   std::mutex mutex_;                                                      // guards the next two
   std::map<std::string, std::shared_ptr<Family>, std::less<>> families_;  // those that exist; without "default"
@@ -237,11 +261,10 @@ Family::~Family() {
 }
 
 Status Database::Start(const RocksDbOptions& options) {
-  cache_ = rocksdb::NewLRUCache(kBlockCacheBytes);
   rocksdb::DBOptions database_options = DatabaseOptions(options);
   database_options.info_log = std::make_shared<ErrorLogger>(Where());
   database_options.listeners = {write_errors_};
-  const rocksdb::ColumnFamilyOptions family_options = FamilyOptions(cache_);
+  const rocksdb::ColumnFamilyOptions family_options = FamilyOptions();
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
   if (fs::exists(fs::path(path_) / kCurrentFile)) {
@@ -255,6 +278,12 @@ Status Database::Start(const RocksDbOptions& options) {
   HPS_RETURN_IF_ERROR(Map(read_only_ ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
                                      : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db)));
   db_.reset(db);
+  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(std::thread::hardware_concurrency(), 1u));
+  if (!read_only_) {
+    std::error_code error;
+    fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
+    if (error) return MapError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+  }
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == rocksdb::kDefaultColumnFamilyName) {
       handles_.insert(handles[i]);
@@ -292,7 +321,7 @@ Result<std::shared_ptr<RocksDbFamily>> Database::Create(const std::string& name)
   std::lock_guard lock(mutex_);
   if (families_.contains(name)) return AlreadyExists(Where(name) + ": exists already; open or drop it");
   rocksdb::ColumnFamilyHandle* handle = nullptr;
-  HPS_RETURN_IF_ERROR(Map(db_->CreateColumnFamily(FamilyOptions(cache_), name, &handle)));
+  HPS_RETURN_IF_ERROR(Map(db_->CreateColumnFamily(FamilyOptions(), name, &handle)));
   std::shared_ptr<Family> family = Adopt(name, handle);
   families_[name] = family;
   return std::shared_ptr<RocksDbFamily>(std::move(family));
@@ -308,6 +337,11 @@ Status Database::Drop(std::string_view name) {
   std::lock_guard write_lock(family->write_mutex);
   HPS_RETURN_IF_ERROR(Map(db_->DropColumnFamily(family->handle)));
   family->dropped = true;
+  {
+    std::lock_guard bulk_lock(family->bulk_mutex);
+    family->bulk_pending = false;
+    family->bulk.reset();
+  }
   families_.erase(found);
   return OkStatus();
 }
@@ -319,24 +353,33 @@ std::vector<std::string> Database::Names() {
   return names;
 }
 
-Status Database::Read(RocksDbFamily& family, std::span<const std::string_view> keys, Deadline deadline,
+Status Database::Read(RocksDbFamily& family, std::span<const std::string_view> keys, const ReadLimits& limits,
                       const ReadVisitor& visit) {
-  rocksdb::ReadOptions options;
-  if (deadline != kNoDeadline) {
-    const auto left = std::chrono::duration_cast<std::chrono::microseconds>(deadline - Deadline::clock::now());
-    if (left.count() <= 0) return DeadlineExceeded(Where(family.name) + ": the deadline has passed");
-    options.deadline = std::chrono::microseconds(rocksdb::Env::Default()->NowMicros()) + left;
-  }
-  std::vector<rocksdb::Slice> slices;
-  slices.reserve(keys.size());
-  for (std::string_view key : keys) slices.push_back(ToSlice(key));
-  std::vector<rocksdb::PinnableSlice> rows(keys.size());
-  std::vector<rocksdb::Status> statuses(keys.size());
-  db_->MultiGet(options, HandleOf(family), keys.size(), slices.data(), rows.data(), statuses.data(),
-                /*sorted_input=*/true);
-  for (size_t i = 0; i < keys.size(); ++i) {
-    if (!statuses[i].ok() && !statuses[i].IsNotFound()) return Map(statuses[i], family);
-    HPS_RETURN_IF_ERROR(visit(i, statuses[i].ok() ? std::optional(ToView(rows[i])) : std::nullopt));
+  const size_t most = std::min(keys.size(), kMostKeys);
+  std::vector<rocksdb::Slice> slices(most);
+  std::vector<rocksdb::PinnableSlice> rows(most);
+  std::vector<rocksdb::Status> statuses(most);
+  for (size_t first = 0; first < keys.size(); first += most) {
+    const size_t count = std::min(most, keys.size() - first);
+    rocksdb::ReadOptions options;
+    if (limits.cancelled != nullptr && limits.cancelled->load(std::memory_order_relaxed)) {
+      return Cancelled(Where(family.name) + ": the caller gave up");
+    }
+    if (limits.deadline != kNoDeadline) {
+      const auto left = std::chrono::duration_cast<std::chrono::microseconds>(limits.deadline - Deadline::clock::now());
+      if (left.count() <= 0) return DeadlineExceeded(Where(family.name) + ": the deadline has passed");
+      options.deadline = std::chrono::microseconds(rocksdb::Env::Default()->NowMicros()) + left;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      slices[i] = ToSlice(keys[first + i]);
+      rows[i].Reset();
+      statuses[i] = rocksdb::Status();
+    }
+    db_->MultiGet(options, HandleOf(family), count, slices.data(), rows.data(), statuses.data(), /*sorted_input=*/true);
+    for (size_t i = 0; i < count; ++i) {
+      if (!statuses[i].ok() && !statuses[i].IsNotFound()) return Map(statuses[i], family);
+      HPS_RETURN_IF_ERROR(visit(first + i, statuses[i].ok() ? std::optional(ToView(rows[i])) : std::nullopt));
+    }
   }
   return OkStatus();
 }
@@ -353,7 +396,8 @@ Status Database::Scan(RocksDbFamily& family, const ScanVisitor& visit) {
   return Map(row->status(), family);
 }
 
-Status Database::Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, bool bulk) {
+Status Database::Write(RocksDbFamily& family, std::span<const RocksDbChange> changes,
+                       const rocksdb::WriteOptions& options) {
   rocksdb::WriteBatch batch;
   for (const RocksDbChange& change : changes) {
     const rocksdb::Slice key = ToSlice(change.key);
@@ -361,12 +405,148 @@ Status Database::Write(RocksDbFamily& family, std::span<const RocksDbChange> cha
         Map(change.row ? batch.Put(HandleOf(family), key, ToSlice(*change.row)) : batch.Delete(HandleOf(family), key),
             family));
   }
-  rocksdb::WriteOptions options;
-  options.disableWAL = bulk;
   std::shared_lock lock(log_mutex_);
   HPS_RETURN_IF_ERROR(Map(db_->Write(options, &batch), family));
-  if (bulk) bulk_pending_ = true;  // after the write: no earlier flush may clear this
+  if (options.disableWAL) unlogged_ = true;  // after the write: no earlier flush may clear this
   return OkStatus();
+}
+
+Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes, std::span<const Key> keys,
+                         ConstRowBuffer rows) {
+  if (keys.empty()) return OkStatus();
+  std::lock_guard lock(family.bulk_mutex);
+  if (family.bulk != nullptr && (family.bulk->row_bytes() != row_bytes || family.bulk_key_bytes != key_bytes ||
+                                 family.bulk->runs() >= BulkRows::kMaxRuns)) {
+    HPS_RETURN_IF_ERROR(FinishBulkLocked(family));
+  }
+  if (family.bulk == nullptr) {
+    family.bulk = std::make_unique<BulkRows>(Where(family.name), BulkFolder(), row_bytes, &bulk_memory_);
+    family.bulk_key_bytes = key_bytes;
+  }
+  family.bulk_pending = true;
+  return family.bulk->Add(keys, rows);
+}
+
+Status Database::FinishBulk(RocksDbFamily& family) {
+  if (!family.bulk_pending.load(std::memory_order_acquire)) return OkStatus();
+  std::shared_lock write_lock(family.write_mutex);
+  std::lock_guard lock(family.bulk_mutex);
+  return FinishBulkLocked(family);
+}
+
+Status Database::FinishBulkLocked(RocksDbFamily& family) {
+  if (family.bulk == nullptr) return OkStatus();
+  HPS_RETURN_IF_ERROR(Map(write_errors_->error(), family));
+  BulkRows& rows = *family.bulk;
+  rows.Sort();
+  HPS_RETURN_IF_ERROR(rows.runs() == 0 && rows.bytes() <= kBulkBatchBytes ? WriteBulk(family, rows)
+                                                                          : IngestBulk(family, rows));
+  {
+    std::lock_guard lock(family.count_mutex);
+    family.counted_sequence.reset();
+  }
+  family.bulk.reset();
+  family.bulk_pending.store(false, std::memory_order_release);
+  return OkStatus();
+}
+
+Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
+  std::vector<Key> keys;
+  std::vector<const std::byte*> places;
+  const Status visited =
+      rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
+        keys.push_back(key);
+        places.push_back(row);
+        return OkStatus();
+      });
+  HPS_RETURN_IF_ERROR(visited);
+  std::vector<RocksDbChange> changes;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    changes.push_back({{reinterpret_cast<const char*>(&keys[i]), static_cast<size_t>(family.bulk_key_bytes)},
+                       std::string_view(reinterpret_cast<const char*>(places[i]), rows.row_bytes())});
+  }
+  rocksdb::WriteOptions past_the_log;
+  past_the_log.disableWAL = true;
+  return Write(family, changes, past_the_log);
+}
+
+// Sorted files of disjoint ranges, written side by side, become part of the family in one step.
+Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
+  const size_t parts = std::max<size_t>(threads_, rows.bytes() / kBulkFileBytes + 1);
+  HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
+  std::error_code error;
+  fs::create_directories(BulkFolder(), error);
+  if (error) return MapError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
+  const uint64_t first_file = bulk_files_.fetch_add(ranges.size());
+
+  std::atomic<size_t> next{0};
+  std::mutex mutex;  // guards the next two
+  Status status;
+  std::vector<std::string> files;
+  const auto fail = [&](Status failed) {
+    std::lock_guard lock(mutex);
+    if (status.ok()) status = std::move(failed);
+    next = ranges.size();
+  };
+  const auto work = [&] {
+    try {
+      for (size_t i; (i = next++) < ranges.size();) {
+        const std::string path = (BulkFolder() / (std::to_string(first_file + i) + ".sst")).string();
+        bool written = false;
+        Status file_status = WriteSortedFile(family, rows, ranges[i], threads_, path, &written);
+        if (!file_status.ok()) fail(std::move(file_status));
+        std::lock_guard lock(mutex);
+        if (written) files.push_back(path);
+      }
+    } catch (const std::exception& error) {
+      fail(ResourceExhausted(Where(family.name) + ": " + error.what()));
+    }
+  };
+  {
+    std::vector<std::jthread> helpers;
+    for (size_t i = 1; i < std::min(threads_, ranges.size()); ++i) {
+      try {
+        helpers.emplace_back(work);
+      } catch (const std::system_error&) {
+        break;  // no more threads: those that run do the work
+      }
+    }
+    work();
+  }
+  if (status.ok() && !files.empty()) {
+    rocksdb::IngestExternalFileOptions options;
+    options.move_files = true;
+    options.write_global_seqno = false;
+    std::shared_lock lock(log_mutex_);
+    status = Map(db_->IngestExternalFile(HandleOf(family), files, options), family);
+  }
+  for (const std::string& file : files) fs::remove(file, error);  // an ingested one has another name by now
+  return status;
+}
+
+Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
+                                 const std::string& path, bool* written) {
+  const rocksdb::Options options(db_->GetDBOptions(), FamilyOptions());
+  rocksdb::SstFileWriter writer(rocksdb::EnvOptions(options), options, HandleOf(family),
+                                /*invalidate_page_cache=*/false);
+  const auto key_bytes = static_cast<size_t>(family.bulk_key_bytes);
+  HPS_RETURN_IF_ERROR(rows.Visit(range, threads, [&](const Key& key, const std::byte* row) -> Status {
+    if (!*written) {
+      HPS_RETURN_IF_ERROR(Map(writer.Open(path), family));
+      *written = true;
+    }
+    const rocksdb::Status put = writer.Put(rocksdb::Slice(reinterpret_cast<const char*>(&key), key_bytes),
+                                           rocksdb::Slice(reinterpret_cast<const char*>(row), rows.row_bytes()));
+    return put.ok() ? OkStatus() : Map(put, family);
+  }));
+  return *written ? Map(writer.Finish(), family) : OkStatus();
+}
+
+std::vector<std::shared_ptr<Family>> Database::Families() {
+  std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Family>> families;
+  for (const auto& [name, family] : families_) families.push_back(family);
+  return families;
 }
 
 Result<std::optional<std::string>> Database::ReadRecord(std::string_view key) {
@@ -399,16 +579,13 @@ RocksDbFamilyStats Database::Stats(RocksDbFamily& family) {
 Status Database::Flush() {
   if (read_only_) return OkStatus();
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
-  if (bulk_pending_.exchange(false)) {
-    std::vector<std::shared_ptr<Family>> families;
-    {
-      std::lock_guard lock(mutex_);
-      for (const auto& [name, family] : families_) families.push_back(family);
-    }
+  const std::vector<std::shared_ptr<Family>> families = Families();
+  for (const std::shared_ptr<Family>& family : families) HPS_RETURN_IF_ERROR(FinishBulk(*family));
+  if (unlogged_.exchange(false)) {
     for (const std::shared_ptr<Family>& family : families) {
       rocksdb::Status status = db_->Flush(rocksdb::FlushOptions(), family->handle);
       if (status.ok() || status.IsColumnFamilyDropped()) continue;
-      bulk_pending_ = true;
+      unlogged_ = true;
       return MapStatus(status, Where(family->name));
     }
   }

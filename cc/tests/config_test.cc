@@ -663,11 +663,11 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
            R"("persistent_db": {"initialize_after_startup": false})",
            R"("volatile_db": {"initialize_after_startup": false})",
            R"("update_source": {"type": "null"})",
+           R"("volatile_db": {"type": "redis", "overflow_margin": 5})",
        }) {
     EXPECT_EQ(check(accepted).ToString(), "OK") << accepted;
   }
   const std::pair<std::string, std::string> refused[] = {
-      {R"("volatile_db": {"type": "redis"})", "/volatile_db/type: not built yet: redis_cluster"},
       {R"("volatile_db": {"type": "multi_process_hash_map"})", "/volatile_db/type: not built yet: multi_process"},
       {R"("volatile_db": {"type": "disabled"})", "/volatile_db/type: not built yet: a server without any database"},
       {R"("volatile_db": {"overflow_margin": 1000})", "/volatile_db/overflow_margin: not built yet"},
@@ -941,6 +941,14 @@ TEST_F(ConfigFiles, TlsFilesFollowTheRuleWhereTlsIsUsed) {
   std::string redis = R"("volatile_db": {"type": "redis", "tls_ca_certificate": "ca.crt", "enable_tls": )";
   EXPECT_EQ(Load("t", redis + "true}")->volatile_db.tls_ca_certificate, (there() / "ca.crt").string());
   EXPECT_EQ(Load("t", redis + "false}")->volatile_db.tls_ca_certificate, "ca.crt");
+}
+
+TEST_F(ConfigFiles, PasswordFileFollowsTheRule) {
+  fs::create_directories(here() / "t");
+  WriteFile(there() / "secret", "");
+  EXPECT_EQ(Load("t", R"("volatile_db": {"type": "redis", "password_file": "secret"})")->volatile_db.password_file,
+            (there() / "secret").string());
+  EXPECT_EQ(Load("t", R"("volatile_db": {"type": "redis"})")->volatile_db.password_file, "");
 }
 
 TEST_F(ConfigFiles, ModelsGivenAsTextFollowTheRule) {

@@ -138,6 +138,8 @@ void StoreConformance::Reopen() {
   Open();
 }
 
+bool StoreConformance::Reopens() const { return store_->capabilities().persistent || GetParam().reopens; }
+
 std::shared_ptr<Table> StoreConformance::Create(const std::string& name, size_t row_bytes) {
   Result<std::shared_ptr<Table>> table = store_->CreateTable({.name = name, .row_bytes = row_bytes});
   EXPECT_CODE(table.status(), StatusCode::kOk);
@@ -475,7 +477,7 @@ TEST_P(StoreConformance, RecordsAreKept) {
   EXPECT_EQ(*store_->ReadRecord("fingerprint"), binary);
   EXPECT_EQ(*store_->ReadRecord("other"), "");
   EXPECT_TRUE(store_->ListTables()->empty()) << "records are no tables";
-  if (store_->capabilities().persistent) {
+  if (Reopens()) {
     ASSERT_NO_FATAL_FAILURE(Reopen());
     EXPECT_EQ(*store_->ReadRecord("fingerprint"), binary);
   }
@@ -488,7 +490,7 @@ TEST_P(StoreConformance, RecordsAreKept) {
 // Life of the store --------------------------------------------------------------------------------------------------
 
 TEST_P(StoreConformance, ReopenedStoreHoldsItsRows) {
-  if (!store_->capabilities().persistent) GTEST_SKIP() << "the store is volatile by contract";
+  if (!Reopens()) GTEST_SKIP() << "the store is volatile by contract";
   const std::vector<Key> keys = KeyRange(-500, 1000);
   ASSERT_OK(Put(*Create("hps_et.m.t"), keys, 1));
   ASSERT_OK(Put(*Create("hps_et.m.bulk", 28), keys, 2, {.bulk = true}));
@@ -825,7 +827,7 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
         break;
       }
       case 4: {
-        if (random() % 8 == 0 && store_->capabilities().persistent) {
+        if (random() % 8 == 0 && Reopens()) {
           ASSERT_OK(store_->Flush());
           table.reset();
           ASSERT_NO_FATAL_FAILURE(Reopen());
