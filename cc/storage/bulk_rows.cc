@@ -196,7 +196,7 @@ BulkRows::~BulkRows() { memory_->used_bytes -= charged_rows_ * BytesPerRow(); }
 Status BulkRows::Allocate() {
   if (capacity_ > 0) return OkStatus();
   const size_t capacity = std::max<size_t>(memory_->limit_bytes / BytesPerRow(), 1);
-  HPS_ASSIGN_OR_RETURN(rows_, AnonymousMemory::Allocate(capacity * row_bytes_, /*huge_pages=*/false));
+  HPS_ASSIGN_OR_RETURN(rows_, AnonymousMemory::Allocate(capacity * row_bytes_, /*huge_pages=*/true));
   HPS_ASSIGN_OR_RETURN(entries_, AnonymousMemory::Allocate(2 * capacity * sizeof(KeyIndex), /*huge_pages=*/false));
   capacity_ = capacity;
   return OkStatus();
