@@ -2,9 +2,9 @@
 //
 // Each line of output is one measurement in JSON; rows are checked before they are timed. Keys are scattered over 64
 // bits and come in random order. Loading: "bulk" (bulk upserts and a flush) takes turns with "batches" (sorted write
-// batches of 10,000 rows past the log and a flush) and "upserts" (logged, and a flush). Reading: batches of 65,536 random
-// keys from the page cache through Fetch, beside loops of Get and MultiGet over a database opened with RocksDB's options
-// for point lookups. Rates are rows a second of wall time; the best of the rounds. Usage:
+// batches of 10,000 rows past the log and a flush) and "upserts" (logged, and a flush). Reading: batches of 65,536
+// random keys from the page cache through Fetch, beside loops of Get and MultiGet over a database opened with RocksDB's
+// options for point lookups. Rates are rows a second of wall time; the best of the rounds. Usage:
 //   rocksdb_benchmark FOLDER [rows ...]     (default 2000000; FOLDER is made, and removed again)
 
 #include <rocksdb/db.h>
@@ -162,7 +162,8 @@ void MeasureFetch(const fs::path& folder, const Rows& rows) {
   options.OptimizeForPointLookup(64);
   rocksdb::DB* db = nullptr;
   std::vector<rocksdb::ColumnFamilyHandle*> handles;
-  Check(rocksdb::DB::OpenForReadOnly(options, folder.string(), {{"default", options}, {kTable, options}}, &handles, &db));
+  Check(
+      rocksdb::DB::OpenForReadOnly(options, folder.string(), {{"default", options}, {kTable, options}}, &handles, &db));
   const auto key_slice = [&](size_t i) { return rocksdb::Slice(reinterpret_cast<const char*>(&keys[i]), 8); };
   const auto get = [&] {
     rocksdb::PinnableSlice row;

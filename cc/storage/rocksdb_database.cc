@@ -5,8 +5,8 @@
 //
 // Invariant: nothing is written to a dropped family. RocksDB would take that for a diverged memtable and refuse all
 // further writes.
-// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, ::bulk_mutex, Database::log_mutex_. Families are released with
-// no lock held.
+// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, ::bulk_mutex, Database::log_mutex_. Families are
+// released with no lock held.
 
 #include "cc/storage/rocksdb_database.h"
 
@@ -42,9 +42,10 @@ constexpr const char* kCurrentFile = "CURRENT";               // every database 
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
-constexpr size_t kBulkTotalBytes = size_t{256} << 20;  // bulk rows in memory, all tables of a database
-constexpr size_t kBulkBatchBytes = size_t{2} << 20;    // fewer bulk rows go through a memtable
-constexpr size_t kBulkFileBytes = size_t{128} << 20;
+constexpr size_t kBulkTotalBytes = size_t{256} << 20;    // bulk rows in memory, all tables of a database
+constexpr size_t kBulkBatchBytes = size_t{2} << 20;      // fewer bulk rows go through a memtable
+constexpr size_t kBulkFileBytes = size_t{128} << 20;     // most in one sorted file, about
+constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several threads write them
 constexpr size_t kBlockBytes = 2 << 10;
 constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
@@ -156,8 +157,8 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   result.IncreaseParallelism(static_cast<int>(std::min<uint32_t>(options.num_threads, 1024)));
   result.db_write_buffer_size = kWriteBufferTotalBytes;
   result.max_total_wal_size = kWalTotalBytes;
-  // An unfinished record at the end is what a killed process leaves; any other damage of the log is an error. (RocksDB's
-  // own choice is to forget silently what follows a damaged record.)
+  // An unfinished record at the end is what a killed process leaves; any other damage of the log is an error.
+  // (RocksDB's own choice is to forget silently what follows a damaged record.)
   result.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   result.bytes_per_sync = 1 << 20;
   result.stats_dump_period_sec = 0;
@@ -165,9 +166,9 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   return result;
 }
 
-// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside small blocks. Format 5 is what
-// both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not. There is no block cache: the
-// system's page cache does that job, and taking a small block from there is cheaper than the cache's bookkeeping.
+// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside small blocks. Format 5 is
+// what both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not. There is no block cache:
+// the system's page cache does that job, and taking a small block from there is cheaper than the cache's bookkeeping.
 rocksdb::ColumnFamilyOptions FamilyOptions() {
   rocksdb::BlockBasedTableOptions table;
   table.format_version = 5;
@@ -264,9 +265,9 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
-  std::shared_mutex log_mutex_;            // held shared to write, exclusively while the log is synced
-  std::atomic<bool> unlogged_{false};      // rows were written past the log since the last flush
-  size_t threads_ = 1;                     // that write sorted files
+  std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
+  std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
+  size_t threads_ = 1;                 // that write sorted files
   BulkMemory bulk_memory_{.limit_bytes = kBulkTotalBytes};
   std::atomic<uint64_t> bulk_files_{0};
 
@@ -308,9 +309,9 @@ Status Database::TryStart(const RocksDbOptions& options) {
 
   rocksdb::DB* db = nullptr;
   std::vector<rocksdb::ColumnFamilyHandle*> handles;
-  const rocksdb::Status opened =
-      read_only_ ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
-                 : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
+  const rocksdb::Status opened = read_only_
+                                     ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
+                                     : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
   if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kCurrentFile)) {
     return MapStatus(opened, Where() + ", in " + LogFiles(path_));
   }
@@ -497,12 +498,11 @@ Status Database::FinishBulkLocked(RocksDbFamily& family) {
 Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
   std::vector<Key> keys;
   std::vector<const std::byte*> places;
-  const Status visited =
-      rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
-        keys.push_back(key);
-        places.push_back(row);
-        return OkStatus();
-      });
+  const Status visited = rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
+    keys.push_back(key);
+    places.push_back(row);
+    return OkStatus();
+  });
   HPS_RETURN_IF_ERROR(visited);
   std::vector<RocksDbChange> changes;
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -516,7 +516,8 @@ Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
 
 // Sorted files of disjoint ranges, written side by side, become part of the family in one step.
 Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
-  const size_t parts = std::max<size_t>(threads_, rows.bytes() / kBulkFileBytes + 1);
+  const size_t parts = std::max<size_t>(std::min<size_t>(threads_, rows.bytes() / kBulkFileLeastBytes + 1),
+                                        rows.bytes() / kBulkFileBytes + 1);
   HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
   std::error_code error;
   fs::create_directories(BulkFolder(), error);

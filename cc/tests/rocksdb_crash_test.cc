@@ -1,7 +1,8 @@
-// kill -9 at any moment loses nothing that was acknowledged. A child works on a database and notes beside it, in a file,
-// each step that it begins and each that was acknowledged. It is killed at random moments, many times; each time the
-// database is compared with what the notes allow: an acknowledged upsert or erase is there, bulk rows are there after an
-// acknowledged flush; of a step that was under way, and of bulk rows before a flush, each row may be there or not.
+// kill -9 at any moment loses nothing that was acknowledged. A child works on a database and notes beside it, in a
+// file, each step that it begins and each that was acknowledged. It is killed at random moments, many times; each time
+// the database is compared with what the notes allow: an acknowledged upsert or erase is there, bulk rows are there
+// after an acknowledged flush; of a step that was under way, and of bulk rows before a flush, each row may be there or
+// not.
 
 #include <gtest/gtest.h>
 

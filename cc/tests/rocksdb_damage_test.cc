@@ -1,6 +1,6 @@
 // Damaged databases: every file of a database is flipped, cut, emptied and deleted in turn, and another process reads
-// what is left. It must end by itself, and each row it gets must be right; where something is lost that RocksDB can know
-// of, the error is DataLoss and names the file.
+// what is left. It must end by itself, and each row it gets must be right; where something is lost that RocksDB can
+// know of, the error is DataLoss and names the file.
 
 #include <gtest/gtest.h>
 
@@ -59,7 +59,8 @@ void RunRole(const std::string& role, const std::string& path) {
       return OkStatus();
     });
     if (role == "write" && failed.ok()) {
-      HPS_RETURN_IF_ERROR(table->Upsert(std::vector<Key>{-7}, RowBlock::Of(std::vector<Key>{-7}, 1, kRowBytes).source()));
+      HPS_RETURN_IF_ERROR(
+          table->Upsert(std::vector<Key>{-7}, RowBlock::Of(std::vector<Key>{-7}, 1, kRowBytes).source()));
       HPS_RETURN_IF_ERROR(store->Flush());
     }
     HPS_RETURN_IF_ERROR(store->Close());
@@ -155,8 +156,8 @@ TEST_F(RocksDbDamage, AFileThatWasCut) {
 }
 
 TEST_F(RocksDbDamage, FlippedBytes) {
-  const uint64_t seed = std::getenv("HPS_TEST_SEED") ? std::strtoull(std::getenv("HPS_TEST_SEED"), nullptr, 10)
-                                                     : std::random_device{}();
+  const uint64_t seed =
+      std::getenv("HPS_TEST_SEED") ? std::strtoull(std::getenv("HPS_TEST_SEED"), nullptr, 10) : std::random_device{}();
   std::cout << "HPS_TEST_SEED=" << seed << std::endl;
   std::mt19937_64 random(seed);
   for (const std::string& name : files_) {

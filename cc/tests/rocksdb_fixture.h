@@ -1,5 +1,5 @@
-// What the tests of the RocksDB store share: helpers, a fixture with a folder, and other processes. A test program whose
-// main is RunRocksDbTests starts itself again as Child(role, folder), which then runs its RunRole.
+// What the tests of the RocksDB store share: helpers, a fixture with a folder, and other processes. A test program
+// whose main is RunRocksDbTests starts itself again as Child(role, folder), which then runs its RunRole.
 
 #ifndef HPS_TESTS_ROCKSDB_FIXTURE_H_
 #define HPS_TESTS_ROCKSDB_FIXTURE_H_

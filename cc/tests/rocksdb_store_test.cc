@@ -506,13 +506,102 @@ TEST_F(RocksDbStore, ADeadlineThatPassesWhileReadingIsAnError) {
   EXPECT_TRUE(met);
 }
 
+// Does all pieces itself, one after the other.
+class CountingExecutor final : public Executor {
+ public:
+  int parallelism() const override { return 64; }
+  void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
+    pieces = 0;
+    for (size_t first = 0; first < count; first += grain, ++pieces) body(first, std::min(count, first + grain));
+  }
+  size_t pieces = 0;
+};
+
+TEST_F(RocksDbStore, NumThreadsIsTheMostThatOneReadTakes) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  Make(keys);
+  for (const uint32_t num_threads : {1u, 2u, 7u, 1000u}) {
+    CountingExecutor executor;
+    auto store = OpenRocksDbStore({.path = path_, .num_threads = num_threads, .executor = &executor});
+    ASSERT_OK(store.status());
+    auto table = (*store)->OpenTable(kSpec);
+    ASSERT_OK(table.status());
+    EXPECT_EQ(CountRows(**table, keys, 1), keys.size());
+    EXPECT_LE(executor.pieces, num_threads);
+    EXPECT_GE(executor.pieces, std::min<size_t>(num_threads, 50)) << "and large reads do take them";
+    EXPECT_EQ(CountRows(**table, KeyRange(0, 100), 1), 100u);
+    EXPECT_EQ(executor.pieces, 1u) << "small ones do not";
+  }
+}
+
+TEST_F(RocksDbStore, BatchSizesFromOneToAMillion) {
+  const std::vector<Key> keys = KeyRange(-60'000, 120'000);
+  uint32_t version = 0;
+  for (const uint32_t size : {7u, 10'000u, 1'000'000u}) {
+    auto store = OpenRocksDbStore({.path = path_, .max_get_batch_size = size, .max_set_batch_size = size});
+    ASSERT_OK(store.status());
+    auto table = (*store)->OpenTable(kSpec);
+    if (!table.ok()) table = (*store)->CreateTable(kSpec);
+    ASSERT_OK(table.status());
+    ASSERT_OK(Put(**table, keys, ++version));
+    EXPECT_EQ(CountRows(**table, keys, version), keys.size());
+    ASSERT_OK((*store)->Close());
+  }
+}
+
+TEST_F(RocksDbStore, ACallerThatGivesUpEndsAFetchBetweenBatches) {
+  const std::vector<Key> keys = KeyRange(0, 200'000);
+  Make(keys);
+  auto store = MustOpen();
+  auto table = store->OpenTable(kSpec);
+  ASSERT_OK(table.status());
+  RowBlock rows(keys.size(), kRowBytes);
+  std::atomic<bool> cancelled{true};
+  const auto fetch = [&] {
+    std::vector<uint32_t> misses;
+    return (*table)->Fetch({.keys = keys, .positions = std::nullopt, .rows = rows.buffer(), .cancelled = &cancelled},
+                           &misses);
+  };
+  ExpectError(fetch(), StatusCode::kCancelled, {kSpec.name});
+  cancelled = false;
+  ASSERT_OK(fetch());
+  std::thread caller([&] { cancelled = true; });
+  Status status;
+  for (int i = 0; i < 1000 && status.ok(); ++i) status = fetch();
+  caller.join();
+  EXPECT_EQ(status.code(), StatusCode::kCancelled) << status.ToString();
+}
+
+TEST_F(RocksDbStore, AnOrderlyCloseLeavesNothingInTheLog) {
+  {
+    auto store = MustOpen();
+    ASSERT_OK(Put(**store->CreateTable(kSpec), KeyRange(0, 1000), 1));
+    ASSERT_OK(store->WriteRecord("r", "text"));
+    ASSERT_OK(store->Close());
+  }
+  for (const auto& entry : fs::directory_iterator(path_)) {
+    if (entry.path().extension() == ".log") fs::remove(entry.path());
+  }
+  auto store = MustOpen();
+  EXPECT_EQ(CountRows(**store->OpenTable(kSpec), KeyRange(0, 1000), 1), 1000u);
+  EXPECT_EQ(*store->ReadRecord("r"), "text");
+}
+
+TEST_F(RocksDbStore, ADatabaseWithoutItsCurrentFileIsNoForeignFolder) {
+  Make({1});
+  fs::remove(path_ / "CURRENT");
+  for (const bool read_only : {false, true}) {
+    ExpectError(Open(path_, read_only).status(), StatusCode::kDataLoss, {(path_ / "CURRENT").string(), "restore"});
+  }
+}
+
 TEST_F(RocksDbStore, ATruncatedOrMissingFileIsDataLossThatNamesIt) {
   Make(KeyRange(0, 10'000));
   const fs::path file = TableFile();
   fs::resize_file(file, fs::file_size(file) / 2);
   ExpectError(Open(path_).status(), StatusCode::kDataLoss, {file.filename().string(), path_.string()});
   fs::remove(file);
-  ExpectError(Open(path_).status(), StatusCode::kDataLoss, {file.stem().string().substr(1), path_.string()});
+  ExpectError(Open(path_).status(), StatusCode::kDataLoss, {file.filename().string(), path_.string()});
 }
 
 }  // namespace
