@@ -356,7 +356,7 @@ const Section<PersistentConfig>& PersistentSection() {
                           "\"rocks_db\"; without the section: \"disabled\""),
           WithDefaultText(Plain("path", &P::path, Formatted(kNotEmpty), "the folder of the database"),
                           "rocksdb in the folder for temporary files"),
-          Plain("num_threads", &P::num_threads, AtLeast(1), "threads of the database"),
+          Plain("num_threads", &P::num_threads, AtLeast(1), "most threads of the database, and of one read"),
           Plain("read_only", &P::read_only, {}, "open without writing; nothing is loaded into it"),
           DatabaseBatchSize<P>(),
           Plain("max_get_batch_size", &P::max_get_batch_size, AtLeast(1), "keys in one request to read"),

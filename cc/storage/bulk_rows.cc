@@ -1,5 +1,5 @@
-// A run is a file of records (place in stored order, row), sorted, each key once. Of equal keys the one of the newest run
-// counts, and rows in memory are the newest of all.
+// A run is a file of records (place in stored order, row), sorted, each key once. Of equal keys the one of the newest
+// run counts, and rows in memory are the newest of all.
 
 #include "cc/storage/bulk_rows.h"
 
@@ -145,16 +145,15 @@ class BulkRows::MemoryCursor final : public Cursor {
   }
   Result<bool> Next() override {
     if (next_ == end_) return false;
-    if (end_ - next_ > static_cast<ptrdiff_t>(kPrefetchRows)) PrefetchRow(RowOf(next_[kPrefetchRows]), rows_.row_bytes_);
+    if (end_ - next_ > static_cast<ptrdiff_t>(kPrefetchRows))
+      PrefetchRow(RowOf(next_[kPrefetchRows]), rows_.row_bytes_);
     order = StoredOrder(next_->key);
     row = RowOf(*next_++);
     return true;
   }
 
  private:
-  const std::byte* RowOf(const KeyIndex& entry) const {
-    return rows_.rows_.data() + entry.index * rows_.row_bytes_;
-  }
+  const std::byte* RowOf(const KeyIndex& entry) const { return rows_.rows_.data() + entry.index * rows_.row_bytes_; }
   const BulkRows& rows_;
   std::span<KeyIndex>::iterator next_, end_;
 };
@@ -196,7 +195,7 @@ BulkRows::~BulkRows() { memory_->used_bytes -= charged_rows_ * BytesPerRow(); }
 Status BulkRows::Allocate() {
   if (capacity_ > 0) return OkStatus();
   const size_t capacity = std::max<size_t>(memory_->limit_bytes / BytesPerRow(), 1);
-  HPS_ASSIGN_OR_RETURN(rows_, AnonymousMemory::Allocate(capacity * row_bytes_, /*huge_pages=*/false));
+  HPS_ASSIGN_OR_RETURN(rows_, AnonymousMemory::Allocate(capacity * row_bytes_, /*huge_pages=*/true));
   HPS_ASSIGN_OR_RETURN(entries_, AnonymousMemory::Allocate(2 * capacity * sizeof(KeyIndex), /*huge_pages=*/false));
   capacity_ = capacity;
   return OkStatus();
@@ -266,7 +265,8 @@ Result<std::vector<BulkRows::Range>> BulkRows::Cut(size_t parts) const {
       HPS_ASSIGN_OR_RETURN(samples.emplace_back(), run->OrderAt(record));
     }
   }
-  for (uint64_t entry = step / 2; entry < sorted_.size(); entry += step) samples.push_back(StoredOrder(sorted_[entry].key));
+  for (uint64_t entry = step / 2; entry < sorted_.size(); entry += step)
+    samples.push_back(StoredOrder(sorted_[entry].key));
   std::sort(samples.begin(), samples.end());
   std::vector<Range> ranges;
   uint64_t first = 0;

@@ -2,9 +2,9 @@
 // earlier one, and are visited in the order of the stored keys (little-endian bytes compared from the first), each key
 // once.
 //
-// Memory is bounded: what does not fit is sorted and written to a file without a name in `folder`, which the kernel frees
-// however the process ends. Visiting merges these runs; ranges may be visited by several threads at the same time.
-// Thread safety: Add and Sort need the object for themselves; Cut and Visit are const.
+// Memory is bounded: what does not fit is sorted and written to a file without a name in `folder`, which the kernel
+// frees however the process ends. Visiting merges these runs; ranges may be visited by several threads at the same
+// time. Thread safety: Add and Sort need the object for themselves; Cut and Visit are const.
 
 #ifndef HPS_STORAGE_BULK_ROWS_H_
 #define HPS_STORAGE_BULK_ROWS_H_
@@ -83,9 +83,9 @@ class BulkRows {
   AnonymousMemory rows_;     // capacity_ rows
   AnonymousMemory entries_;  // key and row number; twice capacity_, because sorting needs another place
   size_t capacity_ = 0;
-  size_t count_ = 0;  // rows in memory
-  size_t entry_count_ = 0;  // fewer, where repetitions have been left out
-  size_t charged_rows_ = 0;   // for which memory_ has been charged
+  size_t count_ = 0;            // rows in memory
+  size_t entry_count_ = 0;      // fewer, where repetitions have been left out
+  size_t charged_rows_ = 0;     // for which memory_ has been charged
   std::span<KeyIndex> sorted_;  // after Sort: entries in stored order, of each key the latest
   uint64_t written_rows_ = 0;
   std::vector<std::unique_ptr<Run>> runs_;  // the later the newer

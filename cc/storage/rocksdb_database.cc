@@ -5,8 +5,8 @@
 //
 // Invariant: nothing is written to a dropped family. RocksDB would take that for a diverged memtable and refuse all
 // further writes.
-// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, ::bulk_mutex, Database::log_mutex_. Families are released with
-// no lock held.
+// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, ::bulk_mutex, Database::log_mutex_. Families are
+// released with no lock held.
 
 #include "cc/storage/rocksdb_database.h"
 
@@ -42,9 +42,10 @@ constexpr const char* kCurrentFile = "CURRENT";               // every database 
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
-constexpr size_t kBulkTotalBytes = size_t{256} << 20;  // bulk rows in memory, all tables of a database
-constexpr size_t kBulkBatchBytes = size_t{2} << 20;    // fewer bulk rows go through a memtable
-constexpr size_t kBulkFileBytes = size_t{128} << 20;
+constexpr size_t kBulkTotalBytes = size_t{256} << 20;    // bulk rows in memory, all tables of a database
+constexpr size_t kBulkBatchBytes = size_t{2} << 20;      // fewer bulk rows go through a memtable
+constexpr size_t kBulkFileBytes = size_t{128} << 20;     // most in one sorted file, about
+constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several threads write them
 constexpr size_t kBlockBytes = 2 << 10;
 constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
@@ -55,21 +56,25 @@ std::string_view ToView(const rocksdb::Slice& bytes) { return std::string_view(b
 
 bool Contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
+constexpr const char* kRestore = "; restore the folder, or delete it and load the model again";
+
 // `where` names the database, and the table where there is one.
 Status MapStatus(const rocksdb::Status& status, const std::string& where) {
   if (status.ok()) return OkStatus();
-  const std::string text = where + ": " + status.ToString();
+  std::string text = where + ": " + status.ToString();
+  // RocksDB looks for a missing table file under its old suffix last, and names that.
+  if (const size_t at = text.find(".ldb"); at != std::string::npos) text.replace(at, 4, ".sst");
   if (status.IsCorruption()) {
     if (Contains(text, "format_version")) {
       return FailedPrecondition(
           text + "; the files were written by a newer RocksDB: write them again with table format_version 5");
     }
-    return DataLoss(text + "; restore the folder, or delete it and load the model again");
+    return DataLoss(text + kRestore);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
   if (status.IsMemoryLimit()) return ResourceExhausted(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
-  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing");
+  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestore);
   if (status.IsIOError()) {
     if (Contains(text, "lock hold by") || Contains(text, "While lock file")) {
       return Unavailable(text +
@@ -152,15 +157,18 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   result.IncreaseParallelism(static_cast<int>(std::min<uint32_t>(options.num_threads, 1024)));
   result.db_write_buffer_size = kWriteBufferTotalBytes;
   result.max_total_wal_size = kWalTotalBytes;
+  // An unfinished record at the end is what a killed process leaves; any other damage of the log is an error.
+  // (RocksDB's own choice is to forget silently what follows a damaged record.)
+  result.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   result.bytes_per_sync = 1 << 20;
   result.stats_dump_period_sec = 0;
   result.stats_persist_period_sec = 0;
   return result;
 }
 
-// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside small blocks. Format 5 is what
-// both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not. There is no block cache: the
-// system's page cache does that job, and taking a small block from there is cheaper than the cache's bookkeeping.
+// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside small blocks. Format 5 is
+// what both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not. There is no block cache:
+// the system's page cache does that job, and taking a small block from there is cheaper than the cache's bookkeeping.
 rocksdb::ColumnFamilyOptions FamilyOptions() {
   rocksdb::BlockBasedTableOptions table;
   table.format_version = 5;
@@ -178,6 +186,19 @@ rocksdb::ColumnFamilyOptions FamilyOptions() {
   result.max_write_buffer_number = 3;
   result.compression = rocksdb::kNoCompression;
   return result;
+}
+
+// The logs of a database, for RocksDB's messages about damage that name no file: all that they can mean, CURRENT being
+// mentioned by name.
+std::string LogFiles(const fs::path& folder) {
+  std::string names;
+  std::error_code error;
+  for (fs::directory_iterator entry(folder, error); !error && entry != fs::directory_iterator();
+       entry.increment(error)) {
+    if (entry->path().extension() != ".log" || entry->file_size(error) == 0) continue;
+    names += (names.empty() ? "" : ", ") + entry->path().filename().string();
+  }
+  return names.empty() ? "no log" : names;
 }
 
 class Database;
@@ -226,6 +247,7 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
  private:
   std::shared_ptr<Family> Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle);
+  Status TryStart(const RocksDbOptions& options);
   Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, const rocksdb::WriteOptions& options);
   // The caller holds write_mutex, shared, and bulk_mutex of the family, which is not dropped.
   Status FinishBulkLocked(RocksDbFamily& family);
@@ -243,9 +265,9 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
-  std::shared_mutex log_mutex_;            // held shared to write, exclusively while the log is synced
-  std::atomic<bool> unlogged_{false};      // rows were written past the log since the last flush
-  size_t threads_ = 1;                     // that write sorted files
+  std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
+  std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
+  size_t threads_ = 1;                 // that write sorted files
   BulkMemory bulk_memory_{.limit_bytes = kBulkTotalBytes};
   std::atomic<uint64_t> bulk_files_{0};
 
@@ -261,6 +283,18 @@ Family::~Family() {
 }
 
 Status Database::Start(const RocksDbOptions& options) {
+  // A process that writes the database may delete a file between our reading of its name and our opening of it.
+  constexpr int kAttempts = 20;
+  Status status = TryStart(options);
+  for (int attempt = 1; read_only_ && attempt < kAttempts && status.code() == StatusCode::kDataLoss &&
+                        Contains(status.message(), "No such file");
+       ++attempt) {
+    status = TryStart(options);
+  }
+  return status;
+}
+
+Status Database::TryStart(const RocksDbOptions& options) {
   rocksdb::DBOptions database_options = DatabaseOptions(options);
   database_options.info_log = std::make_shared<ErrorLogger>(Where());
   database_options.listeners = {write_errors_};
@@ -275,8 +309,13 @@ Status Database::Start(const RocksDbOptions& options) {
 
   rocksdb::DB* db = nullptr;
   std::vector<rocksdb::ColumnFamilyHandle*> handles;
-  HPS_RETURN_IF_ERROR(Map(read_only_ ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
-                                     : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db)));
+  const rocksdb::Status opened = read_only_
+                                     ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
+                                     : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
+  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kCurrentFile)) {
+    return MapStatus(opened, Where() + ", in " + LogFiles(path_));
+  }
+  HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
   threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(std::thread::hardware_concurrency(), 1u));
   if (!read_only_) {
@@ -298,6 +337,12 @@ Database::~Database() {
   if (db_ == nullptr) return;
   families_.clear();
   for (rocksdb::ColumnFamilyHandle* handle : handles_) {
+    // What stands in the log goes into table files: then a log that gets lost or damaged takes nothing with it, and
+    // opening is quick.
+    if (!read_only_ && write_errors_->error().ok()) {
+      const rocksdb::Status flushed = db_->Flush(rocksdb::FlushOptions(), handle);
+      if (!flushed.ok() && !flushed.IsColumnFamilyDropped()) Log(LogLevel::kWarning, Map(flushed).ToString());
+    }
     if (Status status = Map(db_->DestroyColumnFamilyHandle(handle)); !status.ok()) {
       Log(LogLevel::kWarning, status.ToString());
     }
@@ -453,12 +498,11 @@ Status Database::FinishBulkLocked(RocksDbFamily& family) {
 Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
   std::vector<Key> keys;
   std::vector<const std::byte*> places;
-  const Status visited =
-      rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
-        keys.push_back(key);
-        places.push_back(row);
-        return OkStatus();
-      });
+  const Status visited = rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
+    keys.push_back(key);
+    places.push_back(row);
+    return OkStatus();
+  });
   HPS_RETURN_IF_ERROR(visited);
   std::vector<RocksDbChange> changes;
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -472,7 +516,8 @@ Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
 
 // Sorted files of disjoint ranges, written side by side, become part of the family in one step.
 Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
-  const size_t parts = std::max<size_t>(threads_, rows.bytes() / kBulkFileBytes + 1);
+  const size_t parts = std::max<size_t>(std::min<size_t>(threads_, rows.bytes() / kBulkFileLeastBytes + 1),
+                                        rows.bytes() / kBulkFileBytes + 1);
   HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
   std::error_code error;
   fs::create_directories(BulkFolder(), error);
@@ -623,14 +668,22 @@ Result<std::string> PrepareFolder(const RocksDbOptions& options) {
     return InvalidArgument(where + " is not a folder; name the folder of a RocksDB database, or one to be made");
   }
   if (!fs::exists(path / kCurrentFile, error)) {
+    std::string other;
+    bool manifest = false;
     fs::directory_iterator entry(path, error);
     for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
       const std::string name = entry->path().filename().string();
-      if (MayLieInEmptyFolder(name)) continue;
-      return InvalidArgument(where + " is not a RocksDB database and holds other things (" + "\"" + name + "\"" +
-                             "); name an empty or a new folder");
+      manifest |= name.starts_with("MANIFEST-");
+      if (!MayLieInEmptyFolder(name)) other = name;
     }
     if (error) return MapError(error, where);
+    if (!other.empty() && manifest) {
+      return DataLoss(where + ": the file \"" + (path / kCurrentFile).string() + "\" is missing" + kRestore);
+    }
+    if (!other.empty()) {
+      return InvalidArgument(where + " is not a RocksDB database and holds other things (\"" + other +
+                             "\"); name an empty or a new folder");
+    }
     if (options.read_only) return NotFound(where + ": the folder holds no database, and read_only makes none");
   }
   const fs::path canonical = fs::canonical(path, error);

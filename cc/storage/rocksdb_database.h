@@ -2,11 +2,11 @@
 // of it and holds the contract of table_store.h.
 //
 // Shared: opening a folder that this process has open returns the same database; it closes with its last user.
-// Bulk rows wait in the family (bulk_rows.h) until FinishBulk brings them in, at once and as sorted files where they are
-// many. Whoever reads or writes the family calls it first, so that nobody sees that they waited.
-// Thread safety: all methods from several threads at once, except where a family's write_mutex is asked for.
-// Errors: RocksDB's own, mapped to hps codes, naming the folder and the table; see rocksdb_store.h. C++ exceptions (no
-// memory, no threads) may leave it: the caller catches them.
+// Bulk rows wait in the family (bulk_rows.h) until FinishBulk brings them in, at once and as sorted files where they
+// are many. Whoever reads or writes the family calls it first, so that nobody sees that they waited. Thread safety: all
+// methods from several threads at once, except where a family's write_mutex is asked for. Errors: RocksDB's own, mapped
+// to hps codes, naming the folder and the table; see rocksdb_store.h. C++ exceptions (no memory, no threads) may leave
+// it: the caller catches them.
 
 #ifndef HPS_STORAGE_ROCKSDB_DATABASE_H_
 #define HPS_STORAGE_ROCKSDB_DATABASE_H_
@@ -104,8 +104,8 @@ class RocksDbDatabase {
   // Takes rows that FinishBulk brings in. The caller holds write_mutex of the family, which is not dropped, shared.
   virtual Status AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes, std::span<const Key> keys,
                          ConstRowBuffer rows) = 0;
-  // Brings in what was added; nothing to do is cheap. The caller does not hold write_mutex. After an error the rows wait
-  // on.
+  // Brings in what was added; nothing to do is cheap. The caller does not hold write_mutex. After an error the rows
+  // wait on.
   virtual Status FinishBulk(RocksDbFamily& family) = 0;
 
   // Keys of the family "default"; writes are synced. No value: erase.

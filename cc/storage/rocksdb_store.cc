@@ -22,7 +22,7 @@ namespace {
 constexpr std::string_view kKind = "rocks_db";
 constexpr std::string_view kRecordPrefix = "hps.record/";
 constexpr std::string_view kReservedName = "default";
-constexpr size_t kParallelGrain = 256;  // keys; about a millisecond of reading
+constexpr size_t kParallelGrain = 256;              // keys; about a millisecond of reading
 constexpr size_t kMostBatchKeys = size_t{1} << 16;  // batches are no larger, whatever is configured
 constexpr size_t kMostBatchBytes = size_t{16} << 20;
 constexpr size_t kScanChunkBytes = size_t{1} << 20;
@@ -98,10 +98,11 @@ class RocksDbTable final : public Table {
 
   // The selected keys in stored order, equal ones by position. kOutOfRange for a key that the table cannot hold.
   Result<std::vector<KeyIndex>> Sort(const std::string& where, std::span<const Key> keys,
-                                        std::optional<std::span<const uint32_t>> positions = std::nullopt) const;
+                                     std::optional<std::span<const uint32_t>> positions = std::nullopt) const;
   // Calls visit(key_index, row), row empty where absent, for each of the sorted keys.
   template <typename Visit>
-  Status Read(RocksDbDatabase& database, std::span<const KeyIndex> sorted, const ReadLimits& limits, Visit&& visit) const;
+  Status Read(RocksDbDatabase& database, std::span<const KeyIndex> sorted, const ReadLimits& limits,
+              Visit&& visit) const;
   // Writes batches of changes made by change(key_index), for keys in order.
   template <typename MakeChange>
   Status Write(RocksDbDatabase& database, std::span<const KeyIndex> keys, MakeChange&& change);
@@ -153,7 +154,7 @@ Status RocksDbTable::RequireNotDropped(const std::string& where) const {
 }
 
 Result<std::vector<KeyIndex>> RocksDbTable::Sort(const std::string& where, std::span<const Key> keys,
-                                                    std::optional<std::span<const uint32_t>> positions) const {
+                                                 std::optional<std::span<const uint32_t>> positions) const {
   std::vector<KeyIndex> sorted(positions ? positions->size() : keys.size());
   for (size_t i = 0; i < sorted.size(); ++i) {
     const uint32_t position = positions ? (*positions)[i] : static_cast<uint32_t>(i);
@@ -234,8 +235,7 @@ Status RocksDbTable::Fetch(const FetchRequest& request, std::vector<uint32_t>* m
 }
 
 template <typename MakeChange>
-Status RocksDbTable::Write(RocksDbDatabase& database, std::span<const KeyIndex> keys,
-                           MakeChange&& change) {
+Status RocksDbTable::Write(RocksDbDatabase& database, std::span<const KeyIndex> keys, MakeChange&& change) {
   const size_t batch_rows =
       std::clamp<size_t>(kMostBatchBytes / spec_.row_bytes, 1, session_->options.max_set_batch_size);
   std::vector<RocksDbChange> changes;

@@ -1,5 +1,5 @@
-// The order in which a stored table keeps its keys: little-endian bytes compared from the first. It is the same for keys
-// stored in 4 bytes, which fit in an int32.
+// The order in which a stored table keeps its keys: little-endian bytes compared from the first. It is the same for
+// keys stored in 4 bytes, which fit in an int32.
 
 #ifndef HPS_STORAGE_STORED_ORDER_H_
 #define HPS_STORAGE_STORED_ORDER_H_
@@ -26,8 +26,8 @@ struct KeyIndex {
   uint64_t index;
 };
 
-// Sorts into stored order; equal keys stay in the order in which they are. Radix sort by bytes, which skips bytes that are
-// the same in all keys. Uses `other`, of the same size, and returns the one of the two in which the result lies.
+// Sorts into stored order; equal keys stay in the order in which they are. Radix sort by bytes, which skips bytes that
+// are the same in all keys. Uses `other`, of the same size, and returns the one of the two in which the result lies.
 inline std::span<KeyIndex> SortStored(std::span<KeyIndex> keys, std::span<KeyIndex> other) {
   constexpr size_t kFewKeys = 512;
   if (keys.size() < kFewKeys) {
