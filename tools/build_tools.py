@@ -55,7 +55,8 @@ def find_nvcc() -> str | None:
 
 def _hiredis_places(build_folder: str) -> list[str]:
     """Returns where the sources may be kept: for all builds of this source tree, or beside this build."""
-    return [os.path.join(folder, f"hiredis-{HIREDIS_VERSION}") for folder in (os.path.join(ROOT, ".cache"), build_folder)]
+    folders = (os.path.join(ROOT, ".cache"), build_folder)
+    return [os.path.join(folder, f"hiredis-{HIREDIS_VERSION}") for folder in folders]
 
 
 def find_hiredis(build_folder: str = "") -> str | None:

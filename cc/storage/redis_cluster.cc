@@ -1,6 +1,6 @@
-// Lock order: refresh_mutex_, then mutex_, then a node's mutex. None is held while something is sent or awaited, but for
-// refresh_mutex_, which those who wait for a newer slot map wait for.
-// A topology is never changed after it was published; a moved slot makes a new one.
+// Lock order: refresh_mutex_, then mutex_, then a node's mutex. None is held while something is sent or awaited, but
+// for refresh_mutex_, which those who wait for a newer slot map wait for. A topology is never changed after it was
+// published; a moved slot makes a new one.
 
 #include "cc/storage/redis_cluster.h"
 
@@ -61,8 +61,8 @@ bool ParseRedisEndpoint(std::string_view text, uint16_t default_port, std::strin
   // The last colon: hosts may be IPv6 addresses, in brackets or not (Redis writes them without).
   const size_t bracket = text.rfind(']');
   const size_t colon = text.rfind(':');
-  const bool bare_ipv6 = bracket == std::string_view::npos && default_port != 0 &&
-                         std::count(text.begin(), text.end(), ':') > 1;
+  const bool bare_ipv6 =
+      bracket == std::string_view::npos && default_port != 0 && std::count(text.begin(), text.end(), ':') > 1;
   std::string_view host = text;
   endpoint->port = default_port;
   if (colon != std::string_view::npos && (bracket == std::string_view::npos || colon > bracket) && !bare_ipv6) {

@@ -4,8 +4,8 @@
 // and follows the cluster while it changes: MOVED, ASK, TRYAGAIN, CLUSTERDOWN, nodes that die, and replicas that take
 // over. Everything is tried again, with back-off and jitter, until the deadline.
 //
-// The slot map comes from CLUSTER SLOTS (CLUSTER SHARDS where that is gone). A server that is not in cluster mode serves
-// all slots. Thread safety: all methods from several threads at once.
+// The slot map comes from CLUSTER SLOTS (CLUSTER SHARDS where that is gone). A server that is not in cluster mode
+// serves all slots. Thread safety: all methods from several threads at once.
 
 #ifndef HPS_STORAGE_REDIS_CLUSTER_H_
 #define HPS_STORAGE_REDIS_CLUSTER_H_
@@ -43,8 +43,8 @@ struct RedisNode {
   std::condition_variable returned;
   std::vector<std::unique_ptr<RedisConnection>> idle;
   uint32_t lent = 0;
-  int failures = 0;       // attempts to connect that failed since the last that did not
-  Deadline retry_at{};    // not before
+  int failures = 0;         // attempts to connect that failed since the last that did not
+  Deadline retry_at{};      // not before
   uint64_t generation = 0;  // grows when a connection is lost: the server may be another process since then
 };
 
@@ -106,7 +106,7 @@ class RedisCluster {
   mutable std::mutex mutex_;  // guards the next two
   std::map<std::string, std::shared_ptr<RedisNode>> nodes_;
   std::shared_ptr<const RedisTopology> topology_;
-  std::timed_mutex refresh_mutex_;  // held while asking; taken before any other
+  std::timed_mutex refresh_mutex_;        // held while asking; taken before any other
   std::atomic<int64_t> refreshed_at_{0};  // milliseconds of the steady clock
   std::atomic<bool> closed_{false};
 };

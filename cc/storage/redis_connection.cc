@@ -32,7 +32,7 @@ namespace hps {
 namespace {
 
 constexpr size_t kReadBytes = 128 << 10;
-constexpr long long kMaxElements = 1 << 24;     // of an array; more is garbage
+constexpr long long kMaxElements = 1 << 24;       // of an array; more is garbage
 constexpr size_t kMaxBuffered = size_t{1} << 30;  // of one reply that does not end; more is garbage
 
 // TLS --------------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Connection final : public RedisConnection {
   enum class Phase { kConnecting, kHandshake, kLogin, kReady };
   struct Entry {
     RedisTask* task;
-    bool asking;          // a reply to ASKING comes before each other one
+    bool asking;  // a reply to ASKING comes before each other one
     bool asking_is_next;
   };
 
@@ -330,7 +330,8 @@ class Connection final : public RedisConnection {
     const long verified = SSL_get_verify_result(ssl);
     const std::string reason = OpenSslReason();
     if (verified == X509_V_OK) return TlsRefusal(reason);
-    std::string text = std::string("the server's certificate is not accepted: ") + X509_verify_cert_error_string(verified);
+    std::string text =
+        std::string("the server's certificate is not accepted: ") + X509_verify_cert_error_string(verified);
     if (verified == X509_V_ERR_HOSTNAME_MISMATCH || verified == X509_V_ERR_IP_ADDRESS_MISMATCH) {
       text += "; it is not for \"" + static_cast<const Tls&>(*login_->tls).server_name() +
               "\" (tls_server_name_identification)";

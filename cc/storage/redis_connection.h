@@ -1,8 +1,8 @@
 // RedisConnection: one connection to one Redis server that never blocks. The only door to hiredis and OpenSSL.
 //
-// The owner polls fd() for events() and calls Progress. Tasks are written in the order in which they were submitted, and
-// their replies come in that order, parsed straight into the tasks. A connection that failed, or that is given up with
-// replies outstanding, is destroyed and never used again.
+// The owner polls fd() for events() and calls Progress. Tasks are written in the order in which they were submitted,
+// and their replies come in that order, parsed straight into the tasks. A connection that failed, or that is given up
+// with replies outstanding, is destroyed and never used again.
 //
 // Thread safety: one thread at a time. The owner blocks SIGPIPE (OpenSSL writes without MSG_NOSIGNAL).
 
@@ -44,7 +44,8 @@ struct RedisLogin {
 
 class RedisConnection {
  public:
-  // Begins to connect. The login must outlive the connection. kUnavailable: the name is unknown or no socket can be had.
+  // Begins to connect. The login must outlive the connection. kUnavailable: the name is unknown or no socket can be
+  // had.
   static Result<std::unique_ptr<RedisConnection>> Begin(const RedisEndpoint& endpoint, const RedisLogin& login,
                                                         Deadline deadline);
   virtual ~RedisConnection() = default;

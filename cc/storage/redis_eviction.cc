@@ -1,5 +1,5 @@
-// Several processes may evict from one partition at once: each removes what it chose and looks again how many rows there
-// are, so that together they may remove a few more than needed, never fewer.
+// Several processes may evict from one partition at once: each removes what it chose and looks again how many rows
+// there are, so that together they may remove a few more than needed, never fewer.
 
 #include "cc/storage/redis_eviction.h"
 
@@ -14,8 +14,8 @@
 namespace hps {
 namespace {
 
-constexpr size_t kPieceKeys = 1000;    // in one command that changes a partition
-constexpr size_t kScanCount = 1000;    // of metadata
+constexpr size_t kPieceKeys = 1000;       // in one command that changes a partition
+constexpr size_t kScanCount = 1000;       // of metadata
 constexpr size_t kScanBytes = 128 << 10;  // of rows
 constexpr int kRounds = 8;
 

@@ -1,8 +1,8 @@
 // Evictions: shrinks a partition that holds more rows than the overflow margin allows.
 //
 // By the metadata hash in the predecessor's formats: evict_oldest keeps a raw 8-byte time in seconds for each key,
-// evict_least_used a decimal count. evict_random needs none. Rows without metadata are the first to leave. Everything is
-// done in pieces that do not hold up the server.
+// evict_least_used a decimal count. evict_random needs none. Rows without metadata are the first to leave. Everything
+// is done in pieces that do not hold up the server.
 
 #ifndef HPS_STORAGE_REDIS_EVICTION_H_
 #define HPS_STORAGE_REDIS_EVICTION_H_

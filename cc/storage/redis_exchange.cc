@@ -1,6 +1,6 @@
-// Invariants: a task is in exactly one place: a route's queue, a connection's outstanding tasks, delayed_, or done. A lane
-// goes back to its node only when nothing is outstanding on it; otherwise it is destroyed, so that no late reply can
-// reach a task or a row. While tasks are outstanding no lock is held.
+// Invariants: a task is in exactly one place: a route's queue, a connection's outstanding tasks, delayed_, or done. A
+// lane goes back to its node only when nothing is outstanding on it; otherwise it is destroyed, so that no late reply
+// can reach a task or a row. While tasks are outstanding no lock is held.
 
 #include "cc/storage/redis_exchange.h"
 
@@ -16,10 +16,10 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr size_t kTasksPerLane = 2;
-constexpr size_t kUnsentBytes = 256 << 10;        // a lane with more to send gets no further task
-constexpr milliseconds kConnectTime{1500};        // then another attempt is made
-constexpr milliseconds kSilence{250};             // then the way is asked for anew
-constexpr milliseconds kCancelInterval{10};       // how often `cancelled` is looked at
+constexpr size_t kUnsentBytes = 256 << 10;   // a lane with more to send gets no further task
+constexpr milliseconds kConnectTime{1500};   // then another attempt is made
+constexpr milliseconds kSilence{250};        // then the way is asked for anew
+constexpr milliseconds kCancelInterval{10};  // how often `cancelled` is looked at
 
 // No SIGPIPE for this thread: OpenSSL writes to sockets that the other side may have closed.
 class SigpipeGuard {
@@ -62,7 +62,7 @@ milliseconds BackOff(int attempts) {
 }
 
 // "MOVED 3999 host:port": the last word.
-std::string_view AddressIn(std::string_view redirection) {
+std::string_view LastWord(std::string_view redirection) {
   const size_t space = redirection.rfind(' ');
   return space == std::string_view::npos ? std::string_view() : redirection.substr(space + 1);
 }
@@ -314,8 +314,9 @@ Status RedisExchange::Move(Route& route, size_t index) {
   }
   if (!status.ok()) return LaneLost(route, index, status);
   if (!lane.reached && now_ - lane.moved > kConnectTime) {
-    return LaneLost(route, index, Unavailable("redis node " + route.node->name + ": waited in vain for " +
-                                              std::string(connection.waits_for())));
+    return LaneLost(
+        route, index,
+        Unavailable("redis node " + route.node->name + ": waited in vain for " + std::string(connection.waits_for())));
   }
   return OkStatus();
 }
@@ -352,7 +353,7 @@ Status RedisExchange::Done(RedisTask* task) {
     RedisEndpoint asked;
     RedisEndpoint endpoint;
     ParseRedisEndpoint(task->answered_by, 0, "", &asked);
-    if (!ParseRedisEndpoint(AddressIn(task->error), 0, asked.host, &endpoint) || endpoint.port == 0) {
+    if (!ParseRedisEndpoint(LastWord(task->error), 0, asked.host, &endpoint) || endpoint.port == 0) {
       return Internal("redis node " + task->answered_by + ": a redirection to nowhere: " + task->error);
     }
     if (moved) {

@@ -1,7 +1,9 @@
-// RedisExchange: one batch of tasks on its way, driven by the caller's thread: a loop over all connections of all nodes.
+// RedisExchange: one batch of tasks on its way, driven by the caller's thread: a loop over all connections of all
+// nodes.
 //
 // Each node has a queue; its connections take from it as they have room, so that all of them are busy until it is empty
-// and a slow one holds up nobody. At most two tasks are under way on a connection: one is answered while the other waits.
+// and a slow one holds up nobody. At most two tasks are under way on a connection: one is answered while the other
+// waits.
 
 #ifndef HPS_STORAGE_REDIS_EXCHANGE_H_
 #define HPS_STORAGE_REDIS_EXCHANGE_H_

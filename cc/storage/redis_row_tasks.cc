@@ -26,7 +26,7 @@ void FetchRowsTask::Write(RedisWriter& out) {
   out.Begin(members_.size() + 2);
   out.Word("HMGET");
   out.Word(*hash_.name);
-  for (const uint32_t member : members_) out.Key(target_->keys[PositionOf(member)], hash_.key_bytes);
+  for (const uint32_t member : members_) out.Key(target_->keys[Position(member)], hash_.key_bytes);
 }
 
 Status FetchRowsTask::OnArray(size_t elements) {
@@ -37,7 +37,7 @@ Status FetchRowsTask::OnArray(size_t elements) {
 
 Status FetchRowsTask::OnElement(size_t index, const char* data, size_t size) {
   const uint32_t member = members_[index];
-  const size_t position = PositionOf(member);
+  const size_t position = Position(member);
   if (data == nullptr) {
     target_->found[member] = 0;
     return OkStatus();

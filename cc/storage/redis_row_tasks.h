@@ -70,9 +70,7 @@ class FetchRowsTask final : public RedisTask {
   Status OnElement(size_t index, const char* data, size_t size) override;
 
  private:
-  size_t PositionOf(uint32_t member) const {
-    return target_->positions == nullptr ? member : target_->positions[member];
-  }
+  size_t Position(uint32_t member) const { return target_->positions == nullptr ? member : target_->positions[member]; }
 
   const RedisHash hash_;
   const Target* const target_;

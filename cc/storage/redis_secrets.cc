@@ -28,12 +28,12 @@ Result<std::string> Password(const RedisStoreOptions& options) {
     std::ifstream file(options.password_file);
     std::string line;
     if (!std::getline(file, line) && !file.eof()) {
-      return FailedPrecondition("password_file: \"" + options.password_file + "\" cannot be read: " +
-                                std::strerror(errno));
+      return FailedPrecondition("password_file: \"" + options.password_file +
+                                "\" cannot be read: " + std::strerror(errno));
     }
     if (!line.empty() && line.back() == '\r') line.pop_back();
-    if (line.empty()) return FailedPrecondition("password_file: the first line of \"" + options.password_file +
-                                                "\" is empty");
+    if (line.empty())
+      return FailedPrecondition("password_file: the first line of \"" + options.password_file + "\" is empty");
     return line;
   }
   return options.password;
@@ -49,15 +49,14 @@ Result<RedisLogin> LoadRedisLogin(const RedisStoreOptions& options) {
   // The configuration's default names stand for "none" where no such files exist: few servers ask for a certificate.
   std::error_code error;
   const auto absent = [&](const std::string& path, const char* default_name) {
-    return path.empty() || (std::filesystem::path(path).filename() == default_name &&
-                            !std::filesystem::exists(path, error));
+    return path.empty() ||
+           (std::filesystem::path(path).filename() == default_name && !std::filesystem::exists(path, error));
   };
-  const bool no_certificate = absent(options.tls_client_certificate, "client_cert.pem") &&
-                              absent(options.tls_client_key, "client_key.pem");
-  HPS_ASSIGN_OR_RETURN(login.tls, RedisTls::Load(options.tls_ca_certificate,
-                                                 no_certificate ? "" : options.tls_client_certificate,
-                                                 no_certificate ? "" : options.tls_client_key,
-                                                 options.tls_server_name_identification));
+  const bool no_certificate =
+      absent(options.tls_client_certificate, "client_cert.pem") && absent(options.tls_client_key, "client_key.pem");
+  HPS_ASSIGN_OR_RETURN(
+      login.tls, RedisTls::Load(options.tls_ca_certificate, no_certificate ? "" : options.tls_client_certificate,
+                                no_certificate ? "" : options.tls_client_key, options.tls_server_name_identification));
   return login;
 }
 

@@ -1,8 +1,8 @@
 // Tables come and go under their descriptions ("hps.table/<name>"): a table exists while its description does. Creating
 // sets the fields of the description one by one, only where they are absent: who sets the first one has created the
-// table, and who finds a half-written description completes it. Dropping marks the description with the time, removes the
-// rows, then the description; who finds the mark waits, and finishes the work if it is old.
-// Lock order: tables_mutex_ guards the map of states and is not held over commands.
+// table, and who finds a half-written description completes it. Dropping marks the description with the time, removes
+// the rows, then the description; who finds the mark waits, and finishes the work if it is old. Lock order:
+// tables_mutex_ guards the map of states and is not held over commands.
 
 #include "cc/storage/redis_store.h"
 
@@ -29,9 +29,9 @@ constexpr int64_t kDropSeconds = 60;  // no drop takes so long: who began it has
 
 struct Description {
   uint32_t num_partitions = 0;
-  uint64_t row_bytes = 0;  // 0: not written yet
-  int key_bytes = 0;       // 0: not written yet
-  bool old = false;        // RedisLayout::Version::kOld
+  uint64_t row_bytes = 0;      // 0: not written yet
+  int key_bytes = 0;           // 0: not written yet
+  bool old = false;            // RedisLayout::Version::kOld
   int64_t dropping_since = 0;  // seconds of the clock; 0: it is not being dropped
 
   RedisLayout Layout(std::string_view name) const {
@@ -43,7 +43,7 @@ struct Description {
 // Hosts' clocks need agree to a minute only.
 int64_t Now() { return std::chrono::system_clock::to_time_t(std::chrono::system_clock::now()); }
 
-uint64_t NumberIn(const RedisReply& reply) {
+uint64_t ParseNumber(const RedisReply& reply) {
   return reply.kind == RedisReply::Kind::kString ? std::strtoull(reply.text.c_str(), nullptr, 10) : 0;
 }
 
@@ -177,8 +177,8 @@ class RedisStore final : public TableStore {
     return state;
   }
 
-  // The description of a table, completed where it was half-written, made where the table has none (`adopt`), and nothing
-  // where there is no such table.
+  // The description of a table, completed where it was half-written, made where the table has none (`adopt`), and
+  // nothing where there is no such table.
   Result<std::optional<Description>> Find(const TableSpec& spec, bool adopt = true) {
     HPS_ASSIGN_OR_RETURN(std::optional<Description> description, ReadDescription(spec.name));
     const Deadline end = std::chrono::steady_clock::now() + session_->options.patience;
@@ -216,23 +216,22 @@ class RedisStore final : public TableStore {
   }
 
   Result<std::optional<Description>> ReadDescription(std::string_view name) const {
-    HPS_ASSIGN_OR_RETURN(const RedisReply reply,
-                         session_->Call({"HMGET", RedisDescriptionKey(name), "num_partitions", "row_bytes", "key_bytes",
-                                         "layout", "dropping"}));
+    HPS_ASSIGN_OR_RETURN(const RedisReply reply, session_->Call({"HMGET", RedisDescriptionKey(name), "num_partitions",
+                                                                 "row_bytes", "key_bytes", "layout", "dropping"}));
     if (reply.elements.size() != 5 || reply.elements[0].kind == RedisReply::Kind::kNil) {
       return std::optional<Description>();
     }
     Description description;
-    const uint64_t partitions = NumberIn(reply.elements[0]);
+    const uint64_t partitions = ParseNumber(reply.elements[0]);
     if (partitions == 0 || partitions > kMostPartitions) {
       return DataLoss("the description " + RedisDescriptionKey(name) + " cannot be understood: num_partitions is \"" +
                       reply.elements[0].text + "\"");
     }
     description.num_partitions = static_cast<uint32_t>(partitions);
-    description.row_bytes = NumberIn(reply.elements[1]);
-    description.key_bytes = static_cast<int>(NumberIn(reply.elements[2]));
+    description.row_bytes = ParseNumber(reply.elements[1]);
+    description.key_bytes = static_cast<int>(ParseNumber(reply.elements[2]));
     description.old = reply.elements[3].text == "4.1";
-    description.dropping_since = static_cast<int64_t>(NumberIn(reply.elements[4]));
+    description.dropping_since = static_cast<int64_t>(ParseNumber(reply.elements[4]));
     return std::optional<Description>(description);
   }
 
@@ -253,8 +252,8 @@ class RedisStore final : public TableStore {
   static Status Agree(const std::string& where, const Description& description, const TableSpec& spec,
                       uint32_t num_partitions) {
     const auto differs = [&](const char* what, uint64_t stored, uint64_t asked, const char* key) {
-      return FailedPrecondition(where + " has " + what + " " + std::to_string(stored) + ", the configuration asks for " +
-                                std::to_string(asked) + "; set " + key +
+      return FailedPrecondition(where + " has " + what + " " + std::to_string(stored) +
+                                ", the configuration asks for " + std::to_string(asked) + "; set " + key +
                                 " to what the table has (the same on all hosts), or drop the table and load the model "
                                 "again");
     };
@@ -367,8 +366,9 @@ class RedisStore final : public TableStore {
   Status Drop(std::string_view name, const Description& description) {
     const std::string key = RedisDescriptionKey(name);
     const RedisLayout layout = description.Layout(name);
-    HPS_RETURN_IF_ERROR(session_->Call({"HSET", key, "num_partitions", std::to_string(layout.num_partitions()),
-                                        "layout", description.old ? "4.1" : "4.2", "dropping", std::to_string(Now())})
+    HPS_RETURN_IF_ERROR(session_
+                            ->Call({"HSET", key, "num_partitions", std::to_string(layout.num_partitions()), "layout",
+                                    description.old ? "4.1" : "4.2", "dropping", std::to_string(Now())})
                             .status());
     std::shared_ptr<RedisTableState> state;
     {

@@ -7,14 +7,14 @@
 // its rows was checked. A configuration that disagrees with a description is kFailedPrecondition: hosts that disagree
 // about num_partitions would look for keys in each other's partitions.
 //
-// Time: a Fetch ends by its deadline, and soon after *cancelled becomes true. What has no deadline ends when nothing has
-// moved for RedisStoreOptions::patience. Within that time lost connections are made again, moved slots are followed, and
-// a replica that took over is found.
+// Time: a Fetch ends by its deadline, and soon after *cancelled becomes true. What has no deadline ends when nothing
+// has moved for RedisStoreOptions::patience. Within that time lost connections are made again, moved slots are
+// followed, and a replica that took over is found.
 //
-// Errors: kUnavailable: the servers cannot be reached, or the cluster is down, or the table has vanished from it (dropped
-// by another process, flushed, or restarted empty). kDeadlineExceeded: they did not answer in time. kFailedPrecondition:
-// wrong password, certificate or permissions; the message names the command that the user must be allowed. kDataLoss: a
-// row of a wrong length, with its key. kResourceExhausted: Redis is at its maxmemory.
+// Errors: kUnavailable: the servers cannot be reached, or the cluster is down, or the table has vanished from it
+// (dropped by another process, flushed, or restarted empty). kDeadlineExceeded: they did not answer in time.
+// kFailedPrecondition: wrong password, certificate or permissions; the message names the command that the user must be
+// allowed. kDataLoss: a row of a wrong length, with its key. kResourceExhausted: Redis is at its maxmemory.
 //
 // Writes: what was acknowledged is as durable as the servers' configuration says (RDB, AOF, replicas): Redis replicates
 // after it acknowledges, so a fail-over may lose the last moments. Upserts that end with an error may have been written
@@ -49,8 +49,8 @@ struct RedisStoreOptions {
   uint32_t max_get_batch_size = 10000;  // keys in a command; split further below what a command takes
   uint32_t max_set_batch_size = 10000;  // rows in a command; likewise
   bool enable_tls = false;
-  std::string tls_ca_certificate;              // file or folder
-  std::string tls_client_certificate;          // with tls_client_key; a pair of files that do not exist is left out
+  std::string tls_ca_certificate;      // file or folder
+  std::string tls_client_certificate;  // with tls_client_key; a pair of files that do not exist is left out
   std::string tls_client_key;
   std::string tls_server_name_identification;  // asked for and checked
   OverflowOptions overflow;

@@ -18,10 +18,10 @@ namespace {
 
 using std::chrono::steady_clock;
 
-constexpr size_t kMostWords = 500'000;          // keys, or pairs, in a command: a command takes 1,048,576 words
-constexpr size_t kCommandBytes = 512 << 10;     // of rows, in a command or its reply
-constexpr size_t kFewestKeys = 256;             // a smaller command is not worth its overhead
-constexpr size_t kSliceRows = 1 << 18;          // rows of an upsert that are on their way at once
+constexpr size_t kMostWords = 500'000;       // keys, or pairs, in a command: a command takes 1,048,576 words
+constexpr size_t kCommandBytes = 512 << 10;  // of rows, in a command or its reply
+constexpr size_t kFewestKeys = 256;          // a smaller command is not worth its overhead
+constexpr size_t kSliceRows = 1 << 18;       // rows of an upsert that are on their way at once
 constexpr size_t kScanBytes = 256 << 10;
 constexpr std::string_view kDroppedSeconds = "86400";
 
@@ -82,8 +82,8 @@ class RedisTable final : public Table {
     const size_t slice = overflow().bounded() ? std::min<size_t>(batch_rows(), kSliceRows) : kSliceRows;
     for (size_t first = 0; first < keys.size(); first += slice) {
       const size_t count = std::min(slice, keys.size() - first);
-      const Status status = UpsertSlice(keys.subspan(first, count),
-                                        {rows.data + first * rows.stride_bytes, rows.stride_bytes}, options);
+      const Status status =
+          UpsertSlice(keys.subspan(first, count), {rows.data + first * rows.stride_bytes, rows.stride_bytes}, options);
       if (!status.ok()) return status.WithContext(where_);
     }
     return OkStatus();
@@ -223,16 +223,16 @@ class RedisTable final : public Table {
     if (keys.empty()) return;
     const size_t weight = keys.size();
     RedisSession* session = session_.get();  // the worker ends before the session
-    (void)session_->worker.Offer(
-        weight, [session, layout = state_->layout(), place = state_->place(), keys = std::move(keys)] {
-          if (place->dropped || session->closed) return;
-          std::vector<std::unique_ptr<RedisTask>> tasks;
-          AppendAccessTasks(session->options.overflow, layout, *place, keys, &tasks);
-          std::vector<RedisTask*> pointers;
-          for (const auto& task : tasks) pointers.push_back(task.get());
-          // Which rows are old need not be known exactly.
-          (void)session->cluster->Run(pointers, steady_clock::now() + std::chrono::seconds(2));
-        });
+    (void)session_->worker.Offer(weight,
+                                 [session, layout = state_->layout(), place = state_->place(), keys = std::move(keys)] {
+                                   if (place->dropped || session->closed) return;
+                                   std::vector<std::unique_ptr<RedisTask>> tasks;
+                                   AppendAccessTasks(session->options.overflow, layout, *place, keys, &tasks);
+                                   std::vector<RedisTask*> pointers;
+                                   for (const auto& task : tasks) pointers.push_back(task.get());
+                                   // Which rows are old need not be known exactly.
+                                   (void)session->cluster->Run(pointers, steady_clock::now() + std::chrono::seconds(2));
+                                 });
   }
 
   Status UpsertSlice(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) {

@@ -1,5 +1,5 @@
-// RedisTable: one table in Redis, see redis_store.h. The store finds, describes and drops tables; a table reads and writes
-// rows.
+// RedisTable: one table in Redis, see redis_store.h. The store finds, describes and drops tables; a table reads and
+// writes rows.
 
 #ifndef HPS_STORAGE_REDIS_TABLE_H_
 #define HPS_STORAGE_REDIS_TABLE_H_
@@ -58,7 +58,7 @@ class RedisTableState {
   const RedisLayout layout_;
   const std::string name_;
   const std::string dropped_id_;
-  bool freed_ = false;  // guarded by mutex_
+  bool freed_ = false;        // guarded by mutex_
   mutable std::mutex mutex_;  // held while the rows are moved away
   std::shared_ptr<const RedisTablePlace> place_;
 };

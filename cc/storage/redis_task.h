@@ -102,9 +102,9 @@ class RedisTask {
 
   // Kept by the cluster and the connection while the task is under way.
   size_t received = 0;
-  std::string error;       // the first error reply
-  std::string ask;         // "host:port" to ask once
-  std::string answered_by;         // the node that gave the last replies
+  std::string error;                 // the first error reply
+  std::string ask;                   // "host:port" to ask once
+  std::string answered_by;           // the node that gave the last replies
   uint64_t answered_generation = 0;  // of that node: grows when one of its connections is lost
   int attempts = 0;
 };

@@ -1,5 +1,5 @@
-// The Redis store while the servers die, fall silent, fail over and move slots: no wrong row, no hang beyond the deadline,
-// and recovery without opening anything anew.
+// The Redis store while the servers die, fall silent, fail over and move slots: no wrong row, no hang beyond the
+// deadline, and recovery without opening anything anew.
 
 #include <gtest/gtest.h>
 
@@ -131,8 +131,8 @@ TEST(RedisFaults, HalfMovedSlotIsAskedFor) {
   ASSERT_OK(Put(*served.table, {5}, 2));
   const RedisLayout layout(RedisLayout::Version::kCurrent, kTable.name, 8, 8);
   Ask(*served.redis,
-      {"MIGRATE", "127.0.0.1", std::to_string(served.redis->real_port(to)), layout.ValuesKey(layout.PartitionOf(5)), "0",
-       "5000"},
+      {"MIGRATE", "127.0.0.1", std::to_string(served.redis->real_port(to)), layout.ValuesKey(layout.PartitionOf(5)),
+       "0", "5000"},
       from);
   // It has moved, and the slot still belongs to the old node: ASK, for commands of one and of many parts.
   ExpectAll(*served.table, {5}, 2);
@@ -152,9 +152,12 @@ TEST(RedisFaults, ReplicaTakesOver) {
   const std::vector<Key> keys = KeyRange(0, 2000);
   for (const int node : {0, 1, 2}) {  // what was acknowledged reaches the replicas before one is killed
     Ask(*served.redis, {"WAIT", "1", "5000"}, node);
-    WaitUntil([&] { return Ask(*served.redis, {"INFO", "replication"}, node).find("lag=0") != std::string::npos ||
-                           Ask(*served.redis, {"INFO", "replication"}, node).find("lag=1") != std::string::npos; },
-              "the replica");
+    WaitUntil(
+        [&] {
+          return Ask(*served.redis, {"INFO", "replication"}, node).find("lag=0") != std::string::npos ||
+                 Ask(*served.redis, {"INFO", "replication"}, node).find("lag=1") != std::string::npos;
+        },
+        "the replica");
   }
   // One dies; then another falls silent while its connections live.
   served.redis->Kill(0);

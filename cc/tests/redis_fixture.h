@@ -36,7 +36,9 @@ inline Status Put(Table& table, const std::vector<Key>& keys, uint32_t version, 
 struct Fetched {
   Status status;
   std::vector<uint32_t> versions;  // 0: missing
-  size_t found() const { return versions.size() - static_cast<size_t>(std::count(versions.begin(), versions.end(), 0)); }
+  size_t found() const {
+    return versions.size() - static_cast<size_t>(std::count(versions.begin(), versions.end(), 0));
+  }
 };
 
 // Every row that is found must be whole and of its key.

@@ -28,10 +28,8 @@ TEST(RedisLayout, Xxh3IsThatOfTheReference) {
                                                 {std::numeric_limits<int64_t>::max(), 0xa233cf376558df46},
                                                 {std::numeric_limits<int64_t>::min(), 0x828f2476789a0e5f}};
   for (const auto& [key, hash] : eight) EXPECT_EQ(Xxh3OfKey(static_cast<uint64_t>(key), 8), hash) << key;
-  const std::pair<int64_t, uint64_t> four[] = {{0, 0x48b2c92616fc193d},
-                                               {1, 0xdb02334e96d65708},
-                                               {-1, 0xcd6b1c920d3f662c},
-                                               {2147483647, 0x55506669e60fb0ff}};
+  const std::pair<int64_t, uint64_t> four[] = {
+      {0, 0x48b2c92616fc193d}, {1, 0xdb02334e96d65708}, {-1, 0xcd6b1c920d3f662c}, {2147483647, 0x55506669e60fb0ff}};
   for (const auto& [key, hash] : four) EXPECT_EQ(Xxh3OfKey(static_cast<uint64_t>(key), 4), hash) << key;
 }
 

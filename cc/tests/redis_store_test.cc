@@ -1,5 +1,5 @@
-// What the Redis store adds to the contract of table_store.h: formats, tables of other programs, limits, evictions, logins
-// and restarts. redis-cli is the other client; faults are in redis_faults_test.cc.
+// What the Redis store adds to the contract of table_store.h: formats, tables of other programs, limits, evictions,
+// logins and restarts. redis-cli is the other client; faults are in redis_faults_test.cc.
 
 #include "cc/storage/redis_store.h"
 
@@ -288,9 +288,10 @@ TEST_F(RedisStore, BatchesOfAMillion) {
 class RedisOverflow : public RedisStore {
  protected:
   std::shared_ptr<Table> Create(OverflowPolicy policy, bool refresh = false) {
-    store_ = Open({.num_partitions = 2,
-                   .overflow = {.margin = 1000, .policy = policy, .resolution_target = 0.8,
-                                .refresh_time_after_fetch = refresh}});
+    store_ =
+        Open({.num_partitions = 2,
+              .overflow = {
+                  .margin = 1000, .policy = policy, .resolution_target = 0.8, .refresh_time_after_fetch = refresh}});
     EXPECT_TRUE(store_->capabilities().bounded);
     return Value(store_->CreateTable(kTable));
   }
@@ -336,11 +337,12 @@ TEST_F(RedisOverflow, OldestRowsLeave) {
   ASSERT_OK(Put(*table, keys, 1));
   EXPECT_EQ(Ask(server(), {"EVAL", "return #redis.call('HVALS', KEYS[1])[1]", "1", "hps_et{hps_et.m.t/p0}t"}), "8");
   // Makes the times of the first 400 rows old and those of 100 among them younger, in the predecessor's format.
-  const std::string age = "for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do end "
-                          "local all = redis.call('HKEYS', KEYS[1]) for _, key in ipairs(all) do "
-                          "local id = struct.unpack('<i8', key) "
-                          "if id >= tonumber(ARGV[1]) and id <= tonumber(ARGV[2]) then "
-                          "redis.call('HSET', KEYS[1], key, struct.pack('<i8', tonumber(ARGV[3]))) end end";
+  const std::string age =
+      "for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do end "
+      "local all = redis.call('HKEYS', KEYS[1]) for _, key in ipairs(all) do "
+      "local id = struct.unpack('<i8', key) "
+      "if id >= tonumber(ARGV[1]) and id <= tonumber(ARGV[2]) then "
+      "redis.call('HSET', KEYS[1], key, struct.pack('<i8', tonumber(ARGV[3]))) end end";
   const auto set_time = [&](Key first, Key last, const std::string& time) {
     Ask(server(), {"EVAL", age, "1", "hps_et{hps_et.m.t/p0}t", std::to_string(first), std::to_string(last), time});
   };
@@ -369,10 +371,12 @@ TEST_F(RedisOverflow, RowsWithoutTimesLeaveFirst) {
 TEST_F(RedisOverflow, ReadingMakesRowsYounger) {
   const auto table = Create(OverflowPolicy::kEvictOldest, /*refresh=*/true);
   ASSERT_OK(Put(*table, Keys(0, 900), 1));
-  const std::string times = "local n = 0 for _, time in ipairs(redis.call('HVALS', KEYS[1])) do "
-                            "if struct.unpack('<i8', time) > 1000 then n = n + 1 end end return n";
-  const std::string make_old = "for _, key in ipairs(redis.call('HKEYS', KEYS[1])) do "
-                               "redis.call('HSET', KEYS[1], key, struct.pack('<i8', 1000)) end";
+  const std::string times =
+      "local n = 0 for _, time in ipairs(redis.call('HVALS', KEYS[1])) do "
+      "if struct.unpack('<i8', time) > 1000 then n = n + 1 end end return n";
+  const std::string make_old =
+      "for _, key in ipairs(redis.call('HKEYS', KEYS[1])) do "
+      "redis.call('HSET', KEYS[1], key, struct.pack('<i8', 1000)) end";
   Ask(server(), {"EVAL", make_old, "1", "hps_et{hps_et.m.t/p0}t"});
   const std::vector<Key> read = Keys(0, 300);
   ExpectAll(*table, read, 1);
@@ -386,7 +390,8 @@ TEST_F(RedisOverflow, LeastUsedRowsLeaveAndFameFades) {
   ASSERT_OK(Put(*table, Keys(0, 900), 1));
   const std::vector<Key> used = Keys(0, 400);
   for (int i = 0; i < 3; ++i) ExpectAll(*table, used, 1);
-  const std::string sum = "local n = 0 for _, count in ipairs(redis.call('HVALS', KEYS[1])) do n = n + count end return n";
+  const std::string sum =
+      "local n = 0 for _, count in ipairs(redis.call('HVALS', KEYS[1])) do n = n + count end return n";
   const auto total = [&] { return Ask(server(), {"EVAL", sum, "1", "hps_et{hps_et.m.t/p0}t"}); };
   WaitUntil([&] { return total() == std::to_string(900 + 3 * 400); }, "the counts of what was read");
   ASSERT_OK(Put(*table, Keys(1'000'000, 200), 2));

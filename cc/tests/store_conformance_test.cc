@@ -26,8 +26,8 @@ StoreFixture OnRedis(const std::string& name, int masters, RedisStoreOptions sto
   std::shared_ptr<Servers>& known = all[name];
   if (known == nullptr) known = std::make_shared<Servers>();
   return {.name = name,
-          .open = [masters, store_options, servers = known](
-                      const std::filesystem::path& directory) -> Result<std::unique_ptr<TableStore>> {
+          .open = [masters, store_options,
+                   servers = known](const std::filesystem::path& directory) -> Result<std::unique_ptr<TableStore>> {
             if (servers->redis == nullptr) {
               HPS_ASSIGN_OR_RETURN(servers->redis, RedisService::Start({.masters = masters}));
             }
@@ -67,11 +67,9 @@ std::vector<StoreFixture> AllFixtures() {
        .open_read_only = [rocksdb](const std::filesystem::path& directory) { return rocksdb(directory, true); }});
   fixtures.push_back(OnRedis("RedisCluster", 3, {.num_partitions = 8}));
   // Commands and connections as few and as short as can be: every boundary is crossed many times.
-  fixtures.push_back(OnRedis("RedisSingle", 0,
-                             {.num_partitions = 3,
-                              .num_node_connections = 1,
-                              .max_get_batch_size = 700,
-                              .max_set_batch_size = 300}));
+  fixtures.push_back(
+      OnRedis("RedisSingle", 0,
+              {.num_partitions = 3, .num_node_connections = 1, .max_get_batch_size = 700, .max_set_batch_size = 300}));
   return fixtures;
 }
 
