@@ -814,7 +814,7 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
         break;
       }
       case 2: {
-        ASSERT_OK(Put(*table, keys, step, {.only_absent = true}));
+        ASSERT_OK(Put(*table, keys, step, {.only_absent = true, .bulk = random() % 2 == 0}));
         for (const Key key : keys) model.emplace(key, step);
         break;
       }
@@ -834,6 +834,17 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
           const auto reopened = store_->OpenTable(spec);
           ASSERT_OK(reopened.status());
           table = *reopened;
+        }
+        if (random() % 16 == 0) {
+          const std::shared_ptr<Table> dropped = std::move(table);
+          ASSERT_OK(store_->DropTable(spec.name));
+          const auto renewed = store_->CreateTable(spec);
+          ASSERT_OK(renewed.status());
+          table = *renewed;
+          std::map<Key, uint32_t> scanned;
+          ASSERT_NO_FATAL_FAILURE(ScanVersions(*dropped, &scanned));
+          ASSERT_EQ(scanned, model) << "of the table dropped in step " << step << ", while it is held";
+          model.clear();
         }
         if (random() % 4 == 0) {
           std::map<Key, uint32_t> scanned;
