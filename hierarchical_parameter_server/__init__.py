@@ -24,7 +24,7 @@ from .config import (
 )
 from .inspect import inspect
 from .memory_plan import memory_plan
-from .server import Init, ParameterServer, prometheus_text, readiness, ready, shutdown, stats
+from .server import Init, ParameterServer, prometheus_text, readiness, ready, servers, shutdown, stats
 
 __all__ = [
     "DatabaseHashMapAlgorithm_t",
@@ -46,6 +46,7 @@ __all__ = [
     "prometheus_text",
     "readiness",
     "ready",
+    "servers",
     "shutdown",
     "stats",
 ]

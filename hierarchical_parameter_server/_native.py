@@ -16,7 +16,6 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     config_json_schema,
     config_reference,
     default_handle,
-    default_server,
     fingerprint_table_folder,
     init_default_server,
     load_config,

@@ -42,8 +42,10 @@ Status MakeAbsolute(const std::string& folder, std::string_view what, bool must_
                            " (beside the configuration); write an absolute path");
   }
   if (must_exist && !here_exists && !there_exists) {
-    return NotFound(std::string(what) + ": no such file or folder: neither " + here.string() + " (from the working " +
-                    "directory)" + (here == there ? "" : " nor " + there.string() + " (beside the configuration)"));
+    return NotFound(std::string(what) + ": no such file or folder: " +
+                    (here == there ? here.string() + " (from the working directory)"
+                                   : "neither " + here.string() + " (from the working directory) nor " +
+                                         there.string() + " (beside the configuration)"));
   }
   *path = (there_exists ? there : here).string();
   return OkStatus();

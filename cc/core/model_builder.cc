@@ -159,6 +159,7 @@ class Builder {
     LoadOptions load;
     load.table = config_.name + "/" + table.name;
     load.long_keys = resources_.long_keys;
+    load.cancelled = options_.cancelled;
     load.progress = [this, log = options_.show_progress ? LogLoadProgress(load.table)
                                                         : LoadProgressCallback()](const LoadProgress& progress) {
       if (shared_) shared_->KeepClaim();

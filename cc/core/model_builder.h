@@ -3,6 +3,7 @@
 #ifndef HPS_CORE_MODEL_BUILDER_H_
 #define HPS_CORE_MODEL_BUILDER_H_
 
+#include <atomic>
 #include <limits>
 #include <memory>
 
@@ -21,6 +22,7 @@ struct BuildOptions {
   bool load_persistent = true;  // and puts no rows in
   bool cache_missed_embeddings = false;
   bool show_progress = true;
+  const std::atomic<bool>* cancelled = nullptr;  // as in LoadOptions
   ClaimOptions claim;  // of loads into shared volatile stores
 };
 

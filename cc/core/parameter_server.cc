@@ -105,7 +105,6 @@ class ParameterServer::Impl {
   // Close may be called meanwhile.
   Status Start() {
     std::lock_guard load_lock(load_mutex_);
-    HPS_RETURN_IF_ERROR(CheckBuilt(config_));
     for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
     for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
     WarnWithoutGpu();
@@ -119,7 +118,9 @@ class ParameterServer::Impl {
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
       resources_->promoter = std::make_unique<Promoter>();
     }
-    for (const ModelConfig& model : config_.models) HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false));
+    for (const ModelConfig& model : config_.models) {
+      HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
+    }
     started_ = true;
     return OkStatus();
   }
@@ -140,10 +141,10 @@ class ParameterServer::Impl {
     return NoSuchModel(model);
   }
 
-  Status Load(const ModelConfig& config, bool replace) {
+  Status Load(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     HPS_RETURN_IF_ERROR(CheckProcess());
     std::lock_guard load_lock(load_mutex_);
-    return LoadLocked(config, replace);
+    return LoadLocked(config, replace, cancelled);
   }
 
   Status Unload(std::string_view name) {
@@ -240,7 +241,7 @@ class ParameterServer::Impl {
 
  private:
   // REQUIRES: load_mutex_ is held.
-  Status LoadLocked(const ModelConfig& config, bool replace) {
+  Status LoadLocked(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     if (closed_) return ClosedStatus();
     HPS_RETURN_IF_ERROR(CheckBuiltModel(config));
     std::shared_ptr<ModelSlot> slot = FindSlot(config.name);
@@ -257,6 +258,7 @@ class ParameterServer::Impl {
     options.initial_cache_rate = config_.volatile_db.initial_cache_rate;
     options.cache_missed_embeddings = config_.volatile_db.cache_missed_embeddings;
     options.show_progress = options_.show_progress;
+    options.cancelled = cancelled;
     options.load_volatile = config_.volatile_db.initialize_after_startup;
     options.load_persistent = config_.persistent_db.initialize_after_startup;
     options.volatile_capacity_rows = VolatileCapacityRows();
@@ -428,6 +430,7 @@ ParameterServer::~ParameterServer() {
 
 Result<std::shared_ptr<ParameterServer>> ParameterServer::Open(const ServerConfig& config,
                                                                const ServerOptions& options) {
+  HPS_RETURN_IF_ERROR(CheckBuilt(config));
   std::shared_ptr<ParameterServer> server(new ParameterServer(std::make_unique<Impl>(config, options)));
   {
     auto& live = ProcessInstance<LiveServers>();
@@ -446,8 +449,12 @@ Result<std::shared_ptr<ParameterServer>> ParameterServer::Open(const std::string
 }
 
 Result<LookupSession> ParameterServer::NewSession(std::string_view model) const { return impl_->NewSession(model); }
-Status ParameterServer::LoadModel(const ModelConfig& model) { return impl_->Load(model, /*replace=*/false); }
-Status ParameterServer::ReplaceModel(const ModelConfig& model) { return impl_->Load(model, /*replace=*/true); }
+Status ParameterServer::LoadModel(const ModelConfig& model, const std::atomic<bool>* cancelled) {
+  return impl_->Load(model, /*replace=*/false, cancelled);
+}
+Status ParameterServer::ReplaceModel(const ModelConfig& model, const std::atomic<bool>* cancelled) {
+  return impl_->Load(model, /*replace=*/true, cancelled);
+}
 Status ParameterServer::UnloadModel(std::string_view model) { return impl_->Unload(model); }
 std::vector<std::string> ParameterServer::ModelNames() const { return impl_->ModelNames(); }
 
@@ -473,6 +480,14 @@ std::string ParameterServer::StatsJson() const {
 }
 std::string ParameterServer::PrometheusText() const {
   return impl_->CheckProcess().ok() ? impl_->resources().metrics.PrometheusText() : "";
+}
+std::string ParameterServer::PrometheusText(std::span<const std::shared_ptr<ParameterServer>> servers) {
+  std::vector<std::pair<MetricLabels, const MetricsRegistry*>> registries;
+  for (const auto& server : servers) {
+    if (!server->impl_->CheckProcess().ok()) continue;
+    registries.push_back({{{"server", ConfigHash(server->config())}}, &server->impl_->resources().metrics});
+  }
+  return MetricsRegistry::PrometheusText(registries);
 }
 const ServerConfig& ParameterServer::config() const { return impl_->config(); }
 Status ParameterServer::Close() { return impl_->Close(); }
