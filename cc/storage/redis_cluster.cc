@@ -21,10 +21,6 @@ constexpr milliseconds kAskTime{300};         // for one group of nodes, while r
 constexpr milliseconds kFirstAskTime{3000};   // for a seed, when the store is opened
 constexpr size_t kAskedAtOnce = 3;
 
-int64_t NowMilliseconds() {
-  return std::chrono::duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
-}
-
 milliseconds ConnectBackOff(int failures) {
   thread_local std::minstd_rand random(std::random_device{}());
   const int64_t longest = std::min<int64_t>(int64_t{10} << std::min(failures, 6), 500);
@@ -198,10 +194,16 @@ void RedisCluster::MoveSlot(uint16_t slot, const RedisEndpoint& endpoint) {
 
 void RedisCluster::Refresh(Deadline deadline) {
   if (!topology()->cluster) return;
-  std::unique_lock lock(refresh_mutex_, std::defer_lock);
   const Deadline patience = std::min(deadline, steady_clock::now() + std::chrono::seconds(2));
-  if (!lock.try_lock_until(patience)) return;
-  if (NowMilliseconds() - refreshed_at_ < kRefreshInterval.count()) return;
+  {
+    std::unique_lock lock(refresh_mutex_);
+    if (refreshing_) {
+      refreshed_.wait_until(lock, patience, [this] { return !refreshing_; });
+      return;
+    }
+    if (steady_clock::now() - refreshed_at_ < kRefreshInterval) return;
+    refreshing_ = true;
+  }
   // Nodes that answered last come first; of equals any.
   const auto known = topology();
   std::vector<RedisEndpoint> endpoints;
@@ -227,7 +229,12 @@ void RedisCluster::Refresh(Deadline deadline) {
     const Deadline until = std::min(deadline, steady_clock::now() + kAskTime);
     if (Ask(std::span(endpoints).subspan(first, count), until).ok()) break;
   }
-  refreshed_at_ = NowMilliseconds();
+  {
+    std::lock_guard lock(refresh_mutex_);
+    refreshing_ = false;
+    refreshed_at_ = steady_clock::now();
+  }
+  refreshed_.notify_all();
 }
 
 Status RedisCluster::Ask(std::span<const RedisEndpoint> endpoints, Deadline deadline) {

@@ -106,8 +106,10 @@ class RedisCluster {
   mutable std::mutex mutex_;  // guards the next two
   std::map<std::string, std::shared_ptr<RedisNode>> nodes_;
   std::shared_ptr<const RedisTopology> topology_;
-  std::timed_mutex refresh_mutex_;        // held while asking; taken before any other
-  std::atomic<int64_t> refreshed_at_{0};  // milliseconds of the steady clock
+  std::mutex refresh_mutex_;  // guards the next two; a leaf
+  bool refreshing_ = false;   // a thread is asking
+  Deadline refreshed_at_{};   // when the last answer came, or did not
+  std::condition_variable refreshed_;
   std::atomic<bool> closed_{false};
 };
 

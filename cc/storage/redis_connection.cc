@@ -230,7 +230,7 @@ class Connection final : public RedisConnection {
     (void)redisAppendFormattedCommand(context_, buffer_.data(), buffer_.size());  // Progress sees an error
   }
 
-  Status Progress(std::vector<RedisTask*>* done) override {
+  Status Progress(bool readable, std::vector<RedisTask*>* done) override {
     if (phase_ == Phase::kConnecting) {
       int error = 0;
       socklen_t size = sizeof(error);
@@ -246,7 +246,7 @@ class Connection final : public RedisConnection {
     if (phase_ == Phase::kHandshake) HPS_RETURN_IF_ERROR(Handshake());
     if (phase_ == Phase::kHandshake) return OkStatus();
     HPS_RETURN_IF_ERROR(Send());
-    return Receive(done);
+    return readable ? Receive(done) : OkStatus();
   }
 
   bool Healthy() const override {

@@ -65,9 +65,10 @@ class RedisConnection {
   // asking: the task is preceded by ASKING.
   virtual void Submit(RedisTask* task, bool asking) = 0;
 
-  // Does what can be done at once. Tasks whose replies are complete are appended to *done. kUnavailable: the connection
-  // is lost and another may do better; any other error would come again (login, certificates, what a task refused).
-  virtual Status Progress(std::vector<RedisTask*>* done) = 0;
+  // Does what can be done at once; reads only if `readable`. Tasks whose replies are complete are appended to *done.
+  // kUnavailable: the connection is lost and another may do better; any other error would come again (login,
+  // certificates, what a task refused).
+  virtual Status Progress(bool readable, std::vector<RedisTask*>* done) = 0;
 
   // Whether an idle connection may be used: nothing has come, and the server has not closed it.
   virtual bool Healthy() const = 0;

@@ -141,7 +141,14 @@ Status RedisExchange::Loop() {
     for (size_t i = 0; i < routes_.size(); ++i) HPS_RETURN_IF_ERROR(Fill(*routes_[i]));
     HPS_RETURN_IF_ERROR(Wait());
     for (size_t i = 0; i < routes_.size(); ++i) {
-      for (size_t lane = routes_[i]->lanes.size(); lane-- > 0;) HPS_RETURN_IF_ERROR(Move(*routes_[i], lane));
+      for (size_t j = routes_[i]->lanes.size(); j-- > 0;) {
+        Lane& lane = routes_[i]->lanes[j];
+        const short ready_for = std::exchange(lane.ready_for, 0);
+        const bool late = !lane.reached && now_ - lane.moved > kConnectTime;
+        if (ready_for == 0 && !late) continue;
+        // Whatever it is (data, the end, an error), reading finds out.
+        HPS_RETURN_IF_ERROR(Move(*routes_[i], j, (ready_for & ~POLLOUT) != 0));
+      }
     }
     if (!probing_) CheckSilence();
     if (refresh_) RefreshAndReroute();
@@ -235,7 +242,7 @@ Status RedisExchange::Fill(Route& route) {
   }
   // A first attempt to send at once saves a turn of the loop.
   for (size_t lane = route.lanes.size(); lane-- > 0;) {
-    if (route.lanes[lane].connection->unsent_bytes() > 0) HPS_RETURN_IF_ERROR(Move(route, lane));
+    if (route.lanes[lane].connection->unsent_bytes() > 0) HPS_RETURN_IF_ERROR(Move(route, lane, false));
   }
   return OkStatus();
 }
@@ -257,7 +264,9 @@ void RedisExchange::DropLane(Route& route, size_t index, bool lost) {
 // Sleeps until something can be done.
 Status RedisExchange::Wait() {
   thread_local std::vector<pollfd> waiting;
+  thread_local std::vector<Lane*> lanes;
   waiting.clear();
+  lanes.clear();
   Deadline until = std::min(deadline_, progress_ + cluster_.options().patience + milliseconds(1));
   if (cancelled_ != nullptr) until = std::min(until, now_ + kCancelInterval);
   for (const Delayed& delayed : delayed_) until = std::min(until, delayed.at);
@@ -265,10 +274,11 @@ Status RedisExchange::Wait() {
   for (const auto& route : routes_) {
     if (route->retry_at != Deadline{}) until = std::min(until, route->retry_at);
     if (route->exhausted) exhausted = route->node.get();
-    for (const Lane& lane : route->lanes) {
+    for (Lane& lane : route->lanes) {
       if (!route->queue.empty() && HasRoom(*lane.connection)) return OkStatus();  // do not sleep, fill it
       if (lane.connection->outstanding() == 0 && lane.connection->ready()) continue;
       waiting.push_back({lane.connection->fd(), lane.connection->events(), 0});
+      lanes.push_back(&lane);
       until = std::min(until, lane.moved + (lane.reached ? kSilence : kConnectTime) + milliseconds(1));
       if (now_ - lane.moved > kSilence && lane.reached) until = std::min(until, now_ + kSilence);
     }
@@ -284,19 +294,20 @@ Status RedisExchange::Wait() {
     const auto left = std::chrono::duration_cast<std::chrono::microseconds>(until - steady_clock::now()).count();
     const int64_t timeout = std::clamp<int64_t>((left + 999) / 1000, 0, 60'000);
     (void)::poll(waiting.data(), waiting.size(), static_cast<int>(timeout));
+    for (size_t i = 0; i < waiting.size(); ++i) lanes[i]->ready_for = waiting[i].revents;
   }
   now_ = steady_clock::now();
   return OkStatus();
 }
 
-Status RedisExchange::Move(Route& route, size_t index) {
+Status RedisExchange::Move(Route& route, size_t index, bool readable) {
   Lane& lane = route.lanes[index];
   RedisConnection& connection = *lane.connection;
   if (connection.ready() && connection.outstanding() == 0) return OkStatus();
   done_.clear();
   const size_t unsent = connection.unsent_bytes();
   const bool was_ready = connection.ready();
-  const Status status = connection.Progress(&done_);
+  const Status status = connection.Progress(readable, &done_);
   if (!done_.empty() || connection.unsent_bytes() < unsent || connection.ready() != was_ready) lane.moved = now_;
   if (connection.ready() && !lane.reached) {
     lane.reached = true;

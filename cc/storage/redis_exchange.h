@@ -34,6 +34,7 @@ class RedisExchange {
     std::unique_ptr<RedisConnection> connection;
     Deadline moved;  // when something last happened on it
     bool reached = false;
+    short ready_for = 0;  // what poll said
   };
   struct Route {
     std::shared_ptr<RedisNode> node;
@@ -52,7 +53,7 @@ class RedisExchange {
   Route& RouteTo(const std::shared_ptr<RedisNode>& node);
   Status Fill(Route& route);
   Status Wait();
-  Status Move(Route& route, size_t lane);
+  Status Move(Route& route, size_t lane, bool readable);
   Status Done(RedisTask* task);
   Status TryAgain(RedisTask* task, const std::string& problem);
   Status LaneLost(Route& route, size_t lane, const Status& status);
