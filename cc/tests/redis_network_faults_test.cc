@@ -75,7 +75,7 @@ class Load {
       if (succeeded_[i] >= before[i] + 3) {
         ++i;
       } else if (steady_clock::now() > start + kRecovery || ::testing::Test::HasFailure()) {
-        ADD_FAILURE() << "thread " << i << " did not recover; its last error: " << Take().errors.rbegin()->first;
+        ADD_FAILURE() << "thread " << i << " did not recover";
         break;
       } else {
         std::this_thread::sleep_for(milliseconds(1));
@@ -263,7 +263,6 @@ TEST_F(RedisNetworkFaults, EveryFaultOfTheNetworkPasses) {
   During("requests truncated", true, [&] { Everywhere({.requests = {.cut_within = 6000}}); });
   During("garbage from one node", true, [&] { proxies_[2]->Set({.replies = {.garbage_within = 3000}}); });
   During("garbage from all nodes", true, [&] { Everywhere({.replies = {.garbage_within = 3000}}); });
-  During("garbage to all nodes", true, [&] { Everywhere({.requests = {.garbage_within = 6000}}); });
   During("one node half-open", true, [&] { proxies_[0]->Set({.half_open = true}); });
   During("all nodes half-open", true, [&] { Everywhere({.half_open = true}); });
   During("one node silent, nothing lost", false, [&] { proxies_[1]->Set({.stall = true}); });
@@ -288,6 +287,22 @@ TEST_F(RedisNetworkFaults, EveryFaultOfTheNetworkPasses) {
         }
       },
       seconds(2));
+  ExpectWhole();
+}
+
+// Redis, too, skips the two bytes behind the last word of a command unseen: garbage on the way to a server can become a
+// row, and no client can help it. TLS can.
+TEST_F(RedisNetworkFaults, TlsKeepsGarbageFromTheServersToo) {
+  Serve({.masters = 2, .tls = true});
+  During("TLS, garbage to all nodes", true, [&] { Everywhere({.requests = {.garbage_within = 6000}}); });
+  During("TLS, garbage from all nodes", true, [&] { Everywhere({.replies = {.garbage_within = 6000}}); });
+  During("TLS, cut in the middle", true, [&] { Everywhere({.replies = {.cut_within = 6000}}); });
+  During(
+      "TLS, reset again and again", true, [] {},
+      [&] {
+        for (const auto& proxy : proxies_) proxy->Reset();
+      });
+  During("TLS, all nodes half-open", true, [&] { Everywhere({.half_open = true}); });
   ExpectWhole();
 }
 

@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <array>
 #include <csignal>
+#include <cstring>
+#include <span>
 
 #include "cc/storage/redis_connection.h"
 #include "cc/storage/redis_row_tasks.h"
@@ -53,6 +55,26 @@ class Listener {
   int fd_;
   uint16_t port_ = 0;
 };
+
+// Of a reply that was accepted as three rows: where its elements are strings of given length they end with a line
+// break, and each is the row at its place. Elements of other forms end the comparison.
+void CheckRows(std::string_view reply, const testing::RowBlock& rows, std::span<const uint8_t> found) {
+  if (!reply.starts_with("*3\r\n")) return;
+  reply.remove_prefix(4);
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (reply.starts_with("$-1\r\n")) {
+      FUZZ_CHECK(found[i] == 0, "a missing row was taken for one");
+      reply.remove_prefix(5);
+    } else if (reply.starts_with("$8\r\n")) {
+      const std::string_view row = reply.substr(4, kRowBytes);
+      FUZZ_CHECK(found[i] == 1 && std::memcmp(rows.row(kMembers[i]).data(), row.data(), kRowBytes) == 0, "another row");
+      FUZZ_CHECK(reply.substr(4 + kRowBytes, 2) == "\r\n", "a row without a line break behind it was accepted");
+      reply.remove_prefix(4 + kRowBytes + 2);
+    } else {
+      return;
+    }
+  }
+}
 
 }  // namespace
 
@@ -102,6 +124,7 @@ void RunTarget(std::string_view input) {
   if (input.empty()) return;
   const size_t piece_bytes = std::max<size_t>(1, static_cast<uint8_t>(input[0]) * size_t{64} / 4);
   input.remove_prefix(1);
+  const std::string_view all = input;
 
   const RedisEndpoint endpoint{"127.0.0.1", Listener::Get().port()};
   Result<std::unique_ptr<RedisConnection>> connection = RedisConnection::Begin(endpoint, login, kNoDeadline);
@@ -165,6 +188,7 @@ void RunTarget(std::string_view input) {
       FUZZ_CHECK(found[i] <= 1, "a row of a whole reply is neither there nor missing");
       FUZZ_CHECK(found[i] == 1 || rows.RowUntouched(kMembers[i]), "the row of a missing key was written");
     }
+    CheckRows(all, rows, found);
   }
   connection.value().reset();
   ::close(server);
