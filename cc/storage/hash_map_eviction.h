@@ -61,11 +61,14 @@ class EvictionSweep {
   // A row that may go. place: the key in the dense index, or a way of the hashed one.
   struct Candidate {
     uint64_t place;
-    uint32_t slot;
-    uint32_t rank;  // the lower, the sooner it goes
+    uint64_t rank;  // the lower, the sooner it goes
   };
 
-  uint32_t Rank(uint32_t slot, uint32_t now, const SparedSlots& spared);
+  uint64_t Rank(uint32_t slot, uint32_t now, const SparedSlots& spared);
+  uint32_t Random() {
+    random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(random_ >> 32);
+  }
 
   RowSlab* const slab_;
   DenseIndex* const dense_index_;

@@ -1,12 +1,9 @@
 // Invariants
-// - A way holds one key from when it is claimed until it has become reusable and is claimed again: the key is stored
-//   (relaxed), then the entry (release). Erasing keeps the key; until the way is reusable only the same key comes back.
-// - A way becomes reusable when every reader that began before its key was erased has ended. So a reader that matched
-//   the key and then sees the entry of another one sees the other key when it looks again.
-// - The first way of a chain that holds a key tells the truth about it.
-// - Ways of a bucket are claimed in order, and a full bucket stays full. So a key lies in a bucket that had room when
-// it
-//   came, and every bucket it passed is marked as overflowed.
+// - A way is claimed once: its key is stored (relaxed), then its entry (release), and the key never changes again in
+//   this array. Erasing keeps the key; only the same key may come back to the way.
+// - Ways of a bucket are claimed in order, and a full bucket stays full. So a key lies in the first bucket, counted
+// from
+//   its home, that had room when it came, and every bucket it passed is marked as overflowed.
 
 #include "cc/storage/hash_map_index.h"
 
@@ -37,23 +34,13 @@ Result<std::vector<std::shared_ptr<HashMapIndex>>> HashMapIndex::Create(uint64_t
 }
 
 HashMapIndex::Way HashMapIndex::FindOrReserve(Key key, Bucket* home) {
-  Way room;  // the first way that a new key may take
-  Bucket* bucket = home;
-  do {
+  for (Bucket* bucket = home;; bucket = Next(bucket)) {
     for (size_t way = 0; way < kWays; ++way) {
       const uint32_t entry = Load(bucket->entries[way]);
-      if (entry == kUnclaimed) return room.bucket != nullptr ? room : Way{bucket, way, entry};
-      if (Load(bucket->keys[way]) == key)
-        return HasRow(entry) || room.bucket == nullptr ? Way{bucket, way, entry} : room;
-      if (entry == kReusable && room.bucket == nullptr) room = {bucket, way, entry};
+      if (entry == kUnclaimed || Load(bucket->keys[way]) == key) return {bucket, way, entry};
     }
-    if (bucket->overflowed == 0) {
-      if (room.bucket != nullptr) return room;
-      Store(bucket->overflowed, 1u, std::memory_order_relaxed);
-    }
-    bucket = Next(bucket);
-  } while (bucket != home);
-  return room;
+    if (bucket->overflowed == 0) Store(bucket->overflowed, 1u, std::memory_order_relaxed);
+  }
 }
 
 HashMapIndex::Way HashMapIndex::FindForWrite(Key key, Bucket* home) const {
@@ -71,7 +58,7 @@ HashMapIndex::Way HashMapIndex::FindForWrite(Key key, Bucket* home) const {
 }
 
 void HashMapIndex::Publish(const Way& way, Key key, uint32_t slot) {
-  if (way.entry == kUnclaimed || way.entry == kReusable) {
+  if (way.entry == kUnclaimed) {
     Store(way.bucket->keys[way.number], key, std::memory_order_relaxed);
     ++claimed_;
   }

@@ -1,8 +1,5 @@
 // HashMapIndex: the open-addressing array of one partition, from keys to row slots; its size never changes.
 //
-// A key keeps its way when it is erased. When the array is full of such keys, either the array is replaced and leaves
-// them behind, or, in bounded tables, which evict all the time, Reclaim hands the ways on to other keys.
-//
 // A bucket is one cache line of five entries; a key that finds its bucket full goes to the next one. Hence 12.8 bytes
 // an entry, and one cache line for most look-ups.
 //
@@ -12,7 +9,6 @@
 #ifndef HPS_STORAGE_HASH_MAP_INDEX_H_
 #define HPS_STORAGE_HASH_MAP_INDEX_H_
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -45,9 +41,7 @@ class HashMapIndex {
 
   // What an entry says besides slot + 1.
   static constexpr uint32_t kUnclaimed = 0;
-  static constexpr uint32_t kErased = 0xFFFFFFFF;    // the key may come back, no other
-  static constexpr uint32_t kReusable = 0xFFFFFFFE;  // any key may come
-  static constexpr bool HasRow(uint32_t entry) { return entry - 1 < kReusable - 1; }
+  static constexpr uint32_t kErased = 0xFFFFFFFF;
 
   struct alignas(64) Bucket {
     Key keys[kWays];
@@ -63,7 +57,7 @@ class HashMapIndex {
     uint32_t entry = kUnclaimed;  // kUnclaimed: the key was never in this array
 
     // The slot + 1 of the key's row, 0 if it has none.
-    uint32_t row_entry() const { return HasRow(entry) ? entry : 0; }
+    uint32_t row_entry() const { return entry == kErased ? 0 : entry; }
   };
 
   // Buckets for so many rows at the load the array is planned for (0.8).
@@ -88,9 +82,8 @@ class HashMapIndex {
       for (uint32_t ways = WaysOf(key, *bucket); ways != 0; ways &= ways - 1) {
         const int way = __builtin_ctz(ways);
         const uint32_t entry = Load(bucket->entries[way], std::memory_order_acquire);
-        // The second look at the key: an unclaimed way holds key 0, and another key may have claimed it meanwhile; and
-        // so it is with a reusable way and the key that left it.
-        if (entry != kUnclaimed && Load(bucket->keys[way]) == key) return HasRow(entry) ? entry : 0;
+        // The second look at the key: an unclaimed way holds key 0, and another key may have claimed it meanwhile.
+        if (entry != kUnclaimed && Load(bucket->keys[way]) == key) return entry == kErased ? 0 : entry;
       }
       if (Load(bucket->overflowed) == 0) return 0;
       bucket = Next(bucket);
@@ -100,7 +93,7 @@ class HashMapIndex {
 
   // The writer -------------------------------------------------------------------------------------------------------
 
-  // Ways that no new key may take, out of those the array should have before it is rebuilt.
+  // Entries that are not kUnclaimed, out of those the array should take before it is rebuilt.
   uint64_t claimed() const { return claimed_; }
   uint64_t claim_limit() const { return memory_ == nullptr ? 0 : num_buckets_ * kWays * 7 / 8; }
   uint64_t memory_bytes() const { return memory_ == nullptr ? 0 : num_buckets_ * sizeof(Bucket); }
@@ -117,11 +110,6 @@ class HashMapIndex {
     return {buckets_ + bucket, number, Load(buckets_[bucket].entries[number])};
   }
 
-  // Makes the ways of erased keys reusable, and takes its mark from buckets that no key had to pass. REQUIRES: no
-  // reader is left that began before the last of them was erased. home_of(key) is the number of a key's home bucket.
-  template <typename HomeOf>
-  void Reclaim(HomeOf home_of);
-
   // Calls visit(key, slot) for every row; by the writer, or by readers who do not mind rows that come and go.
   template <typename Visit>
   void ForEach(Visit visit) const {
@@ -132,7 +120,7 @@ class HashMapIndex {
   void VisitBucket(uint64_t i, Visit visit) const {
     for (size_t way = 0; way < kWays; ++way) {
       const uint32_t entry = Load(buckets_[i].entries[way], std::memory_order_acquire);
-      if (HasRow(entry)) visit(Load(buckets_[i].keys[way]), entry - 1);
+      if (entry != kUnclaimed && entry != kErased) visit(Load(buckets_[i].keys[way]), entry - 1);
     }
   }
 
@@ -163,34 +151,6 @@ class HashMapIndex {
   uint64_t claimed_ = 0;
   const std::shared_ptr<const AnonymousMemory> memory_;
 };
-
-template <typename HomeOf>
-void HashMapIndex::Reclaim(HomeOf home_of) {
-  // Positions go on beyond the end of the array, where chains wrap around. A key that lies behind position p and
-  // belongs at p or before must find p marked; behind a bucket without a mark there is none. So begin at such a bucket.
-  const uint64_t n = num_buckets_;
-  uint64_t end = n;
-  while (end < 2 * n && Load(buckets_[end - n].overflowed) != 0) ++end;
-  uint64_t lowest_home = UINT64_MAX;  // of the keys behind the position
-  for (uint64_t position = end + 1; position-- > 0;) {
-    const uint64_t number = position % n;
-    Bucket& bucket = buckets_[number];
-    if (position < n) {
-      if (bucket.overflowed != 0 && lowest_home > position) Store(bucket.overflowed, 0u, std::memory_order_relaxed);
-      for (uint32_t& entry : bucket.entries) {
-        if (Load(entry) != kErased) continue;
-        Store(entry, kReusable, std::memory_order_release);
-        --claimed_;
-      }
-    }
-    if (Load(buckets_[(number + n - 1) % n].overflowed) == 0) continue;  // all its keys are at home
-    for (size_t way = 0; way < kWays; ++way) {
-      if (!HasRow(Load(bucket.entries[way]))) continue;
-      const uint64_t passed = (number + n - home_of(Load(bucket.keys[way]))) % n;
-      lowest_home = std::min(lowest_home, position > passed ? position - passed : 0);
-    }
-  }
-}
 
 }  // namespace hps
 
