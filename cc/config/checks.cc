@@ -157,11 +157,6 @@ Status CheckBuilt(const ServerConfig& config) {
       }
       break;
     case VolatileType::kHashMap:
-      if (memory.overflow_margin != std::numeric_limits<uint64_t>::max()) {
-        return not_built("/volatile_db/overflow_margin",
-                         "a limit of rows; leave the key out, or keep part of the rows in memory with "
-                         "initial_cache_rate and a persistent_db");
-      }
       if (!memory.initialize_after_startup) {
         return not_built("/volatile_db/initialize_after_startup",
                          "a tier that starts empty; use an initial_cache_rate of 0 with a persistent_db");

@@ -12,11 +12,11 @@
 #include "cc/core/model_builder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <mutex>
 
 #include "cc/core/host_memory.h"
 #include "cc/core/model_record.h"
+#include "cc/core/volatile_share.h"
 #include "hps/log.h"
 #include "hps/model_reader.h"
 
@@ -29,10 +29,6 @@ constexpr uint64_t kIndexBytesPerRow = 20;
 std::mutex& PersistentLoadMutex() {
   static std::mutex* mutex = new std::mutex;
   return *mutex;
-}
-
-uint64_t CacheRows(uint64_t rows, double rate) {
-  return static_cast<uint64_t>(std::ceil(static_cast<double>(rows) * rate));
 }
 
 class Builder {
@@ -84,13 +80,20 @@ class Builder {
     uint64_t needed = 0;
     for (const TableConfig& table : config_.tables) {
       HPS_ASSIGN_OR_RETURN(uint64_t rows, FolderRows(table));
-      needed += CacheRows(rows, options_.initial_cache_rate) * (table.width * sizeof(float) + kIndexBytesPerRow);
+      const auto cache_rows = CacheRows(rows);
+      if (!cache_rows.ok()) return cache_rows.status().WithContext("table '" + table.name + "' (" + table.path + ")");
+      needed += *cache_rows * (table.width * sizeof(float) + kIndexBytesPerRow);
     }
     if (needed <= *available) return OkStatus();
     return ResourceExhausted("its tables need " + std::to_string(needed >> 20) + " MiB of memory and " +
                              std::to_string(*available >> 20) +
                              " MiB are available; use a persistent_db with a smaller initial_cache_rate, or a host "
                              "with more memory");
+  }
+
+  Result<uint64_t> CacheRows(uint64_t rows) const {
+    if (!volatile_) return uint64_t{0};
+    return VolatileShare(rows, options_.initial_cache_rate, *volatile_, persistent_ != nullptr);
   }
 
   // Rows in the table's folder; 0 where a read-only persistent store stands in for it and there is no folder.
@@ -128,7 +131,7 @@ class Builder {
       HPS_ASSIGN_OR_RETURN(TableStats stats, stack.persistent_table->Stats());
       rows = stats.rows;
     }
-    const uint64_t cache_rows = CacheRows(rows, options_.initial_cache_rate);
+    HPS_ASSIGN_OR_RETURN(const uint64_t cache_rows, CacheRows(rows));
     if (volatile_) HPS_RETURN_IF_ERROR(CreateVolatile(table, cache_rows, &stack));
 
     model_table.source = from_folder ? "folder" : "persistent";
@@ -143,9 +146,11 @@ class Builder {
         load.row_limits.push_back(cache_rows);
       }
       HPS_RETURN_IF_ERROR(LoadTable(*reader, targets, load, &model_table.load));
+      if (!persistent_) HPS_RETURN_IF_ERROR(CheckNothingEvicted(*stack.volatile_table));
     } else if (stack.volatile_table) {
       load.row_limits = {cache_rows};
-      if (options_.initial_cache_rate >= 1.0) load.row_limits.clear();  // the count may be an estimate
+      // The count may be an estimate.
+      if (options_.initial_cache_rate >= 1.0 && !volatile_->capabilities().bounded) load.row_limits.clear();
       HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_table, *stack.volatile_table, load, &model_table.load));
     }
     return OkStatus();

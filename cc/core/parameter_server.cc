@@ -243,6 +243,10 @@ class ParameterServer::Impl {
       HashMapOptions options;
       options.num_partitions = cache.num_partitions;
       options.allocation_rate_bytes = cache.allocation_rate_bytes;
+      options.overflow = {cache.overflow_margin, cache.overflow_policy, cache.overflow_resolution_target,
+                          cache.refresh_time_after_fetch};
+      options.max_get_batch_size = cache.max_get_batch_size;
+      options.max_set_batch_size = cache.max_set_batch_size;
       options.executor = resources_->executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
     }

@@ -13,7 +13,8 @@ Json TierJson(const Table& table) {
   return {{"rows", stats->rows},
           {"rows_estimated", stats->rows_estimated},
           {"memory_bytes", stats->memory_bytes},
-          {"disk_bytes", stats->disk_bytes}};
+          {"disk_bytes", stats->disk_bytes},
+          {"evicted_rows", stats->evicted_rows}};
 }
 
 Json TableJson(const ModelTable& table) {
