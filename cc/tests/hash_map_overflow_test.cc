@@ -120,7 +120,7 @@ TEST_P(HashMapOverflowKeysTest, LargePartitionsAreShrunkInStepsByAgeAllTheSame) 
 }
 
 TEST_P(HashMapOverflowKeysTest, EndlessChurnStaysInItsMemory) {
-  constexpr size_t kMargin = 20'000;
+  constexpr size_t kMargin = 10'000;
   constexpr size_t kRowBytes = 16;
   for (const OverflowPolicy policy :
        {OverflowPolicy::kEvictOldest, OverflowPolicy::kEvictLeastUsed, OverflowPolicy::kEvictRandom}) {
@@ -137,7 +137,7 @@ TEST_P(HashMapOverflowKeysTest, EndlessChurnStaysInItsMemory) {
     };
     churn(6);
     const uint64_t early = std::exchange(peak, 0);
-    churn(40);
+    churn(20);
     EXPECT_LE(peak, early + early / 20);
     EXPECT_LE(static_cast<double>(peak), 2 * kMargin * (kRowBytes + 4 + (GetParam() ? 4 : 0) + 16 / 0.8) * 1.15);
     const TableStats stats = *table->Stats();
