@@ -16,8 +16,6 @@ namespace hps {
 
 struct BuildOptions {
   double initial_cache_rate = 1.0;
-  uint64_t volatile_capacity_rows =
-      std::numeric_limits<uint64_t>::max();  // most rows of one table in the volatile tier
   bool load_volatile = true;    // initialize_after_startup of the tiers: false leaves what is there, makes what is not,
   bool load_persistent = true;  // and puts no rows in
   bool cache_missed_embeddings = false;

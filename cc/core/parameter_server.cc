@@ -261,7 +261,6 @@ class ParameterServer::Impl {
     options.cancelled = cancelled;
     options.load_volatile = config_.volatile_db.initialize_after_startup;
     options.load_persistent = config_.persistent_db.initialize_after_startup;
-    options.volatile_capacity_rows = VolatileCapacityRows();
     HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildBesideLookups(config, options));
     if (old) model->version = old->version + 1;
     if (!slot) slot = std::make_shared<ModelSlot>(config.name, resources_);
@@ -297,14 +296,6 @@ class ParameterServer::Impl {
     });
     loader.join();
     return *std::move(model);
-  }
-
-  // Rows of one table that the volatile tier may hold.
-  uint64_t VolatileCapacityRows() const {
-    const VolatileConfig& memory = config_.volatile_db;
-    const uint64_t partitions = std::max(1u, memory.num_partitions);
-    constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
-    return memory.overflow_margin > kNoLimit / partitions ? kNoLimit : memory.overflow_margin * partitions;
   }
 
   // What CheckBuilt says of a model that came after the configuration.
@@ -348,6 +339,10 @@ class ParameterServer::Impl {
       HashMapOptions options;
       options.num_partitions = cache.num_partitions;
       options.allocation_rate_bytes = cache.allocation_rate_bytes;
+      options.overflow = {cache.overflow_margin, cache.overflow_policy, cache.overflow_resolution_target,
+                          cache.refresh_time_after_fetch};
+      options.max_get_batch_size = cache.max_get_batch_size;
+      options.max_set_batch_size = cache.max_set_batch_size;
       options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
     }

@@ -25,7 +25,8 @@ Json TierJson(const Tier& tier) {
     json = {{"rows", stats->rows},
             {"rows_estimated", stats->rows_estimated},
             {"memory_bytes", stats->memory_bytes},
-            {"disk_bytes", stats->disk_bytes}};
+            {"disk_bytes", stats->disk_bytes},
+            {"evicted_rows", stats->evicted_rows}};
   } else {
     json["error"] = stats.status().ToString();
   }

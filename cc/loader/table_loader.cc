@@ -118,7 +118,7 @@ Status CheckTargets(size_t row_bytes, std::span<Table* const> targets, const Loa
 
 std::optional<uint64_t> ExactRows(const Table& table) {
   const Result<TableStats> stats = table.Stats();
-  if (!stats.ok() || stats->rows_estimated) return std::nullopt;
+  if (!stats.ok() || stats->rows_estimated || stats->evicted_rows > 0) return std::nullopt;
   return stats->rows;
 }
 

@@ -106,6 +106,9 @@ class HashMapIndex {
   // Puts the row of `slot` (already written) in place, or marks the way as erased.
   void Publish(const Way& way, Key key, uint32_t slot);
   void Erase(const Way& way);
+  Way WayAt(uint64_t bucket, size_t number) const {
+    return {buckets_ + bucket, number, Load(buckets_[bucket].entries[number])};
+  }
 
   // Calls visit(key, slot) for every row; by the writer, or by readers who do not mind rows that come and go.
   template <typename Visit>

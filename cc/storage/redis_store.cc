@@ -54,7 +54,10 @@ class RedisStore final : public TableStore {
 
   std::string_view kind() const override { return kKind; }
   StoreCapabilities capabilities() const override {
-    return {.shared = true, .bounded = session_->options.overflow.bounded()};
+    const RedisOptions& options = session_->options;
+    return {.shared = true,
+            .bounded = options.overflow.bounded(),
+            .capacity_rows = CapacityRows(options.overflow, options.num_partitions)};
   }
 
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {

@@ -659,6 +659,7 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
            R"("volatile_db": {"type": "hash_map", "overflow_margin": 18446744073709551615, "enable_tls": true})",
            R"("volatile_db": {"type": "disabled", "overflow_margin": 5}, "persistent_db": {})",
            R"("volatile_db": {"initial_cache_rate": 0.5}, "persistent_db": {"path": "/x"})",
+           R"("volatile_db": {"overflow_margin": 1000})",
            R"("persistent_db": {"read_only": true, "initialize_after_startup": false})",
            R"("persistent_db": {"initialize_after_startup": false})",
            R"("volatile_db": {"initialize_after_startup": false})",
@@ -670,7 +671,6 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
   const std::pair<std::string, std::string> refused[] = {
       {R"("volatile_db": {"type": "multi_process_hash_map"})", "/volatile_db/type: not built yet: multi_process"},
       {R"("volatile_db": {"type": "disabled"})", "/volatile_db/type: not built yet: a server without any database"},
-      {R"("volatile_db": {"overflow_margin": 1000})", "/volatile_db/overflow_margin: not built yet"},
       {R"("update_source": {})", "/update_source/type: not built yet: kafka_message_queue"},
   };
   for (const auto& [members, message] : refused) {

@@ -329,27 +329,25 @@ TEST_F(TierStartTest, AReadOnlyDatabaseIsNotLoadedAndAMissingTableIsAnError) {
 }
 
 TEST_F(TierStartTest, TheVolatileTierTakesNoMoreThanItsMargin) {
+  const HashMapOptions bounded{.num_partitions = 1, .overflow = {.margin = 300}};
+  const BuildOptions options{.show_progress = false};
   for (const bool from_database : {false, true}) {
     ServerResources resources;
     resources.executor = NewThreadPool(2);
-    resources.volatile_store = Value(OpenHashMapStore({.num_partitions = 4}));
+    resources.volatile_store = Value(OpenHashMapStore(bounded));
     resources.persistent_store = Value(OpenRocksDbStore({.path = (folder_ / "database").string(), .num_threads = 2}));
-    BuildOptions options{.show_progress = false};
-    options.volatile_capacity_rows = 300;
     const auto model = Value(BuildModel(Version(1), resources, options));
     EXPECT_EQ(model->tables[0].source, from_database ? "persistent" : "folder");
     EXPECT_EQ(Value(model->tables[0].stack.volatile_tier.table->Stats()).rows, 300u);
     EXPECT_EQ(Value(model->tables[0].stack.persistent_tier.table->Stats()).rows, kKeys.size());
     ASSERT_OK(resources.persistent_store->Close());
   }
-  CapturedLog log;
+  // Nobody could serve the rows that are left out.
   ServerResources resources;
   resources.executor = NewThreadPool(2);
-  resources.volatile_store = Value(OpenHashMapStore({.num_partitions = 4}));
-  BuildOptions options{.show_progress = false};
-  options.volatile_capacity_rows = 300;
-  ASSERT_OK(BuildModel(Version(1), resources, options).status());
-  EXPECT_NE(log.text().find("warning: m/t: 300 of 1000 rows fit within overflow_margin"), std::string::npos);
+  resources.volatile_store = Value(OpenHashMapStore(bounded));
+  ExpectError(BuildModel(Version(1), resources, options).status(), StatusCode::kResourceExhausted,
+              {"1000 rows", "300", "overflow_margin"});
 }
 
 }  // namespace

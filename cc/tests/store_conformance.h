@@ -14,6 +14,7 @@
 #include <memory>
 #include <string>
 
+#include "cc/storage/overflow.h"
 #include "hps/table_store.h"
 
 namespace hps::testing {
@@ -44,6 +45,41 @@ class StoreConformance : public ::testing::TestWithParam<StoreFixture> {
 
  private:
   std::filesystem::path directory_;
+};
+
+// A volatile store with a margin (overflow.h), for the clauses that every one must fulfil under each policy. It joins
+// by a fixture a policy in BoundedFixtures() in store_conformance_test.cc.
+struct BoundedStoreFixture {
+  using Opener = std::function<Result<std::unique_ptr<TableStore>>(
+      const std::filesystem::path& directory, uint32_t num_partitions, const OverflowOptions& overflow)>;
+
+  std::string name;
+  OverflowPolicy policy;
+  Opener open;  // moves upserts of up to 1,000 rows in one piece
+  // Returns when the store's clock has moved on; empty where every write does so.
+  std::function<void()> pass_time = {};
+};
+
+class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixture> {
+ protected:
+  void SetUp() override;
+  void TearDown() override;
+
+  OverflowPolicy policy() const { return GetParam().policy; }
+  // Opens a store (closing the one before) and creates a table in it.
+  std::shared_ptr<Table> Create(uint64_t margin, uint32_t num_partitions = 1, bool refresh_time_after_fetch = false,
+                                uint64_t expected_rows = 0);
+  void PassTime() const {
+    if (GetParam().pass_time) GetParam().pass_time();
+  }
+
+  std::unique_ptr<TableStore> store_;
+
+ private:
+  void CloseStore();
+
+  std::filesystem::path directory_;
+  int tables_ = 0;
 };
 
 }  // namespace hps::testing

@@ -52,6 +52,17 @@ std::vector<StoreFixture> AllFixtures() {
   fixtures.push_back({.name = "HashMapOnePartition", .open = [](const std::filesystem::path&) {
                         return OpenHashMapStore({.num_partitions = 1, .allocation_rate_bytes = 4096});
                       }});
+  // A margin that is not met: all clauses hold, whatever is noted beside the rows and however small the pieces.
+  for (const OverflowPolicy policy : {OverflowPolicy::kEvictOldest, OverflowPolicy::kEvictLeastUsed}) {
+    fixtures.push_back({.name = policy == OverflowPolicy::kEvictOldest ? "HashMapOldest" : "HashMapLeastUsed",
+                        .open = [policy](const std::filesystem::path&) {
+                          return OpenHashMapStore(
+                              {.num_partitions = 2,
+                               .overflow = {.margin = 1'000'000, .policy = policy, .refresh_time_after_fetch = true},
+                               .max_get_batch_size = 70,
+                               .max_set_batch_size = 90});
+                        }});
+  }
   const auto rocksdb = [](const std::filesystem::path& directory, bool read_only) {
     static Executor& executor = *NewThreadPool(2).release();
     return OpenRocksDbStore({.path = directory,
@@ -73,7 +84,18 @@ std::vector<StoreFixture> AllFixtures() {
   return fixtures;
 }
 
+std::vector<BoundedStoreFixture> BoundedFixtures() {
+  const auto hash_map = [](const std::filesystem::path&, uint32_t num_partitions, const OverflowOptions& overflow) {
+    return OpenHashMapStore({.num_partitions = num_partitions, .overflow = overflow});
+  };
+  return {{.name = "HashMapOldest", .policy = OverflowPolicy::kEvictOldest, .open = hash_map},
+          {.name = "HashMapLeastUsed", .policy = OverflowPolicy::kEvictLeastUsed, .open = hash_map},
+          {.name = "HashMapRandom", .policy = OverflowPolicy::kEvictRandom, .open = hash_map}};
+}
+
 INSTANTIATE_TEST_SUITE_P(Stores, StoreConformance, ::testing::ValuesIn(AllFixtures()),
+                         [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Stores, BoundedStoreConformance, ::testing::ValuesIn(BoundedFixtures()),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace

@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -72,6 +73,7 @@ struct TableStats {
   bool rows_estimated = false;
   uint64_t memory_bytes = 0;  // anonymous memory of this process held for the table (touched pages)
   uint64_t disk_bytes = 0;
+  uint64_t evicted_rows = 0;  // rows that a bounded store gave up by itself since the table was created or opened
 };
 
 class Table {
@@ -102,9 +104,11 @@ class Table {
 };
 
 struct StoreCapabilities {
-  bool persistent = false;   // rows outlive the process
-  bool shared = false;       // other processes see the same rows
-  bool bounded = false;      // may evict rows by itself
+  bool persistent = false;                                        // rows outlive the process
+  bool shared = false;                                            // other processes see the same rows
+  bool bounded = false;                                           // may evict rows by itself
+  uint64_t capacity_rows = std::numeric_limits<uint64_t>::max();  // bounded: rows of a table that a load may write
+                                                                  // without making it evict
   bool addressable = false;  // rows lie in this process's memory: Table::Locate works
   bool writable = true;      // false: opened read-only, every write is kFailedPrecondition
 };
