@@ -39,13 +39,15 @@ uint64_t EvictionSweep::Rank(uint32_t slot, uint32_t now, const SparedSlots& spa
   return uint64_t{worth} << 32 | Random();
 }
 
+void EvictionSweep::Begin(uint64_t rows) {
+  steps_ = rows / kStepRows + 1;
+  next_step_ = 0;
+  rows_ahead_ = rows;
+}
+
 uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplus, uint32_t now, bool dense,
                              const SparedSlots& spared) {
-  if (next_step_ == steps_) {
-    steps_ = rows / kStepRows + 1;
-    next_step_ = 0;
-    rows_ahead_ = rows;
-  }
+  if (next_step_ == steps_) Begin(rows);  // other writers have filled up what the sweep had left
   const uint64_t step = next_step_++;
 
   // The rows of this step.
@@ -94,7 +96,6 @@ uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplu
       slots_->Retire(way.row_entry() - 1);
     }
   }
-  if (candidates_.capacity() > 4 * kStepRows) candidates_ = {};
   return leaving;
 }
 

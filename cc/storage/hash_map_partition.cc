@@ -146,6 +146,7 @@ void HashMapPartition::MakeRoom(const Batch& batch, std::unique_lock<std::mutex>
     if (const uint32_t entry = RowEntry(batch.keys[i]); entry != 0) spared.Add(entry - 1);
   }
   spared.Seal();
+  sweep_->Begin(rows());
   while (rows() >= target_rows_) {
     const uint64_t evicted =
         sweep_->Step(index_.get(), rows(), rows() - target_rows_ + 1, batch.now, wrote_dense(), spared);
@@ -153,6 +154,7 @@ void HashMapPartition::MakeRoom(const Batch& batch, std::unique_lock<std::mutex>
     evicted_rows_.store(evicted_rows() + evicted, std::memory_order_relaxed);
     if (rows() >= target_rows_) LetOthersIn(lock);
   }
+  sweep_->Rest();
 }
 
 uint64_t HashMapPartition::Erase(std::span<const uint32_t> order, std::span<const Key> keys) {
