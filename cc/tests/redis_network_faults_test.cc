@@ -181,7 +181,7 @@ class RedisNetworkFaults : public ::testing::Test {
 
   // Applies a fault for a while, heals and waits until everything works again.
   void During(const std::string& name, bool expect_newest, const std::function<void()>& fault,
-              const std::function<void()>& again = {}, milliseconds time = milliseconds(600)) {
+              const std::function<void()>& again = {}, milliseconds time = milliseconds(450)) {
     if (HasFailure()) return;
     SCOPED_TRACE(name);
     (void)load_->Take();
