@@ -341,14 +341,15 @@ class Connection final : public RedisConnection {
     return Refused(text);
   }
 
+  // What a certificate is the reason of would come again. All else may be damage on the way: another connection may
+  // live.
   Status TlsRefusal(const std::string& reason) const {
-    std::string text = "TLS failed: " + reason;
-    if (reason.find("certificate required") != std::string::npos || reason.find("alert") != std::string::npos) {
-      text += "; the server refused this client: check tls_client_certificate and tls_client_key";
-    } else if (reason.find("wrong version") != std::string::npos) {
-      text += "; does the server speak TLS at this port?";
+    for (const char* permanent : {"certificate", "unknown ca", "access denied"}) {
+      if (reason.find(permanent) == std::string::npos) continue;
+      return Refused("TLS failed: " + reason +
+                     "; the server refused this client: check tls_client_certificate and tls_client_key");
     }
-    return Refused(text);
+    return Lost("TLS failed: " + reason + (heard_ ? "" : "; does the server speak TLS at this port?"));
   }
 
   void BeginLogin() {

@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <thread>
 
@@ -57,6 +59,14 @@ Status Run(const Program& program) {
 // Whether a field of CLUSTER INFO or INFO ("name:value" lines) has this value.
 bool HasField(const std::string& text, const std::string& field) {
   return text.find(field + "\r\n") != std::string::npos || text.find(field + "\n") != std::string::npos;
+}
+
+// The value of a field of INFO, or "".
+std::string FieldOf(const std::string& text, const std::string& name) {
+  size_t begin = text.find("\n" + name + ":");
+  if (begin == std::string::npos) return {};
+  begin += name.size() + 2;
+  return text.substr(begin, text.find_first_of("\r\n", begin) - begin);
 }
 
 }  // namespace
@@ -268,6 +278,34 @@ Status RedisService::WaitUntilHealthy(milliseconds timeout) const {
   for (int i = 0; i < size(); ++i) {
     if (nodes_[i]->pid == 0) continue;
     const Status status = Poll(timeout, [&] { return CheckAnswers(i, formed); });
+    if (!status.ok()) return status;
+  }
+  return OkStatus();
+}
+
+Status RedisService::WaitUntilReplicated(milliseconds timeout) const {
+  std::map<std::string, int64_t> offsets;  // of masters, by the port that replicas know
+  std::vector<int> replicas;
+  for (int i = 0; i < size(); ++i) {
+    if (nodes_[i]->pid == 0) continue;
+    const Result<std::string> info = Command(i, {"INFO", "replication"});
+    if (!info.ok()) return info.status();
+    if (FieldOf(info.value(), "role") == "slave") {
+      replicas.push_back(i);
+    } else {
+      offsets[std::to_string(port(i))] = std::atoll(FieldOf(info.value(), "master_repl_offset").c_str());
+    }
+  }
+  for (const int replica : replicas) {
+    const Status status = Poll(timeout, [&] {
+      const Result<std::string> info = Command(replica, {"INFO", "replication"});
+      if (!info.ok()) return info.status();
+      const auto master = offsets.find(FieldOf(info.value(), "master_port"));
+      const int64_t offset = std::atoll(FieldOf(info.value(), "slave_repl_offset").c_str());
+      const bool linked = FieldOf(info.value(), "master_link_status") == "up";
+      if (linked && (master == offsets.end() || offset >= master->second)) return OkStatus();
+      return Unavailable("redis node " + std::to_string(replica) + " lags behind its master");
+    });
     if (!status.ok()) return status;
   }
   return OkStatus();

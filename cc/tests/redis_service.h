@@ -96,6 +96,10 @@ class RedisService {
   // Waits until every running node answers and, in a cluster, says cluster_state:ok.
   Status WaitUntilHealthy(std::chrono::milliseconds timeout = std::chrono::seconds(60)) const;
 
+  // Waits until every replica has what its master has now. (WAIT of another connection than the one that wrote does
+  // not: it returns at once.)
+  Status WaitUntilReplicated(std::chrono::milliseconds timeout = std::chrono::seconds(60)) const;
+
   // The node that serves a slot in the view of `viewer`, or -1.
   int MasterOf(int slot, int viewer = 0) const;
   // Moves slots [first, last] with their keys to another master, as redis-cli --cluster reshard does. Clients see ASK

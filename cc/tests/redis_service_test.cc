@@ -99,7 +99,8 @@ TEST(RedisService, ClusterFailsOverAndMovesSlots) {
   ASSERT_OK(redis->MigrateSlots(12180, 12184, 2, 0));
   EXPECT_EQ(redis->MasterOf(12182, 1), 0);
   EXPECT_EQ(Ask(*redis, 0, {"GET", "foo"}), "bar");
-  WaitUntil([&] { return Ask(*redis, 3, {"DBSIZE"}) == "1"; }, "replication");
+  ASSERT_OK(redis->WaitUntilReplicated());
+  EXPECT_EQ(Ask(*redis, 3, {"DBSIZE"}), "1");
 
   redis->Kill(0);
   WaitUntil([&] { return redis->MasterOf(12182, 1) == 3; }, "the replica of node 0 to take over");

@@ -1,4 +1,5 @@
-// Child processes of a test that never outlive it: the kernel kills them when this process ends, however it ends.
+// Child processes of a test. Servers (StartProgram) never outlive it: the kernel kills them when this process ends,
+// however it ends. Commands (RunProgram) end by themselves, or when their time is up.
 //
 // Thread safety: all functions may be called from any thread.
 

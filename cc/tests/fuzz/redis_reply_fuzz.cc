@@ -153,7 +153,7 @@ void RunTarget(std::string_view input) {
   std::vector<RedisTask*> done;
   Status status;
   const auto progress = [&] {
-    status = connection.value()->Progress(&done);
+    status = connection.value()->Progress(true, &done);
     return status.ok() && done.size() < tasks.size();
   };
   while (progress() && !connection.value()->ready()) {
