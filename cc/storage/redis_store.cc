@@ -54,7 +54,7 @@ class RedisStore final : public TableStore {
 
   std::string_view kind() const override { return kKind; }
   StoreCapabilities capabilities() const override {
-    const RedisOptions& options = session_->options;
+    const RedisStoreOptions& options = session_->options;
     return {.shared = true,
             .bounded = options.overflow.bounded(),
             .capacity_rows = CapacityRows(options.overflow, options.num_partitions)};
