@@ -54,6 +54,12 @@ class ParameterServer:
                 f"{type(config).__name__}"
             )
 
+    @classmethod
+    def _of(cls, server: _native.ParameterServer) -> ParameterServer:
+        wrapper = cls.__new__(cls)
+        wrapper._server = server
+        return wrapper
+
     def lookup(self, keys: Any, model: str, table: str | int = 0, return_found: bool = False):
         """Looks up rows.
 
@@ -196,8 +202,20 @@ def stats() -> dict:
 
 
 def prometheus_text() -> str:
-    """Counters and histograms of the default server in Prometheus' text format."""
-    return _native.default_server().prometheus_text()
+    """Counters and histograms of every open server in Prometheus' text format.
+
+    The label ``server`` tells them apart: the hash of the configuration, as in :func:`stats`.
+    """
+    return _native.prometheus_text()
+
+
+def servers() -> list[ParameterServer]:
+    """Every server open in this process, the one of ``hps.Init`` first.
+
+    Those that layers and SavedModels have opened are among them, so that the models TensorFlow serves can be loaded,
+    replaced and unloaded: ``hps.servers()[0].replace_model(...)``. Closing one closes it for its layers, too.
+    """
+    return [ParameterServer._of(server) for server in _native.open_servers()]
 
 
 def shutdown() -> None:

@@ -1,6 +1,5 @@
 """The ops themselves: shape functions, equality with TensorFlow, how they behave in graphs, and each refusal."""
 
-import json
 import threading
 import time
 
@@ -303,8 +302,32 @@ def test_lookups_of_constants_are_not_folded(tmp_path, no_server):
         return rows + combined
 
     np.testing.assert_array_equal(function(), [[2.0] * 4])
-    _native.default_server().replace_model(json.dumps(models[1]))
+    hps.servers()[0].replace_model(models[1])
     np.testing.assert_array_equal(function(), [[4.0] * 4])
+
+
+def test_every_server_of_the_process_can_be_reached_and_scraped(no_server, tmp_path):
+    newer, layers = {}, []
+    for name in ("a", "b"):
+        folder = write_table(tmp_path / name, np.arange(4), np.full((4, 3), 1.0))
+        model = model_config(name, {"t": (folder, 3)})
+        newer[name] = {**model, "sparse_files": [write_table(tmp_path / f"new_{name}", np.arange(4), np.full((4, 3), 2.0))]}
+        config = write_config(tmp_path / f"{name}.json", [model])
+        if name == "a":
+            hps.Init(ps_config_file=config, global_batch_size=1)
+        layers.append(hps.LookupLayer(name, 0, 3, "float32", ps_config_file="" if name == "a" else config))
+    for layer in layers:
+        np.testing.assert_array_equal(layer(np.array([1, 2])), np.full((2, 3), 1.0))
+    servers = hps.servers()
+    assert [server.models for server in servers] == [["a"], ["b"]]
+    for server, name, layer in zip(servers, newer, layers, strict=True):
+        server.replace_model(newer[name])
+        np.testing.assert_array_equal(layer(np.array([1])), np.full((1, 3), 2.0))
+    text = hps.prometheus_text()
+    assert text.count("# TYPE hps_keys_asked_total counter\n") == 1
+    hashes = [server["config_hash"] for server in hps.stats()["servers"]]
+    for config_hash, name in zip(hashes, newer, strict=True):
+        assert f'hps_keys_asked_total{{server="{config_hash}",model="{name}",table="t"}} 3\n' in text
 
 
 def test_datasets(tables):
@@ -505,7 +528,7 @@ def test_a_cancelled_function_ends_its_lookup(tmp_path, no_server, form):
 
     def asked():
         line = f'hps_keys_asked_total{{model="slow",table="t"}} {len(ids)}\n'
-        return line in hps.prometheus_text()
+        return line in hps.servers()[0].prometheus_text()
 
     manager = cancellation.CancellationManager()
     cancelable = manager.get_cancelable_function(function.get_concrete_function(tf.TensorSpec([None], tf.int64)))
@@ -522,7 +545,7 @@ def test_a_cancelled_function_ends_its_lookup(tmp_path, no_server, form):
         cancelable(tf.constant(ids))
     canceller.join()
     assert asked()
-    text = hps.prometheus_text()
+    text = hps.servers()[0].prometheus_text()
     for tier in ("persistent", "default"):
         assert f'hps_rows_served_total{{model="slow",table="t",tier="{tier}"}} 0\n' in text
     keys = tf.constant([1, 2])

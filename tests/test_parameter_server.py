@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import model_config, write_config, write_table
 
 import hierarchical_parameter_server as hps
 from hierarchical_parameter_server import errors
@@ -267,12 +268,39 @@ def test_stats_are_what_was_done(server):
     assert 'hps_rows_served_total{model="m",table="t0",tier="default"} 50\n' in server.prometheus_text()
 
 
+def test_an_interrupt_ends_a_load(tmp_path):
+    count = 3_000_000
+    folder = write_table(tmp_path / "t", np.arange(count), np.zeros((count, 16)))
+    config = write_config(
+        tmp_path / "ps.json",
+        [model_config("m", {"t": (folder, 16)})],
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+    )
+    script = f"""
+        import os, signal, threading, time
+        import hierarchical_parameter_server as hps
+        def interrupt():
+            while not os.path.exists({str(tmp_path / "database" / "CURRENT")!r}):
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            hps.ParameterServer({config!r})
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    assert run_python(textwrap.dedent(script)).strip() == "interrupted"
+    # Nothing half loaded is left: the next start loads the table.
+    with hps.ParameterServer(config) as server:
+        assert server.stats()["models"][0]["tables"][0]["load"]["source"] == "folder"
+        assert (server.lookup([count - 1], "m") == 0).all()
+
+
 def test_servers_of_ones_own_are_not_the_default_server(server):
     hps.shutdown()
     assert server.lookup([1], "m").shape == (1, WIDTH)
     assert hps.stats() == {"servers": []}
-    with pytest.raises(errors.FailedPreconditionError, match="hps.Init"):
-        hps.prometheus_text()
+    assert hps.servers() == [] and hps.prometheus_text() == ""
     hps.shutdown()
     assert server.lookup([1], "m").shape == (1, WIDTH)
 

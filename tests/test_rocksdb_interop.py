@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import model_config, write_config, write_table
-from rocksdict import AccessType, BlockBasedOptions, DBCompressionType, Options, Rdict
+from rocksdict import AccessType, BlockBasedOptions, DBCompressionType, Options, Rdict, SstFileWriter
 
 import hierarchical_parameter_server as hps
 
@@ -49,9 +49,12 @@ def write_rocksdict(path, keys, rows, long_keys, options=None) -> None:
     database.close()
 
 
-def read_rocksdict(path) -> dict[bytes, bytes]:
-    database = open_rocksdict(path, access_type=AccessType.read_only())
-    family = database.get_column_family(FAMILY)
+def read_rocksdict(path, name=FAMILY) -> dict[bytes, bytes]:
+    families = {other: raw_options() for other in Rdict.list_cf(str(path))}
+    database = Rdict(
+        str(path), options=raw_options(), column_families=families, access_type=AccessType.read_only()
+    )
+    family = database.get_column_family(name)
     rows = dict(family.items())
     family.close()
     database.close()
@@ -87,6 +90,63 @@ def test_rocksdict_reads_what_a_load_wrote(tmp_path, config, rng, long_keys):
         np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
     expected = {key: row.tobytes() for key, row in zip(stored_keys(keys, long_keys), rows, strict=True)}
     assert read_rocksdict(tmp_path / "database") == expected
+
+
+MANY = 200_000  # rows that are loaded as sorted files, not through a memtable
+
+
+def many_keys(rng, long_keys) -> np.ndarray:
+    """Scattered keys in random order, each once."""
+    drawn = rng.integers(-(2**63), 2**63 - 1, MANY) if long_keys else rng.integers(-(2**31), 2**31, MANY)
+    keys = np.unique(np.concatenate([drawn, LONG_KEYS if long_keys else SHORT_KEYS]))
+    return rng.permutation(keys)
+
+
+@pytest.mark.parametrize("long_keys", [True, False])
+def test_rocksdict_reads_and_changes_a_bulk_loaded_database(tmp_path, config, rng, long_keys):
+    keys = many_keys(rng, long_keys)
+    rows = rng.normal(size=(len(keys), WIDTH)).astype("f4")
+    write_table(tmp_path / "items", keys, rows)
+    with hps.ParameterServer(config(long_keys)) as server:
+        np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
+    expected = {key: row.tobytes() for key, row in zip(stored_keys(keys, long_keys), rows, strict=True)}
+    assert read_rocksdict(tmp_path / "database") == expected
+
+    rows[:100] += 1
+    write_rocksdict(tmp_path / "database", keys[:100], rows[:100], long_keys)
+    with hps.ParameterServer(config(long_keys)) as server:
+        np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
+
+
+def test_rocksdict_finds_the_next_generation_under_its_suffix(tmp_path, config, rng):
+    keys = many_keys(rng, True)
+    write_table(tmp_path / "items", keys[:100], np.zeros((100, WIDTH), "f4"))
+    with hps.ParameterServer(config()):
+        pass
+    rows = rng.normal(size=(len(keys), WIDTH)).astype("f4")
+    write_table(tmp_path / "items", keys, rows)
+    with hps.ParameterServer(config()):
+        pass
+    assert FAMILY not in Rdict.list_cf(str(tmp_path / "database"))
+    stored = read_rocksdict(tmp_path / "database", FAMILY + "@1")
+    assert stored == {key: row.tobytes() for key, row in zip(stored_keys(keys, True), rows, strict=True)}
+
+
+def test_a_server_reads_files_that_rocksdict_ingested(tmp_path, config, rng):
+    keys = many_keys(rng, True)
+    rows = rng.normal(size=(len(keys), WIDTH)).astype("f4")
+    writer = SstFileWriter(raw_options())
+    writer.open(str(tmp_path / "rows.sst"))
+    for key, row in sorted(zip(stored_keys(keys, True), rows, strict=True), key=lambda pair: pair[0]):
+        writer[key] = row.tobytes()
+    writer.finish()
+    database = open_rocksdict(tmp_path / "database")
+    family = database.get_column_family(FAMILY)
+    family.ingest_external_file([str(tmp_path / "rows.sst")])
+    family.close()
+    database.close()
+    with hps.ParameterServer(config(read_only=True)) as server:
+        np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
 
 
 @pytest.mark.parametrize("volatile", ["disabled", "hash_map"])

@@ -1,7 +1,8 @@
 // What the stack of tiers costs and how it behaves under load. Each line of output is one measurement in JSON. Usage:
 //   stack_benchmark hits           lookups that the volatile tier answers alone, by batch size
 //   stack_benchmark load [ROWS]    one model's lookups while another model loads and is replaced, beside quiet
-//   stack_benchmark flights        one hot key, and keys of one's own, under 16 threads, with and without sharing fetches
+//   stack_benchmark flights        one hot key, and keys of one's own, under 16 threads, with and without sharing
+//   fetches
 // `hits` and `load` need the public interface alone, so that older versions can be measured with the same file:
 // compile it with HPS_STACK_BENCHMARK_PUBLIC then.
 
@@ -141,12 +142,14 @@ void MeasureHits() {
       best = std::min(best, (ThreadSeconds() - start) / static_cast<double>(calls));
       caller.CheckRows();
     }
-    std::printf("{\"kind\": \"hits\", \"batch\": %zu, \"width\": %u, \"processor_ns\": %.1f}\n", batch, kWidth, best * 1e9);
+    std::printf("{\"kind\": \"hits\", \"batch\": %zu, \"width\": %u, \"processor_ns\": %.1f}\n", batch, kWidth,
+                best * 1e9);
     std::fflush(stdout);
   }
 }
 
-// ---- load beside lookups ----------------------------------------------------------------------------------------------
+// ---- load beside lookups
+// ----------------------------------------------------------------------------------------------
 
 // Calls that come at fixed times, whether the one before has ended or not: a late answer delays those behind it, and
 // their wait counts.
@@ -215,7 +218,8 @@ void MeasureLoad(uint64_t rows) {
     std::printf(
         "{\"kind\": \"load_beside_lookups\", \"tiers\": \"%s\", \"loaded_rows\": %llu, \"width\": %u, \"batch\": %zu, "
         "\"calls_per_second\": 1000, \"rounds\": %d, \"quiet_p50_us\": %.1f, \"quiet_p99_us\": %.1f, "
-        "\"loading_p50_us\": %.1f, \"loading_p99_us\": %.1f, \"p99_ratio\": %.2f, \"p99_ratio_quartiles\": [%.2f, %.2f], "
+        "\"loading_p50_us\": %.1f, \"loading_p99_us\": %.1f, \"p99_ratio\": %.2f, \"p99_ratio_quartiles\": [%.2f, "
+        "%.2f], "
         "\"calls_while_loading\": %zu, \"load_rows_per_second\": %.0f}\n",
         database ? "hash_map + rocks_db" : "hash_map", static_cast<unsigned long long>(loaded_rows), kWidth, kBatch,
         kRounds, Quantile(quiet_p50, 0.5), Quantile(quiet_p99, 0.5), Quantile(loading_p50, 0.5),
@@ -226,7 +230,8 @@ void MeasureLoad(uint64_t rows) {
   }
 }
 
-// ---- flights ----------------------------------------------------------------------------------------------------------
+// ---- flights
+// ----------------------------------------------------------------------------------------------------------
 
 #ifndef HPS_STACK_BENCHMARK_PUBLIC
 // Answers as the table below does, but later: a disk or a network.
@@ -271,7 +276,8 @@ Rate RunThreads(const Table& table, size_t keys_per_fetch, bool hot, double seco
         for (Key& key : keys) key = hot ? 7 : static_cast<Key>(random() % 100'000);
         const Clock::time_point start = Clock::now();
         Check(table.Fetch({.keys = keys, .rows = {rows.data(), table.spec().row_bytes}}, &misses));
-        times[static_cast<size_t>(t)].push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+        times[static_cast<size_t>(t)].push_back(
+            std::chrono::duration<double, std::micro>(Clock::now() - start).count());
         if (!misses.empty()) Check(Internal("a miss"));
       }
     });
@@ -291,7 +297,8 @@ void MeasureFlights() {
   std::vector<Key> keys(kRows);
   std::vector<float> values(kRows * kWidth, 1.0f);
   for (size_t i = 0; i < kRows; ++i) keys[i] = static_cast<Key>(i);
-  Check(disk->Upsert(keys, {reinterpret_cast<const std::byte*>(values.data()), kWidth * sizeof(float)}, {.bulk = true}));
+  Check(
+      disk->Upsert(keys, {reinterpret_cast<const std::byte*>(values.data()), kWidth * sizeof(float)}, {.bulk = true}));
   Check(store->Flush());
   struct Kind {
     const char* name;

@@ -11,7 +11,7 @@ namespace {
 void UseHalfOfTheProcessors() {
   cpu_set_t allowed;
   if (::sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;  // more processors than the set can name
-  int left = (CPU_COUNT(&allowed) + 1) / 2;  // stay free
+  int left = (CPU_COUNT(&allowed) + 1) / 2;                            // stay free
   for (int cpu = 0; cpu < CPU_SETSIZE && left > 0 && CPU_COUNT(&allowed) > 1; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
     CPU_CLR(cpu, &allowed);

@@ -152,19 +152,13 @@ Status CheckBuilt(const ServerConfig& config) {
   };
   const VolatileConfig& memory = config.volatile_db;
   switch (memory.type) {
-    case VolatileType::kRedisCluster: return not_built("/volatile_db/type", "redis_cluster; use \"parallel_hash_map\"");
-    case VolatileType::kMultiProcessHashMap: break;
+    case VolatileType::kRedisCluster:
+    case VolatileType::kMultiProcessHashMap:
+    case VolatileType::kHashMap: break;
     case VolatileType::kDisabled:
       if (config.persistent_db.type == PersistentType::kDisabled) {
         return not_built("/volatile_db/type",
                          "a server without any database; leave volatile_db out to keep the tables in memory");
-      }
-      break;
-    case VolatileType::kHashMap:
-      if (memory.overflow_margin != std::numeric_limits<uint64_t>::max()) {
-        return not_built("/volatile_db/overflow_margin",
-                         "a limit of rows; leave the key out, or keep part of the rows in memory with "
-                         "initial_cache_rate and a persistent_db");
       }
       break;
   }

@@ -86,8 +86,8 @@ void CircuitBreaker::EndProbe() {
 
 void CircuitBreaker::Damaged(const Status& cause) {
   if (damage_logged_.exchange(true)) return;
-  Log(LogLevel::kWarning, "the " + name_ + " holds damaged rows; they are taken from the next tier: " +
-                              cause.ToString());
+  Log(LogLevel::kWarning,
+      "the " + name_ + " holds damaged rows; they are taken from the next tier: " + cause.ToString());
 }
 
 }  // namespace hps

@@ -169,7 +169,8 @@ Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerRes
   rows->resize(lookup.keys.size());
   const CombineRequest request{*rows, lookup.row_splits, lookup.weights, lookup.combiner, lookup.width, lookup.output};
   const Tier& memory = stack.volatile_tier;
-  bool in_place = memory.table != nullptr && memory.addressable && (memory.breaker == nullptr || memory.breaker->closed());
+  bool in_place =
+      memory.table != nullptr && memory.addressable && (memory.breaker == nullptr || memory.breaker->closed());
 
   EpochGuard guard;
   std::vector<Block> incomplete;
@@ -285,8 +286,7 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
   const size_t keys_per_lookup = small_keys / std::max<size_t>(small.size(), 1) + 1;
   executor.ParallelFor(small.size(), kKeysPerPiece / keys_per_lookup + 1, [&](size_t first, size_t last) {
     for (size_t i = first; i < last && !error.failed(); ++i) {
-      error.Set(
-          LookupOneSparse(*model, lookups[small[i]], resources, InlineExecutor(), limits, &reports[small[i]]));
+      error.Set(LookupOneSparse(*model, lookups[small[i]], resources, InlineExecutor(), limits, &reports[small[i]]));
     }
   });
   HPS_RETURN_IF_ERROR(error.status());

@@ -53,7 +53,7 @@ struct ServerResources {
 
   bool long_keys = true;
   uint64_t fork_generation = ForkGeneration();
-  mutable MetricsRegistry metrics;  // thread-safe by itself
+  mutable MetricsRegistry metrics;              // thread-safe by itself
   std::chrono::milliseconds lookup_timeout{0};  // of lookups that bring no deadline; 0: none
   std::unique_ptr<Executor> executor;
   std::unique_ptr<Executor> load_executor;  // for large writes; leaves lookups room. Uses `executor`

@@ -16,7 +16,6 @@
 #include "cc/core/model_builder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -26,6 +25,7 @@
 #include "cc/core/model_record.h"
 #include "cc/core/shared_tier.h"
 #include "cc/core/single_flight.h"
+#include "cc/core/volatile_share.h"
 #include "hps/log.h"
 #include "hps/model_reader.h"
 
@@ -41,10 +41,6 @@ std::mutex& PersistentLoadMutex() {
 }
 
 constexpr char kAnyVersion[] = "";
-
-uint64_t CacheRows(uint64_t rows, double rate) {
-  return static_cast<uint64_t>(std::ceil(static_cast<double>(rows) * rate));
-}
 
 class Builder {
  public:
@@ -130,13 +126,20 @@ class Builder {
     uint64_t needed = 0;
     for (const TableConfig& table : config_.tables) {
       HPS_ASSIGN_OR_RETURN(uint64_t rows, FolderRows(table));
-      needed += VolatileRows(rows) * (table.width * sizeof(float) + kIndexBytesPerRow);
+      const auto cache_rows = CacheRows(rows);
+      if (!cache_rows.ok()) return cache_rows.status().WithContext("table '" + table.name + "' (" + table.path + ")");
+      needed += *cache_rows * (table.width * sizeof(float) + kIndexBytesPerRow);
     }
     if (needed <= *available) return OkStatus();
     return ResourceExhausted("its tables need " + std::to_string(needed >> 20) + " MiB of memory and " +
                              std::to_string(*available >> 20) +
                              " MiB are available; use a persistent_db with a smaller initial_cache_rate, or a host "
                              "with more memory");
+  }
+
+  Result<uint64_t> CacheRows(uint64_t rows) const {
+    if (!volatile_) return uint64_t{0};
+    return VolatileShare(rows, options_.initial_cache_rate, *volatile_, persistent_ != nullptr);
   }
 
   // Rows in the table's folder; 0 where a read-only persistent store stands in for it and there is no folder.
@@ -159,8 +162,9 @@ class Builder {
     LoadOptions load;
     load.table = config_.name + "/" + table.name;
     load.long_keys = resources_.long_keys;
-    load.progress = [this, log = options_.show_progress ? LogLoadProgress(load.table) : LoadProgressCallback()](
-                        const LoadProgress& progress) {
+    load.cancelled = options_.cancelled;
+    load.progress = [this, log = options_.show_progress ? LogLoadProgress(load.table)
+                                                        : LoadProgressCallback()](const LoadProgress& progress) {
       if (shared_) shared_->KeepClaim();
       if (log) log(progress);
     };
@@ -178,13 +182,12 @@ class Builder {
       HPS_ASSIGN_OR_RETURN(reader, OpenTableFolder(table.path, table.width));
       rows = reader->rows();
     }
-    const uint64_t cache_rows = options_.load_volatile ? VolatileRows(rows) : 0;
+    uint64_t cache_rows = 0;
+    if (options_.load_volatile) {
+      HPS_ASSIGN_OR_RETURN(cache_rows, CacheRows(rows));
+    }
     bool fill_volatile = false;
     if (volatile_) HPS_RETURN_IF_ERROR(OpenVolatile(table, cache_rows, &stack, &fill_volatile));
-    if (fill_volatile && !persistent_ && cache_rows < rows) {
-      Log(LogLevel::kWarning, load.table + ": " + std::to_string(cache_rows) + " of " + std::to_string(rows) +
-                                  " rows fit within overflow_margin; keys of the others get the default value");
-    }
     shared_rows_[table.name] = cache_rows;
 
     model_table.source = from_folder ? "folder" : "persistent";
@@ -200,14 +203,13 @@ class Builder {
       }
       if (targets.empty()) model_table.source = "volatile";
       if (!targets.empty()) HPS_RETURN_IF_ERROR(LoadTable(*reader, targets, load, &model_table.load));
+      if (fill_volatile && !persistent_) HPS_RETURN_IF_ERROR(CheckNothingEvicted(*stack.volatile_tier.table));
     } else if (fill_volatile) {
-      load.row_limits = {cache_rows};
-      if (cache_rows >= rows) load.row_limits.clear();  // the count may be an estimate
-      if (cache_rows >= rows && options_.volatile_capacity_rows != std::numeric_limits<uint64_t>::max()) {
-        load.row_limits = {options_.volatile_capacity_rows};
-      }
-      HPS_RETURN_IF_ERROR(
-          CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
+      // The count of the persistent table may be an estimate.
+      const bool all = options_.initial_cache_rate >= 1.0;
+      if (!all) load.row_limits = {cache_rows};
+      if (all && volatile_->capabilities().bounded) load.row_limits = {volatile_->capabilities().capacity_rows};
+      HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
     }
     // Around the table last of all: what has been opened and filled is the store's own.
     if (stack.persistent_tier.table) {
@@ -216,10 +218,6 @@ class Builder {
           stack.persistent_tier.table, resources_.metrics.FindCounter("hps_keys_waited_total", labels));
     }
     return OkStatus();
-  }
-
-  uint64_t VolatileRows(uint64_t rows) const {
-    return std::min(CacheRows(rows, options_.initial_cache_rate), options_.volatile_capacity_rows);
   }
 
   MetricLabels Labels(const TableConfig& table, const char* tier = nullptr) const {
@@ -254,8 +252,8 @@ class Builder {
                          metrics.FindCounter("hps_rows_promotion_repeated_total", up)};
   }
 
-  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill). *empty: it was
-  // made now and is not to be loaded.
+  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill). *empty: it
+  // was made now and is not to be loaded.
   Status OpenPersistent(const TableConfig& table, TierStack* stack, bool* fill, bool* empty) {
     TableSpec spec = Spec(table);
     const auto found = old_record_.tables.find(table.name);
@@ -383,8 +381,8 @@ class Builder {
   const BuildOptions& options_;
   TableStore* const volatile_;
   TableStore* const persistent_;
-  std::optional<SharedTier> shared_;            // where the volatile store is shared
-  std::map<std::string, std::string> wanted_;   // fingerprint by table, for shared_
+  std::optional<SharedTier> shared_;           // where the volatile store is shared
+  std::map<std::string, std::string> wanted_;  // fingerprint by table, for shared_
   std::map<std::string, uint64_t> shared_rows_;
   ModelRecord old_record_;
   ModelRecord new_record_;

@@ -3,6 +3,7 @@
 #ifndef HPS_CORE_MODEL_BUILDER_H_
 #define HPS_CORE_MODEL_BUILDER_H_
 
+#include <atomic>
 #include <limits>
 #include <memory>
 
@@ -15,11 +16,11 @@ namespace hps {
 
 struct BuildOptions {
   double initial_cache_rate = 1.0;
-  uint64_t volatile_capacity_rows = std::numeric_limits<uint64_t>::max();  // most rows of one table in the volatile tier
   bool load_volatile = true;    // initialize_after_startup of the tiers: false leaves what is there, makes what is not,
   bool load_persistent = true;  // and puts no rows in
   bool cache_missed_embeddings = false;
   bool show_progress = true;
+  const std::atomic<bool>* cancelled = nullptr;  // as in LoadOptions
   ClaimOptions claim;  // of loads into shared volatile stores
 };
 

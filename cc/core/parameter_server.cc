@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -24,6 +25,7 @@
 #include "cc/core/server_stats.h"
 #include "cc/storage/hash_map_store.h"
 #include "cc/storage/multi_process_store.h"
+#include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "hps/log.h"
 
@@ -84,6 +86,11 @@ void CloseAllAtExit(bool database) {
         ::_exit(exit_status);
       }
       if (Status closed = ParameterServer::CloseAll(); !closed.ok()) Log(LogLevel::kWarning, closed.ToString());
+      if (added == 2 && !EndRocksDb(std::chrono::seconds(10))) {
+        Log(LogLevel::kWarning, "a database is still in use; the process ends without waiting for it");
+        std::fflush(nullptr);
+        ::_exit(exit_status);
+      }
     };
     if (::on_exit(at_exit, nullptr) != 0) Log(LogLevel::kWarning, "no more functions can be added to run at exit");
     return;
@@ -99,7 +106,6 @@ class ParameterServer::Impl {
   // Close may be called meanwhile.
   Status Start() {
     std::lock_guard load_lock(load_mutex_);
-    HPS_RETURN_IF_ERROR(CheckBuilt(config_));
     for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
     for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
     WarnWithoutGpu();
@@ -113,7 +119,9 @@ class ParameterServer::Impl {
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
       resources_->promoter = std::make_unique<Promoter>();
     }
-    for (const ModelConfig& model : config_.models) HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false));
+    for (const ModelConfig& model : config_.models) {
+      HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
+    }
     started_ = true;
     return OkStatus();
   }
@@ -134,10 +142,10 @@ class ParameterServer::Impl {
     return NoSuchModel(model);
   }
 
-  Status Load(const ModelConfig& config, bool replace) {
+  Status Load(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     HPS_RETURN_IF_ERROR(CheckProcess());
     std::lock_guard load_lock(load_mutex_);
-    return LoadLocked(config, replace);
+    return LoadLocked(config, replace, cancelled);
   }
 
   Status Unload(std::string_view name) {
@@ -171,7 +179,8 @@ class ParameterServer::Impl {
          {std::tuple("volatile", resources_->volatile_store, &TierStack::volatile_tier),
           std::tuple("persistent", resources_->persistent_store, &TierStack::persistent_tier)}) {
       if (!store) continue;
-      const Tier& common = name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
+      const Tier& common =
+          name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
       Readiness::TierState state{.tier = name, .store = std::string(store->kind())};
       state.needed = common.when_unavailable == WhenUnavailable::kFail;
       const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
@@ -233,7 +242,7 @@ class ParameterServer::Impl {
 
  private:
   // REQUIRES: load_mutex_ is held.
-  Status LoadLocked(const ModelConfig& config, bool replace) {
+  Status LoadLocked(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     if (closed_) return ClosedStatus();
     HPS_RETURN_IF_ERROR(CheckBuiltModel(config));
     std::shared_ptr<ModelSlot> slot = FindSlot(config.name);
@@ -250,9 +259,9 @@ class ParameterServer::Impl {
     options.initial_cache_rate = config_.volatile_db.initial_cache_rate;
     options.cache_missed_embeddings = config_.volatile_db.cache_missed_embeddings;
     options.show_progress = options_.show_progress;
+    options.cancelled = cancelled;
     options.load_volatile = config_.volatile_db.initialize_after_startup;
     options.load_persistent = config_.persistent_db.initialize_after_startup;
-    options.volatile_capacity_rows = VolatileCapacityRows();
     HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildBesideLookups(config, options));
     if (old) model->version = old->version + 1;
     if (!slot) slot = std::make_shared<ModelSlot>(config.name, resources_);
@@ -288,14 +297,6 @@ class ParameterServer::Impl {
     });
     loader.join();
     return *std::move(model);
-  }
-
-  // Rows of one table that the volatile tier may hold.
-  uint64_t VolatileCapacityRows() const {
-    const VolatileConfig& memory = config_.volatile_db;
-    const uint64_t partitions = std::max(1u, memory.num_partitions);
-    constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
-    return memory.overflow_margin > kNoLimit / partitions ? kNoLimit : memory.overflow_margin * partitions;
   }
 
   // What CheckBuilt says of a model that came after the configuration.
@@ -339,6 +340,10 @@ class ParameterServer::Impl {
       HashMapOptions options;
       options.num_partitions = cache.num_partitions;
       options.allocation_rate_bytes = cache.allocation_rate_bytes;
+      options.overflow = {cache.overflow_margin, cache.overflow_policy, cache.overflow_resolution_target,
+                          cache.refresh_time_after_fetch};
+      options.max_get_batch_size = cache.max_get_batch_size;
+      options.max_set_batch_size = cache.max_set_batch_size;
       options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
     } else if (cache.type == VolatileType::kMultiProcessHashMap) {
@@ -354,6 +359,9 @@ class ParameterServer::Impl {
       options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenMultiProcessStore(options));
     }
+    if (cache.type == VolatileType::kRedisCluster) {
+      HPS_ASSIGN_OR_RETURN(volatile_store, OpenRedisStore(RedisOptionsOf(cache)));
+    }
     const PersistentConfig& database = config_.persistent_db;
     if (database.type == PersistentType::kRocksDb) {
       RocksDbOptions options;
@@ -366,10 +374,11 @@ class ParameterServer::Impl {
       HPS_ASSIGN_OR_RETURN(persistent_store, OpenRocksDbStore(options));
     }
     if (options_.adapt_store && volatile_store) volatile_store = options_.adapt_store("volatile", volatile_store);
-    if (options_.adapt_store && persistent_store) persistent_store = options_.adapt_store("persistent", persistent_store);
+    if (options_.adapt_store && persistent_store)
+      persistent_store = options_.adapt_store("persistent", persistent_store);
     if (volatile_store) {
-      resources_->volatile_tier =
-          CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable, &resources_->volatile_breaker);
+      resources_->volatile_tier = CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable,
+                                             &resources_->volatile_breaker);
       // Without a lower tier there is nothing to go on to (configurations made in code may say so all the same).
       if (!persistent_store && cache.when_unavailable == WhenUnavailable::kNextTier) {
         resources_->volatile_tier.when_unavailable = WhenUnavailable::kFail;
@@ -429,6 +438,7 @@ ParameterServer::~ParameterServer() {
 
 Result<std::shared_ptr<ParameterServer>> ParameterServer::Open(const ServerConfig& config,
                                                                const ServerOptions& options) {
+  HPS_RETURN_IF_ERROR(CheckBuilt(config));
   std::shared_ptr<ParameterServer> server(new ParameterServer(std::make_unique<Impl>(config, options)));
   {
     auto& live = ProcessInstance<LiveServers>();
@@ -447,8 +457,12 @@ Result<std::shared_ptr<ParameterServer>> ParameterServer::Open(const std::string
 }
 
 Result<LookupSession> ParameterServer::NewSession(std::string_view model) const { return impl_->NewSession(model); }
-Status ParameterServer::LoadModel(const ModelConfig& model) { return impl_->Load(model, /*replace=*/false); }
-Status ParameterServer::ReplaceModel(const ModelConfig& model) { return impl_->Load(model, /*replace=*/true); }
+Status ParameterServer::LoadModel(const ModelConfig& model, const std::atomic<bool>* cancelled) {
+  return impl_->Load(model, /*replace=*/false, cancelled);
+}
+Status ParameterServer::ReplaceModel(const ModelConfig& model, const std::atomic<bool>* cancelled) {
+  return impl_->Load(model, /*replace=*/true, cancelled);
+}
 Status ParameterServer::UnloadModel(std::string_view model) { return impl_->Unload(model); }
 std::vector<std::string> ParameterServer::ModelNames() const { return impl_->ModelNames(); }
 
@@ -474,6 +488,14 @@ std::string ParameterServer::StatsJson() const {
 }
 std::string ParameterServer::PrometheusText() const {
   return impl_->CheckProcess().ok() ? impl_->resources().metrics.PrometheusText() : "";
+}
+std::string ParameterServer::PrometheusText(std::span<const std::shared_ptr<ParameterServer>> servers) {
+  std::vector<std::pair<MetricLabels, const MetricsRegistry*>> registries;
+  for (const auto& server : servers) {
+    if (!server->impl_->CheckProcess().ok()) continue;
+    registries.push_back({{{"server", ConfigHash(server->config())}}, &server->impl_->resources().metrics});
+  }
+  return MetricsRegistry::PrometheusText(registries);
 }
 const ServerConfig& ParameterServer::config() const { return impl_->config(); }
 Status ParameterServer::Close() { return impl_->Close(); }

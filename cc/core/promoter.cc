@@ -95,8 +95,7 @@ Status Promoter::Write(const PromotionBatch& batch) {
   const size_t row_bytes = batch.table->spec().row_bytes;
   Status status = batch.table->Upsert(batch.keys, {batch.rows.data(), row_bytes}, {.only_absent = true});
   if (batch.breaker == nullptr) return status;
-  const bool no_answer =
-      status.code() == StatusCode::kUnavailable || status.code() == StatusCode::kDeadlineExceeded;
+  const bool no_answer = status.code() == StatusCode::kUnavailable || status.code() == StatusCode::kDeadlineExceeded;
   if (status.ok()) {
     batch.breaker->Succeeded();
   } else if (no_answer) {

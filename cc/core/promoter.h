@@ -58,8 +58,8 @@ class Promoter {
   Status Write(const PromotionBatch& batch);
   // What stands for a row in the filter; never 0.
   static uint64_t Mark(const Table& table, Key key);
-  void DropRepeated(PromotionBatch* batch);        // REQUIRES: mutex_
-  void Forget(const PromotionBatch& batch);        // REQUIRES: mutex_
+  void DropRepeated(PromotionBatch* batch);  // REQUIRES: mutex_
+  void Forget(const PromotionBatch& batch);  // REQUIRES: mutex_
 
   std::mutex stop_mutex_;  // makes a second Stop wait for the first
   std::mutex mutex_;       // guards the following members

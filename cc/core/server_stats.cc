@@ -25,7 +25,8 @@ Json TierJson(const Tier& tier) {
     json = {{"rows", stats->rows},
             {"rows_estimated", stats->rows_estimated},
             {"memory_bytes", stats->memory_bytes},
-            {"disk_bytes", stats->disk_bytes}};
+            {"disk_bytes", stats->disk_bytes},
+            {"evicted_rows", stats->evicted_rows}};
   } else {
     json["error"] = stats.status().ToString();
   }
@@ -64,8 +65,8 @@ Json TableJson(const ModelTable& table) {
                  {"rows_per_second", table.load.rows_per_second()}}}};
   if (table.load.duplicate_keys) json["load"]["duplicate_keys"] = *table.load.duplicate_keys;
   const PromotionCounters& promotions = table.stack.promotions;
-  for (const auto& [name, tier] : {std::pair("volatile", &table.stack.volatile_tier),
-                                   std::pair("persistent", &table.stack.persistent_tier)}) {
+  for (const auto& [name, tier] :
+       {std::pair("volatile", &table.stack.volatile_tier), std::pair("persistent", &table.stack.persistent_tier)}) {
     if (tier->table) json[name] = TierJson(*tier);
   }
   if (table.stack.volatile_tier.table && promotions.promoted != nullptr) {

@@ -80,8 +80,8 @@ Status SharedTier::AcquireClaim() {
       // Whoever wrote last has it; the others see that when they read it again.
     } else if (!told) {
       told = true;
-      Log(LogLevel::kInfo, "model '" + model_ + "' is being loaded by another node (" + claim->substr(0, 100) +
-                               "); waiting for it");
+      Log(LogLevel::kInfo,
+          "model '" + model_ + "' is being loaded by another node (" + claim->substr(0, 100) + "); waiting for it");
     }
     std::this_thread::sleep_for(options_.poll);
   }

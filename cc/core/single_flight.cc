@@ -132,8 +132,8 @@ Status SingleFlightTable::FetchTimed(const FetchRequest& request, std::vector<ui
 Status SingleFlightTable::FetchShared(const FetchRequest& request, std::vector<uint32_t>* misses) const {
   std::vector<uint32_t> all_positions;
   const std::span<const uint32_t> positions = PositionsOf(request, &all_positions);
-  std::vector<uint32_t> own;      // positions that this fetch reads
-  std::vector<size_t> claimed;    // slots
+  std::vector<uint32_t> own;    // positions that this fetch reads
+  std::vector<size_t> claimed;  // slots
   Waits waits(positions.size());
   auto flight = std::make_shared<Flight>();
   for (const uint32_t position : positions) {

@@ -1,8 +1,8 @@
 // SingleFlightTable: lookups that need the same key from a slow table at the same time ask it once.
 //
 // An adaptor over a Table. The first fetch of a key claims it; fetches that come while it is on its way wait for it and
-// are given the row. A waiter's deadline or cancellation ends its own wait only. When the first fetch fails, its waiters
-// ask for themselves. A waiter may be given a row that was read shortly before it asked.
+// are given the row. A waiter's deadline or cancellation ends its own wait only. When the first fetch fails, its
+// waiters ask for themselves. A waiter may be given a row that was read shortly before it asked.
 //
 // Waiting for another thread costs more than a quick read, so keys are claimed only while fetches of the table have
 // lately taken `slow_fetch` or longer on average, and only by fetches of at most kMostKeys keys: nobody with one key

@@ -19,8 +19,7 @@ class Stopwatch {
  public:
   Clock::time_point start() const { return start_; }
   uint64_t nanoseconds() const {
-    return static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count());
+    return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count());
   }
 
  private:
@@ -69,9 +68,10 @@ Status Explain(const Tier& tier, const Status& error, const LookupLimits& limits
   if (!IsUnavailable(tier, error, limits)) return error;
   const std::string name = tier.breaker != nullptr ? tier.breaker->name() : std::string(tier.option);
   const std::string option(tier.option);
-  return Status(error.code(), "the " + name + " cannot be asked: " + error.message() +
-                                  "; repair it, raise " + option + ".timeout_ms if it is only slow, or let lookups do "
-                                  "without it by " + option + ".when_unavailable");
+  return Status(error.code(), "the " + name + " cannot be asked: " + error.message() + "; repair it, raise " + option +
+                                  ".timeout_ms if it is only slow, or let lookups do "
+                                  "without it by " +
+                                  option + ".when_unavailable");
 }
 
 // Of a tier that failed with `error`: what becomes of the positions [first, last) of a walk. With kNextTier they go

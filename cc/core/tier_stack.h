@@ -52,7 +52,7 @@ struct TierMetrics {
 struct TierStack {
   Tier volatile_tier;
   Tier persistent_tier;
-  std::vector<float> default_row;           // (width)
+  std::vector<float> default_row;  // (width)
   Promoter* promoter = nullptr;    // set where cache_missed_embeddings is on; outlives the stack
   PromotionCounters promotions;
   TierMetrics metrics;
@@ -68,10 +68,10 @@ struct LookupLimits {
 // One table's part of a call.
 struct TierWalk {
   const TierStack* stack = nullptr;
-  std::span<const Key> keys;    // (n)
-  std::byte* rows = nullptr;    // (n, row_bytes), packed
-  bool* found = nullptr;        // (n) or nullptr
-  bool skip_volatile = false;   // the caller has asked that tier already
+  std::span<const Key> keys;   // (n)
+  std::byte* rows = nullptr;   // (n, row_bytes), packed
+  bool* found = nullptr;       // (n) or nullptr
+  bool skip_volatile = false;  // the caller has asked that tier already
   // Working space, positions of keys: not found so far; and given up for the default value, because the tier that
   // might hold them cannot be asked.
   std::vector<uint32_t> missing;

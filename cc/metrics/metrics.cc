@@ -1,5 +1,6 @@
 #include "hps/metrics.h"
 
+#include <algorithm>
 #include <cstdio>
 
 namespace hps {
@@ -85,9 +86,24 @@ std::string Seconds(uint64_t nanoseconds) {
 }  // namespace
 
 std::string MetricsRegistry::PrometheusText() const {
+  const std::pair<MetricLabels, const MetricsRegistry*> alone = {{}, this};
+  return PrometheusText(std::span(&alone, 1));
+}
+
+std::string MetricsRegistry::PrometheusText(
+    std::span<const std::pair<MetricLabels, const MetricsRegistry*>> registries) {
+  std::vector<Sample> samples;
+  for (const auto& [labels, registry] : registries) {
+    for (Sample& sample : registry->Samples()) {
+      sample.labels.insert(sample.labels.begin(), labels.begin(), labels.end());
+      samples.push_back(std::move(sample));
+    }
+  }
+  // All lines of a metric stand together.
+  std::stable_sort(samples.begin(), samples.end(), [](const Sample& a, const Sample& b) { return a.name < b.name; });
   std::string out;
   std::string last_name;
-  for (const Sample& sample : Samples()) {
+  for (const Sample& sample : samples) {
     if (sample.name != last_name) {
       out += "# TYPE " + sample.name + (sample.counter ? " counter\n" : sample.gauge ? " gauge\n" : " histogram\n");
       last_name = sample.name;

@@ -5,14 +5,10 @@
 // addresses, and every word of it that readers look at is atomic.
 //
 // Invariants
-// - A way holds one key from when it is claimed until it has become reusable and is claimed again: the key is stored
-//   (relaxed), then the entry (release). Erasing keeps the key; until the way is reusable only the same key comes back.
-// - A way becomes reusable (in arrays whose owner does that) when every reader that began before its key was erased has
-//   ended. So a reader that matched the key and then sees the entry of another one sees the other key when it looks
-//   again.
-// - The first way of a chain that holds a key tells the truth about it.
-// - Ways of a bucket are claimed in order, and a full bucket stays full. So a key lies in a bucket that had room when it
-//   came, and every bucket it passed is marked as overflowed.
+// - A way is claimed once: its key is stored (relaxed), then its entry (release), and the key never changes again in
+//   this array. Erasing keeps the key; only the same key may come back to the way.
+// - Ways of a bucket are claimed in order, and a full bucket stays full. So a key lies in the first bucket, counted
+//   from its home, that had room when it came, and every bucket it passed is marked as overflowed.
 // - A writer that dies between two stores leaves an unclaimed way with some key in it, or a mark too many; both are
 //   harmless.
 //
@@ -50,9 +46,7 @@ class HashBuckets {
 
   // What an entry says besides slot + 1.
   static constexpr uint32_t kUnclaimed = 0;
-  static constexpr uint32_t kErased = 0xFFFFFFFF;    // the key may come back, no other
-  static constexpr uint32_t kReusable = 0xFFFFFFFE;  // any key may come
-  static constexpr bool HasRow(uint32_t entry) { return entry - 1 < kReusable - 1; }
+  static constexpr uint32_t kErased = 0xFFFFFFFF;
 
   struct alignas(64) Bucket {
     Key keys[kWays];
@@ -69,13 +63,12 @@ class HashBuckets {
     uint32_t entry = kUnclaimed;  // kUnclaimed: the key was never in this array
 
     // The slot + 1 of the key's row, 0 if it has none.
-    uint32_t row_entry() const { return HasRow(entry) ? entry : 0; }
-    bool takes_new_key() const { return entry == kUnclaimed || entry == kReusable; }
+    uint32_t row_entry() const { return entry == kErased ? 0 : entry; }
   };
 
   // Buckets for so many rows at the load the array is planned for (0.8).
   static uint64_t BucketsFor(uint64_t rows) { return std::max<uint64_t>((rows + 3) / 4, 2); }
-  // Ways that no new key may take which an array should have before it is replaced by a larger one.
+  // Entries that are not kUnclaimed which an array should take before it is replaced by a larger one.
   static uint64_t ClaimLimit(uint64_t num_buckets) { return num_buckets * kWays * 7 / 8; }
 
   HashBuckets() = default;
@@ -83,6 +76,9 @@ class HashBuckets {
 
   uint64_t num_buckets() const { return num_buckets_; }
   Bucket* bucket(uint64_t i) const { return buckets_ + i; }
+  Way WayAt(uint64_t i, size_t number) const {
+    return {buckets_ + i, number, Load(buckets_[i].entries[number])};
+  }
 
   // Readers ----------------------------------------------------------------------------------------------------------
 
@@ -95,8 +91,7 @@ class HashBuckets {
       for (uint32_t ways = WaysOf(key, *bucket); ways != 0; ways &= ways - 1) {
         const size_t way = static_cast<size_t>(__builtin_ctz(ways));
         const uint32_t entry = Load(bucket->entries[way], std::memory_order_acquire);
-        // The second look at the key: an unclaimed way holds key 0, and another key may have claimed it meanwhile; and
-        // so it is with a reusable way and the key that left it.
+        // The second look at the key: an unclaimed way holds key 0, and another key may have claimed it meanwhile.
         if (entry != kUnclaimed && Load(bucket->keys[way]) == key) return {bucket, way, entry};
       }
       if ((Load(bucket->marks) & kOverflowed) == 0) return {};
@@ -116,7 +111,7 @@ class HashBuckets {
   void VisitBucket(uint64_t i, Visit visit) const {
     for (size_t way = 0; way < kWays; ++way) {
       const uint32_t entry = Load(buckets_[i].entries[way], std::memory_order_acquire);
-      if (HasRow(entry)) visit(Load(buckets_[i].keys[way]), entry - 1);
+      if (entry != kUnclaimed && entry != kErased) visit(Load(buckets_[i].keys[way]), entry - 1);
     }
   }
 
@@ -125,25 +120,14 @@ class HashBuckets {
   // The way of the key, or the one where it is to be put (REQUIRES that fewer ways are claimed than there are). Buckets
   // that a new key has to pass are marked at once.
   Way FindOrReserve(Key key, Bucket* home) const {
-    Way room;  // the first way that a new key may take
-    Bucket* bucket = home;
-    do {
+    for (Bucket* bucket = home;; bucket = Next(bucket)) {
       for (size_t way = 0; way < kWays; ++way) {
         const uint32_t entry = Load(bucket->entries[way]);
-        if (entry == kUnclaimed) return room.bucket != nullptr ? room : Way{bucket, way, entry};
-        if (Load(bucket->keys[way]) == key) {
-          return HasRow(entry) || room.bucket == nullptr ? Way{bucket, way, entry} : room;
-        }
-        if (entry == kReusable && room.bucket == nullptr) room = {bucket, way, entry};
+        if (entry == kUnclaimed || Load(bucket->keys[way]) == key) return {bucket, way, entry};
       }
       const uint32_t marks = Load(bucket->marks);
-      if ((marks & kOverflowed) == 0) {
-        if (room.bucket != nullptr) return room;
-        Store(bucket->marks, marks | kOverflowed, std::memory_order_relaxed);
-      }
-      bucket = Next(bucket);
-    } while (bucket != home);
-    return room;
+      if ((marks & kOverflowed) == 0) Store(bucket->marks, marks | kOverflowed, std::memory_order_relaxed);
+    }
   }
   // The way of the key; an empty one if the key was never in this array.
   Way FindForWrite(Key key, Bucket* home) const {
@@ -161,12 +145,12 @@ class HashBuckets {
   }
   // Puts the row of `slot` (already written) in place, or marks the way as erased.
   static void SetRow(const Way& way, Key key, uint32_t slot) {
-    if (way.takes_new_key()) Store(way.bucket->keys[way.number], key, std::memory_order_relaxed);
+    if (way.entry == kUnclaimed) Store(way.bucket->keys[way.number], key, std::memory_order_relaxed);
     Store(way.bucket->entries[way.number], slot + 1, std::memory_order_release);
   }
   static void Erase(const Way& way) { Store(way.bucket->entries[way.number], kErased, std::memory_order_release); }
 
- protected:
+ private:
   template <typename T>
   static T Load(const T& place, std::memory_order order = std::memory_order_relaxed) {
     return std::atomic_ref<T>(const_cast<T&>(place)).load(order);
@@ -176,7 +160,6 @@ class HashBuckets {
     std::atomic_ref<T>(place).store(value, order);
   }
 
- private:
   // One bit for each way that holds the key.
   static uint32_t WaysOf(Key key, const Bucket& bucket) {
     uint32_t ways = 0;
@@ -186,7 +169,6 @@ class HashBuckets {
 
   Bucket* Next(Bucket* bucket) const { return bucket + 1 == buckets_ + num_buckets_ ? buckets_ : bucket + 1; }
 
- protected:
   Bucket* buckets_ = nullptr;
   uint64_t num_buckets_ = 0;
 };

@@ -11,39 +11,43 @@ namespace hps {
 namespace {
 
 constexpr uint64_t kDensePlace = uint64_t{1} << 63;
-constexpr uint32_t kLastToGo = std::numeric_limits<uint32_t>::max();
+constexpr uint64_t kLastToGo = std::numeric_limits<uint64_t>::max();
 
 }  // namespace
 
 void SparedSlots::Seal() { std::sort(slots_.begin(), slots_.end()); }
 bool SparedSlots::Search(uint32_t slot) const { return std::binary_search(slots_.begin(), slots_.end(), slot); }
 
-uint32_t EvictionSweep::Rank(uint32_t slot, uint32_t now, const SparedSlots& spared) {
+// Chance decides among equals: they would otherwise leave in the order of the index and empty one part of it.
+uint64_t EvictionSweep::Rank(uint32_t slot, uint32_t now, const SparedSlots& spared) {
   if (spared.Contains(slot)) return kLastToGo;
+  uint32_t worth = 0;
   switch (slab_->mark()) {
+    case RowMark::kNone: break;
     case RowMark::kTime: {
       const uint32_t age = now - RowMarks::GetTime(slab_->Mark(slot));
       // A reader may be a moment ahead of `now`.
-      return age >= UINT32_MAX - UINT16_MAX ? kLastToGo - 1 : kLastToGo - 1 - age;
+      worth = age >= UINT32_MAX - UINT16_MAX ? UINT32_MAX - 1 : UINT32_MAX - 1 - age;
+      break;
     }
     case RowMark::kUses: {
       const uint8_t uses = RowMarks::GetUses(slab_->Mark(slot));
       RowMarks::SetUses(slab_->Mark(slot), UseCount::Halved(uses));
-      return uses;
+      worth = uses;
     }
-    case RowMark::kNone: break;
   }
-  random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<uint32_t>(random_ >> 33);
+  return uint64_t{worth} << 32 | Random();
+}
+
+void EvictionSweep::Begin(uint64_t rows) {
+  steps_ = rows / kStepRows + 1;
+  next_step_ = 0;
+  rows_ahead_ = rows;
 }
 
 uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplus, uint32_t now, bool dense,
                              const SparedSlots& spared) {
-  if (next_step_ == steps_) {
-    steps_ = rows / kStepRows + 1;
-    next_step_ = 0;
-    rows_ahead_ = rows;
-  }
+  if (next_step_ == steps_) Begin(rows);  // other writers have filled up what the sweep had left
   const uint64_t step = next_step_++;
 
   // The rows of this step.
@@ -55,14 +59,14 @@ uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplu
   for (uint64_t bucket = first_bucket; bucket < last_bucket; ++bucket) {
     for (size_t way = 0; way < HashMapIndex::kWays; ++way) {
       const uint32_t entry = index->WayAt(bucket, way).row_entry();
-      if (entry != 0) candidates_.push_back({bucket * 8 + way, entry - 1, Rank(entry - 1, now, spared)});
+      if (entry != 0) candidates_.push_back({bucket * 8 + way, Rank(entry - 1, now, spared)});
     }
   }
   if (dense) {
     for (uint64_t block = number_ + step * num_partitions_; block < dense_index_->num_blocks();
          block += steps_ * num_partitions_) {
       dense_index_->VisitBlock(block, [&](Key key, uint32_t slot) {
-        candidates_.push_back({kDensePlace | static_cast<uint64_t>(key), slot, Rank(slot, now, spared)});
+        candidates_.push_back({kDensePlace | static_cast<uint64_t>(key), Rank(slot, now, spared)});
       });
     }
   }
@@ -80,15 +84,18 @@ uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplu
                      [](const Candidate& a, const Candidate& b) { return a.rank < b.rank; });
   }
   for (uint64_t i = 0; i < leaving; ++i) {
-    const Candidate& candidate = candidates_[i];
-    if ((candidate.place & kDensePlace) != 0) {
-      dense_index_->Erase(static_cast<Key>(candidate.place & ~kDensePlace));
+    const uint64_t place = candidates_[i].place;
+    if ((place & kDensePlace) != 0) {
+      const Key key = static_cast<Key>(place & ~kDensePlace);
+      const uint32_t entry = dense_index_->Find(key);
+      dense_index_->Erase(key);
+      slots_->Retire(entry - 1);
     } else {
-      index->Erase(index->WayAt(candidate.place / 8, candidate.place % 8));
+      const HashMapIndex::Way way = index->WayAt(place / 8, place % 8);
+      index->Erase(way);
+      slots_->Retire(way.row_entry() - 1);
     }
-    slots_->Retire(candidate.slot);
   }
-  if (candidates_.capacity() > 4 * kStepRows) candidates_ = {};
   return leaving;
 }
 

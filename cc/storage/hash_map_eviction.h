@@ -3,7 +3,7 @@
 // A sweep goes over the partition in steps. Each step looks at a share of the rows that hashing (and for dense keys a
 // stride) has picked, and takes out of it the share of those that must go: the oldest, the least used, or any. So a
 // partition of up to kStepRows rows is judged as a whole, and of a larger one each part like all of it; nothing is
-// sorted, and no step takes longer because the partition is large. The next eviction goes on where the last one ended.
+// sorted, and no step takes longer because the partition is large.
 //
 // Thread safety: under the partition's mutex, which may be released between steps.
 
@@ -51,21 +51,29 @@ class EvictionSweep {
         num_partitions_(num_partitions),
         random_(number + 1) {}
 
+  // Before the first step of an eviction from a partition of `rows` rows.
+  void Begin(uint64_t rows);
   // Evicts some of the `surplus` rows by which the partition's `rows` are too many, and at least all of them when a
   // whole sweep's worth of steps has been taken; returns how many. `now` is the time of marks. `dense`: whether the
   // partition has rows in the dense index.
   uint64_t Step(HashMapIndex* index, uint64_t rows, uint64_t surplus, uint32_t now, bool dense,
                 const SparedSlots& spared);
 
+  // Frees what the steps of an eviction needed.
+  void Rest() { candidates_ = {}; }
+
  private:
   // A row that may go. place: the key in the dense index, or a way of the hashed one.
   struct Candidate {
     uint64_t place;
-    uint32_t slot;
-    uint32_t rank;  // the lower, the sooner it goes
+    uint64_t rank;  // the lower, the sooner it goes
   };
 
-  uint32_t Rank(uint32_t slot, uint32_t now, const SparedSlots& spared);
+  uint64_t Rank(uint32_t slot, uint32_t now, const SparedSlots& spared);
+  uint32_t Random() {
+    random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(random_ >> 32);
+  }
 
   RowSlab* const slab_;
   DenseIndex* const dense_index_;

@@ -102,7 +102,7 @@ Status HashMapPartition::UpsertOne(const Batch& batch, uint32_t i, std::unique_l
   const bool dense = dense_index_->Covers(key);
   HashMapIndex::Way way;
   if (!dense) {
-    if (index_->claimed() >= index_->claim_limit()) HPS_RETURN_IF_ERROR(MakeIndexRoom());
+    if (index_->claimed() >= index_->claim_limit()) HPS_RETURN_IF_ERROR(Rebuild());
     way = index_->FindOrReserve(key, Home(key));
   }
   const uint32_t entry = dense ? dense_index_->Find(key) : way.row_entry();
@@ -146,14 +146,15 @@ void HashMapPartition::MakeRoom(const Batch& batch, std::unique_lock<std::mutex>
     if (const uint32_t entry = RowEntry(batch.keys[i]); entry != 0) spared.Add(entry - 1);
   }
   spared.Seal();
+  sweep_->Begin(rows());
   while (rows() >= target_rows_) {
     const uint64_t evicted =
         sweep_->Step(index_.get(), rows(), rows() - target_rows_ + 1, batch.now, wrote_dense(), spared);
-    erased_epoch_ = RetireEpoch();
     AddRows(-static_cast<int64_t>(evicted));
     evicted_rows_.store(evicted_rows() + evicted, std::memory_order_relaxed);
     if (rows() >= target_rows_) LetOthersIn(lock);
   }
+  sweep_->Rest();
 }
 
 uint64_t HashMapPartition::Erase(std::span<const uint32_t> order, std::span<const Key> keys) {
@@ -166,7 +167,6 @@ uint64_t HashMapPartition::Erase(std::span<const uint32_t> order, std::span<cons
         return true;
       });
   AddRows(-static_cast<int64_t>(erased));
-  if (erased > 0) erased_epoch_ = RetireEpoch();
   return erased;
 }
 
@@ -186,13 +186,7 @@ bool HashMapPartition::EraseOne(Key key) {
   return true;
 }
 
-Status HashMapPartition::MakeIndexRoom() {
-  // A bounded table loses keys all the time: what they leave behind is used again in place, if that is enough for a
-  // while and no reader may still have one of them in its hands.
-  if (sweep_ != nullptr && rows() < index_->claim_limit() - index_->claim_limit() / 16 && erased_epoch_ < SafeEpoch()) {
-    index_->Reclaim([&](Key key) { return MapToRange(PlaceOf(key, num_partitions_).fraction, index_->num_buckets()); });
-    return OkStatus();
-  }
+Status HashMapPartition::Rebuild() {
   // Room for half as many rows again, up to what the partition may hold; erased keys are left behind, so a table that
   // shrank gets a smaller array.
   uint64_t rows = 0;

@@ -72,7 +72,7 @@ class alignas(64) HashMapPartition {
   HashMapIndex::Bucket* Home(Key key) const { return index_->Home(PlaceOf(key, num_partitions_).fraction); }
   template <typename Prefetch, typename Body>
   void ForEachPrefetched(std::span<const uint32_t> order, std::span<const Key> keys, Prefetch prefetch, Body body);
-  Status MakeIndexRoom();
+  Status Rebuild();
   void AddRows(int64_t count) { rows_.store(rows_.load(std::memory_order_relaxed) + count, std::memory_order_relaxed); }
 
   const uint32_t num_partitions_;
@@ -91,7 +91,6 @@ class alignas(64) HashMapPartition {
   std::shared_ptr<HashMapIndex> index_;         // guarded by mutex_
   RowSlots slots_;                              // guarded by mutex_
   const std::unique_ptr<EvictionSweep> sweep_;  // what it points to is guarded by mutex_; null without a margin
-  uint64_t erased_epoch_ = 0;                   // guarded by mutex_; taken after the last key left the hashed index
 };
 
 }  // namespace hps

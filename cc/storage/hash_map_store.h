@@ -2,7 +2,7 @@
 //
 // Reads take no locks and never wait for writers; a row costs its own bytes and about 16 bytes of index. Rows live as
 // long as the process. Beyond table_store.h: rows are addressable (Table::Locate); a deadline and a cancellation are
-// looked at before each max_get_batch_size keys; a table holds at most 2^32 - 3 rows; writes to a dropped table that is
+// looked at before each max_get_batch_size keys; a table holds at most 2^32 - 2 rows; writes to a dropped table that is
 // still held go to that table.
 //
 // With an overflow margin the store is bounded (overflow.h): a key that comes into a full partition makes rows leave

@@ -165,7 +165,7 @@ Status MultiProcessPartition::UpsertOne(Key key, const std::byte* row, bool only
   if (place.line != nullptr) {
     std::atomic_ref(place.line->entries[place.number]).store(slot + 1, std::memory_order_release);
   } else {
-    if (place.way.takes_new_key()) ++shared_.claimed;
+    if (place.way.entry == HashBuckets::kUnclaimed) ++shared_.claimed;
     HashBuckets::SetRow(place.way, key, slot);
   }
   if (place.entry != 0) {

@@ -5,18 +5,18 @@
 //
 // Invariant: nothing is written to a dropped family. RocksDB would take that for a diverged memtable and refuse all
 // further writes.
-// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, Database::log_mutex_. Families are released with
-// no lock held.
+// Lock order: registry, Database::mutex_, RocksDbFamily::write_mutex, ::bulk_mutex, Database::log_mutex_. Families are
+// released with no lock held.
 
 #include "cc/storage/rocksdb_database.h"
 
-#include <rocksdb/cache.h>
 #include <rocksdb/db.h>
 #include <rocksdb/env.h>
 #include <rocksdb/filter_policy.h>
 #include <rocksdb/listener.h>
 #include <rocksdb/options.h>
 #include <rocksdb/slice.h>
+#include <rocksdb/sst_file_writer.h>
 #include <rocksdb/table.h>
 #include <rocksdb/write_batch.h>
 
@@ -28,6 +28,7 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "hps/log.h"
@@ -41,7 +42,12 @@ constexpr const char* kCurrentFile = "CURRENT";               // every database 
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
-constexpr size_t kBlockCacheBytes = size_t{64} << 20;  // all tables of a database
+constexpr size_t kBulkTotalBytes = size_t{256} << 20;    // bulk rows in memory, all tables of a database
+constexpr size_t kBulkBatchBytes = size_t{2} << 20;      // fewer bulk rows go through a memtable
+constexpr size_t kBulkFileBytes = size_t{128} << 20;     // most in one sorted file, about
+constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several threads write them
+constexpr size_t kBlockBytes = 2 << 10;
+constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
 std::string Located(std::string_view path) { return "rocks_db \"" + std::string(path) + "\""; }
 
@@ -50,21 +56,25 @@ std::string_view ToView(const rocksdb::Slice& bytes) { return std::string_view(b
 
 bool Contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
+constexpr const char* kRestore = "; restore the folder, or delete it and load the model again";
+
 // `where` names the database, and the table where there is one.
 Status MapStatus(const rocksdb::Status& status, const std::string& where) {
   if (status.ok()) return OkStatus();
-  const std::string text = where + ": " + status.ToString();
+  std::string text = where + ": " + status.ToString();
+  // RocksDB looks for a missing table file under its old suffix last, and names that.
+  if (const size_t at = text.find(".ldb"); at != std::string::npos) text.replace(at, 4, ".sst");
   if (status.IsCorruption()) {
     if (Contains(text, "format_version")) {
       return FailedPrecondition(
           text + "; the files were written by a newer RocksDB: write them again with table format_version 5");
     }
-    return DataLoss(text + "; restore the folder, or delete it and load the model again");
+    return DataLoss(text + kRestore);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
   if (status.IsMemoryLimit()) return ResourceExhausted(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
-  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing");
+  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestore);
   if (status.IsIOError()) {
     if (Contains(text, "lock hold by") || Contains(text, "While lock file")) {
       return Unavailable(text +
@@ -147,30 +157,47 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   result.IncreaseParallelism(static_cast<int>(std::min<uint32_t>(options.num_threads, 1024)));
   result.db_write_buffer_size = kWriteBufferTotalBytes;
   result.max_total_wal_size = kWalTotalBytes;
+  // An unfinished record at the end is what a killed process leaves; any other damage of the log is an error.
+  // (RocksDB's own choice is to forget silently what follows a damaged record.)
+  result.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   result.bytes_per_sync = 1 << 20;
   result.stats_dump_period_sec = 0;
   result.stats_persist_period_sec = 0;
   return result;
 }
 
-// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside blocks. Format 5 is what
-// both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not.
-rocksdb::ColumnFamilyOptions FamilyOptions(const std::shared_ptr<rocksdb::Cache>& cache) {
+// Written for whole-key lookups: bloom filters on files and memtables, a hash index inside small blocks. Format 5 is
+// what both Debian's RocksDB and newer ones read. Float rows hardly compress, so they are not. There is no block cache:
+// the system's page cache does that job, and taking a small block from there is cheaper than the cache's bookkeeping.
+// (Set in place: a copy of these options in our code looks like a race to the thread sanitizer, see rocksdb_races.h.)
+void SetFamilyOptions(rocksdb::ColumnFamilyOptions* options) {
   rocksdb::BlockBasedTableOptions table;
   table.format_version = 5;
-  table.block_cache = cache;
+  table.no_block_cache = true;
+  table.block_size = kBlockBytes;
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
   table.data_block_index_type = rocksdb::BlockBasedTableOptions::kDataBlockBinaryAndHash;
   table.data_block_hash_table_util_ratio = 0.75;
 
-  rocksdb::ColumnFamilyOptions result;
-  result.table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
-  result.memtable_prefix_bloom_size_ratio = 0.02;
-  result.memtable_whole_key_filtering = true;
-  result.write_buffer_size = kWriteBufferBytes;
-  result.max_write_buffer_number = 3;
-  result.compression = rocksdb::kNoCompression;
-  return result;
+  options->table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
+  options->memtable_prefix_bloom_size_ratio = 0.02;
+  options->memtable_whole_key_filtering = true;
+  options->write_buffer_size = kWriteBufferBytes;
+  options->max_write_buffer_number = 3;
+  options->compression = rocksdb::kNoCompression;
+}
+
+// The logs of a database, for RocksDB's messages about damage that name no file: all that they can mean, CURRENT being
+// mentioned by name.
+std::string LogFiles(const fs::path& folder) {
+  std::string names;
+  std::error_code error;
+  for (fs::directory_iterator entry(folder, error); !error && entry != fs::directory_iterator();
+       entry.increment(error)) {
+    if (entry->path().extension() != ".log" || entry->file_size(error) == 0) continue;
+    names += (names.empty() ? "" : ", ") + entry->path().filename().string();
+  }
+  return names.empty() ? "no log" : names;
 }
 
 class Database;
@@ -197,10 +224,15 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) override;
   Status Drop(std::string_view name) override;
   std::vector<std::string> Names() override;
-  Status Read(RocksDbFamily& family, std::span<const std::string_view> keys, Deadline deadline,
+  Status Read(RocksDbFamily& family, std::span<const std::string_view> keys, const ReadLimits& limits,
               const ReadVisitor& visit) override;
   Status Scan(RocksDbFamily& family, const ScanVisitor& visit) override;
-  Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, bool bulk) override;
+  Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes) override {
+    return Write(family, changes, rocksdb::WriteOptions());
+  }
+  Status AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes, std::span<const Key> keys,
+                 ConstRowBuffer rows) override;
+  Status FinishBulk(RocksDbFamily& family) override;
   Result<std::optional<std::string>> ReadRecord(std::string_view key) override;
   Status WriteRecord(std::string_view key, std::optional<std::string_view> value) override;
   RocksDbFamilyStats Stats(RocksDbFamily& family) override;
@@ -214,16 +246,29 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
  private:
   std::shared_ptr<Family> Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle);
+  Status TryStart(const RocksDbOptions& options);
+  Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, const rocksdb::WriteOptions& options);
+  // The caller holds write_mutex, shared, and bulk_mutex of the family, which is not dropped.
+  Status FinishBulkLocked(RocksDbFamily& family);
+  Status WriteBulk(RocksDbFamily& family, const BulkRows& rows);
+  Status IngestBulk(RocksDbFamily& family, const BulkRows& rows);
+  Status WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
+                         const std::string& path, bool* written);
+  std::vector<std::shared_ptr<Family>> Families();
+  fs::path BulkFolder() const { return fs::path(path_) / kBulkFolder; }
+
   Status Map(const rocksdb::Status& status) const { return MapStatus(status, Where()); }
   Status Map(const rocksdb::Status& status, const RocksDbFamily& family) const {
     return MapStatus(status, Where(family.name));
   }
 
-  std::shared_ptr<rocksdb::Cache> cache_;
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
-  std::shared_mutex log_mutex_;            // held shared to write, exclusively while the log is synced
-  std::atomic<bool> bulk_pending_{false};  // rows were written past the log since the last flush
+  std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
+  std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
+  size_t threads_ = 1;                 // that write sorted files
+  BulkMemory bulk_memory_{.limit_bytes = kBulkTotalBytes};
+  std::atomic<uint64_t> bulk_files_{0};
 
   std::mutex mutex_;                                                      // guards the next two
   std::map<std::string, std::shared_ptr<Family>, std::less<>> families_;  // those that exist; without "default"
@@ -237,24 +282,48 @@ Family::~Family() {
 }
 
 Status Database::Start(const RocksDbOptions& options) {
-  cache_ = rocksdb::NewLRUCache(kBlockCacheBytes);
+  // A process that writes the database may delete a file between our reading of its name and our opening of it.
+  constexpr int kAttempts = 20;
+  Status status = TryStart(options);
+  for (int attempt = 1; read_only_ && attempt < kAttempts && status.code() == StatusCode::kDataLoss &&
+                        Contains(status.message(), "No such file");
+       ++attempt) {
+    status = TryStart(options);
+  }
+  return status;
+}
+
+Status Database::TryStart(const RocksDbOptions& options) {
   rocksdb::DBOptions database_options = DatabaseOptions(options);
   database_options.info_log = std::make_shared<ErrorLogger>(Where());
   database_options.listeners = {write_errors_};
-  const rocksdb::ColumnFamilyOptions family_options = FamilyOptions(cache_);
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
   if (fs::exists(fs::path(path_) / kCurrentFile)) {
     HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
   }
-  std::vector<rocksdb::ColumnFamilyDescriptor> descriptors;
-  for (const std::string& name : names) descriptors.emplace_back(name, family_options);
+  std::vector<rocksdb::ColumnFamilyDescriptor> descriptors(names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    descriptors[i].name = names[i];
+    SetFamilyOptions(&descriptors[i].options);
+  }
 
   rocksdb::DB* db = nullptr;
   std::vector<rocksdb::ColumnFamilyHandle*> handles;
-  HPS_RETURN_IF_ERROR(Map(read_only_ ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
-                                     : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db)));
+  const rocksdb::Status opened = read_only_
+                                     ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
+                                     : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
+  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kCurrentFile)) {
+    return MapStatus(opened, Where() + ", in " + LogFiles(path_));
+  }
+  HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
+  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(std::thread::hardware_concurrency(), 1u));
+  if (!read_only_) {
+    std::error_code error;
+    fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
+    if (error) return MapError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+  }
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == rocksdb::kDefaultColumnFamilyName) {
       handles_.insert(handles[i]);
@@ -269,6 +338,12 @@ Database::~Database() {
   if (db_ == nullptr) return;
   families_.clear();
   for (rocksdb::ColumnFamilyHandle* handle : handles_) {
+    // What stands in the log goes into table files: then a log that gets lost or damaged takes nothing with it, and
+    // opening is quick.
+    if (!read_only_ && write_errors_->error().ok()) {
+      const rocksdb::Status flushed = db_->Flush(rocksdb::FlushOptions(), handle);
+      if (!flushed.ok() && !flushed.IsColumnFamilyDropped()) Log(LogLevel::kWarning, Map(flushed).ToString());
+    }
     if (Status status = Map(db_->DestroyColumnFamilyHandle(handle)); !status.ok()) {
       Log(LogLevel::kWarning, status.ToString());
     }
@@ -292,7 +367,9 @@ Result<std::shared_ptr<RocksDbFamily>> Database::Create(const std::string& name)
   std::lock_guard lock(mutex_);
   if (families_.contains(name)) return AlreadyExists(Where(name) + ": exists already; open or drop it");
   rocksdb::ColumnFamilyHandle* handle = nullptr;
-  HPS_RETURN_IF_ERROR(Map(db_->CreateColumnFamily(FamilyOptions(cache_), name, &handle)));
+  rocksdb::ColumnFamilyOptions options;
+  SetFamilyOptions(&options);
+  HPS_RETURN_IF_ERROR(Map(db_->CreateColumnFamily(options, name, &handle)));
   std::shared_ptr<Family> family = Adopt(name, handle);
   families_[name] = family;
   return std::shared_ptr<RocksDbFamily>(std::move(family));
@@ -308,6 +385,11 @@ Status Database::Drop(std::string_view name) {
   std::lock_guard write_lock(family->write_mutex);
   HPS_RETURN_IF_ERROR(Map(db_->DropColumnFamily(family->handle)));
   family->dropped = true;
+  {
+    std::lock_guard bulk_lock(family->bulk_mutex);
+    family->bulk_pending = false;
+    family->bulk.reset();
+  }
   families_.erase(found);
   return OkStatus();
 }
@@ -319,24 +401,33 @@ std::vector<std::string> Database::Names() {
   return names;
 }
 
-Status Database::Read(RocksDbFamily& family, std::span<const std::string_view> keys, Deadline deadline,
+Status Database::Read(RocksDbFamily& family, std::span<const std::string_view> keys, const ReadLimits& limits,
                       const ReadVisitor& visit) {
-  rocksdb::ReadOptions options;
-  if (deadline != kNoDeadline) {
-    const auto left = std::chrono::duration_cast<std::chrono::microseconds>(deadline - Deadline::clock::now());
-    if (left.count() <= 0) return DeadlineExceeded(Where(family.name) + ": the deadline has passed");
-    options.deadline = std::chrono::microseconds(rocksdb::Env::Default()->NowMicros()) + left;
-  }
-  std::vector<rocksdb::Slice> slices;
-  slices.reserve(keys.size());
-  for (std::string_view key : keys) slices.push_back(ToSlice(key));
-  std::vector<rocksdb::PinnableSlice> rows(keys.size());
-  std::vector<rocksdb::Status> statuses(keys.size());
-  db_->MultiGet(options, HandleOf(family), keys.size(), slices.data(), rows.data(), statuses.data(),
-                /*sorted_input=*/true);
-  for (size_t i = 0; i < keys.size(); ++i) {
-    if (!statuses[i].ok() && !statuses[i].IsNotFound()) return Map(statuses[i], family);
-    HPS_RETURN_IF_ERROR(visit(i, statuses[i].ok() ? std::optional(ToView(rows[i])) : std::nullopt));
+  const size_t most = std::min(keys.size(), kMostKeys);
+  std::vector<rocksdb::Slice> slices(most);
+  std::vector<rocksdb::PinnableSlice> rows(most);
+  std::vector<rocksdb::Status> statuses(most);
+  for (size_t first = 0; first < keys.size(); first += most) {
+    const size_t count = std::min(most, keys.size() - first);
+    rocksdb::ReadOptions options;
+    if (limits.cancelled != nullptr && limits.cancelled->load(std::memory_order_relaxed)) {
+      return Cancelled(Where(family.name) + ": the caller gave up");
+    }
+    if (limits.deadline != kNoDeadline) {
+      const auto left = std::chrono::duration_cast<std::chrono::microseconds>(limits.deadline - Deadline::clock::now());
+      if (left.count() <= 0) return DeadlineExceeded(Where(family.name) + ": the deadline has passed");
+      options.deadline = std::chrono::microseconds(rocksdb::Env::Default()->NowMicros()) + left;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      slices[i] = ToSlice(keys[first + i]);
+      rows[i].Reset();
+      statuses[i] = rocksdb::Status();
+    }
+    db_->MultiGet(options, HandleOf(family), count, slices.data(), rows.data(), statuses.data(), /*sorted_input=*/true);
+    for (size_t i = 0; i < count; ++i) {
+      if (!statuses[i].ok() && !statuses[i].IsNotFound()) return Map(statuses[i], family);
+      HPS_RETURN_IF_ERROR(visit(first + i, statuses[i].ok() ? std::optional(ToView(rows[i])) : std::nullopt));
+    }
   }
   return OkStatus();
 }
@@ -353,7 +444,8 @@ Status Database::Scan(RocksDbFamily& family, const ScanVisitor& visit) {
   return Map(row->status(), family);
 }
 
-Status Database::Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, bool bulk) {
+Status Database::Write(RocksDbFamily& family, std::span<const RocksDbChange> changes,
+                       const rocksdb::WriteOptions& options) {
   rocksdb::WriteBatch batch;
   for (const RocksDbChange& change : changes) {
     const rocksdb::Slice key = ToSlice(change.key);
@@ -361,12 +453,150 @@ Status Database::Write(RocksDbFamily& family, std::span<const RocksDbChange> cha
         Map(change.row ? batch.Put(HandleOf(family), key, ToSlice(*change.row)) : batch.Delete(HandleOf(family), key),
             family));
   }
-  rocksdb::WriteOptions options;
-  options.disableWAL = bulk;
   std::shared_lock lock(log_mutex_);
   HPS_RETURN_IF_ERROR(Map(db_->Write(options, &batch), family));
-  if (bulk) bulk_pending_ = true;  // after the write: no earlier flush may clear this
+  if (options.disableWAL) unlogged_ = true;  // after the write: no earlier flush may clear this
   return OkStatus();
+}
+
+Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes, std::span<const Key> keys,
+                         ConstRowBuffer rows) {
+  if (keys.empty()) return OkStatus();
+  std::lock_guard lock(family.bulk_mutex);
+  if (family.bulk != nullptr && (family.bulk->row_bytes() != row_bytes || family.bulk_key_bytes != key_bytes ||
+                                 family.bulk->runs() >= BulkRows::kMaxRuns)) {
+    HPS_RETURN_IF_ERROR(FinishBulkLocked(family));
+  }
+  if (family.bulk == nullptr) {
+    family.bulk = std::make_unique<BulkRows>(Where(family.name), BulkFolder(), row_bytes, &bulk_memory_);
+    family.bulk_key_bytes = key_bytes;
+  }
+  family.bulk_pending = true;
+  return family.bulk->Add(keys, rows);
+}
+
+Status Database::FinishBulk(RocksDbFamily& family) {
+  if (!family.bulk_pending.load(std::memory_order_acquire)) return OkStatus();
+  std::shared_lock write_lock(family.write_mutex);
+  std::lock_guard lock(family.bulk_mutex);
+  return FinishBulkLocked(family);
+}
+
+Status Database::FinishBulkLocked(RocksDbFamily& family) {
+  if (family.bulk == nullptr) return OkStatus();
+  HPS_RETURN_IF_ERROR(Map(write_errors_->error(), family));
+  BulkRows& rows = *family.bulk;
+  rows.Sort();
+  HPS_RETURN_IF_ERROR(rows.runs() == 0 && rows.bytes() <= kBulkBatchBytes ? WriteBulk(family, rows)
+                                                                          : IngestBulk(family, rows));
+  {
+    std::lock_guard lock(family.count_mutex);
+    family.counted_sequence.reset();
+  }
+  family.bulk.reset();
+  family.bulk_pending.store(false, std::memory_order_release);
+  return OkStatus();
+}
+
+Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
+  std::vector<Key> keys;
+  std::vector<const std::byte*> places;
+  const Status visited = rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
+    keys.push_back(key);
+    places.push_back(row);
+    return OkStatus();
+  });
+  HPS_RETURN_IF_ERROR(visited);
+  std::vector<RocksDbChange> changes;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    changes.push_back({{reinterpret_cast<const char*>(&keys[i]), static_cast<size_t>(family.bulk_key_bytes)},
+                       std::string_view(reinterpret_cast<const char*>(places[i]), rows.row_bytes())});
+  }
+  rocksdb::WriteOptions past_the_log;
+  past_the_log.disableWAL = true;
+  return Write(family, changes, past_the_log);
+}
+
+// Sorted files of disjoint ranges, written side by side, become part of the family in one step.
+Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
+  const size_t parts = std::max<size_t>(std::min<size_t>(threads_, rows.bytes() / kBulkFileLeastBytes + 1),
+                                        rows.bytes() / kBulkFileBytes + 1);
+  HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
+  std::error_code error;
+  fs::create_directories(BulkFolder(), error);
+  if (error) return MapError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
+  const uint64_t first_file = bulk_files_.fetch_add(ranges.size());
+
+  std::atomic<size_t> next{0};
+  std::mutex mutex;  // guards the next two
+  Status status;
+  std::vector<std::string> files;
+  const auto fail = [&](Status failed) {
+    std::lock_guard lock(mutex);
+    if (status.ok()) status = std::move(failed);
+    next = ranges.size();
+  };
+  const auto work = [&] {
+    try {
+      for (size_t i; (i = next++) < ranges.size();) {
+        const std::string path = (BulkFolder() / (std::to_string(first_file + i) + ".sst")).string();
+        bool written = false;
+        Status file_status = WriteSortedFile(family, rows, ranges[i], threads_, path, &written);
+        if (!file_status.ok()) fail(std::move(file_status));
+        std::lock_guard lock(mutex);
+        if (written) files.push_back(path);
+      }
+    } catch (const std::exception& error) {
+      fail(ResourceExhausted(Where(family.name) + ": " + error.what()));
+    }
+  };
+  {
+    std::vector<std::jthread> helpers;
+    for (size_t i = 1; i < std::min(threads_, ranges.size()); ++i) {
+      try {
+        helpers.emplace_back(work);
+      } catch (const std::system_error&) {
+        break;  // no more threads: those that run do the work
+      }
+    }
+    work();
+  }
+  if (status.ok() && !files.empty()) {
+    rocksdb::IngestExternalFileOptions options;
+    options.move_files = true;
+    options.write_global_seqno = false;
+    std::shared_lock lock(log_mutex_);
+    status = Map(db_->IngestExternalFile(HandleOf(family), files, options), family);
+  }
+  for (const std::string& file : files) fs::remove(file, error);  // an ingested one has another name by now
+  return status;
+}
+
+Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
+                                 const std::string& path, bool* written) {
+  rocksdb::Options options;
+  SetFamilyOptions(&options);
+  options.bytes_per_sync = 1 << 20;
+  rocksdb::SstFileWriter writer(rocksdb::EnvOptions(options), options, HandleOf(family),
+                                /*invalidate_page_cache=*/false);
+  const auto key_bytes = static_cast<size_t>(family.bulk_key_bytes);
+  HPS_RETURN_IF_ERROR(rows.Visit(range, threads, [&](const Key& key, const std::byte* row) -> Status {
+    if (!*written) {
+      HPS_RETURN_IF_ERROR(Map(writer.Open(path), family));
+      *written = true;
+    }
+    const rocksdb::Status put = writer.Put(rocksdb::Slice(reinterpret_cast<const char*>(&key), key_bytes),
+                                           rocksdb::Slice(reinterpret_cast<const char*>(row), rows.row_bytes()));
+    return put.ok() ? OkStatus() : Map(put, family);
+  }));
+  return *written ? Map(writer.Finish(), family) : OkStatus();
+}
+
+std::vector<std::shared_ptr<Family>> Database::Families() {
+  std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Family>> families;
+  for (const auto& [name, family] : families_) families.push_back(family);
+  return families;
 }
 
 Result<std::optional<std::string>> Database::ReadRecord(std::string_view key) {
@@ -399,16 +629,13 @@ RocksDbFamilyStats Database::Stats(RocksDbFamily& family) {
 Status Database::Flush() {
   if (read_only_) return OkStatus();
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
-  if (bulk_pending_.exchange(false)) {
-    std::vector<std::shared_ptr<Family>> families;
-    {
-      std::lock_guard lock(mutex_);
-      for (const auto& [name, family] : families_) families.push_back(family);
-    }
+  const std::vector<std::shared_ptr<Family>> families = Families();
+  for (const std::shared_ptr<Family>& family : families) HPS_RETURN_IF_ERROR(FinishBulk(*family));
+  if (unlogged_.exchange(false)) {
     for (const std::shared_ptr<Family>& family : families) {
       rocksdb::Status status = db_->Flush(rocksdb::FlushOptions(), family->handle);
       if (status.ok() || status.IsColumnFamilyDropped()) continue;
-      bulk_pending_ = true;
+      unlogged_ = true;
       return MapStatus(status, Where(family->name));
     }
   }
@@ -446,14 +673,22 @@ Result<std::string> PrepareFolder(const RocksDbOptions& options) {
     return InvalidArgument(where + " is not a folder; name the folder of a RocksDB database, or one to be made");
   }
   if (!fs::exists(path / kCurrentFile, error)) {
+    std::string other;
+    bool manifest = false;
     fs::directory_iterator entry(path, error);
     for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
       const std::string name = entry->path().filename().string();
-      if (MayLieInEmptyFolder(name)) continue;
-      return InvalidArgument(where + " is not a RocksDB database and holds other things (" + "\"" + name + "\"" +
-                             "); name an empty or a new folder");
+      manifest |= name.starts_with("MANIFEST-");
+      if (!MayLieInEmptyFolder(name)) other = name;
     }
     if (error) return MapError(error, where);
+    if (!other.empty() && manifest) {
+      return DataLoss(where + ": the file \"" + (path / kCurrentFile).string() + "\" is missing" + kRestore);
+    }
+    if (!other.empty()) {
+      return InvalidArgument(where + " is not a RocksDB database and holds other things (\"" + other +
+                             "\"); name an empty or a new folder");
+    }
     if (options.read_only) return NotFound(where + ": the folder holds no database, and read_only makes none");
   }
   const fs::path canonical = fs::canonical(path, error);
@@ -467,6 +702,8 @@ struct Registry {
   std::mutex mutex;
   std::condition_variable closed;
   std::map<std::string, std::weak_ptr<Database>> databases;
+  int live = 0;        // databases that exist, registered or not
+  bool ended = false;  // the process exits
 };
 
 Registry& OpenDatabases() {
@@ -478,10 +715,11 @@ void CloseDatabase(Database* database) {
   const std::string path = database->path();
   const bool registered = database->registered;
   delete database;
-  if (!registered) return;
   Registry& registry = OpenDatabases();
-  std::lock_guard lock(registry.mutex);
-  registry.databases.erase(path);
+  std::unique_lock lock(registry.mutex, std::defer_lock);
+  if (registered) lock.lock();  // one that could not be started goes under its opener's lock
+  if (registered) registry.databases.erase(path);
+  --registry.live;
   registry.closed.notify_all();
 }
 
@@ -490,6 +728,7 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
   std::shared_ptr<Database> database;  // outlives the lock: letting go of it may lock again
   std::unique_lock lock(registry.mutex);
   for (;;) {
+    if (registry.ended) return FailedPrecondition(Located(path) + ": the process is ending; no database is opened");
     auto found = registry.databases.find(path);
     if (found == registry.databases.end()) break;
     database = found->second.lock();
@@ -502,7 +741,11 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
     registry.closed.wait(lock);
   }
   database = std::shared_ptr<Database>(new Database(path, options.read_only), CloseDatabase);
-  HPS_RETURN_IF_ERROR(database->Start(options));
+  ++registry.live;
+  if (Status started = database->Start(options); !started.ok()) {
+    database.reset();
+    return started;
+  }
   registry.databases[path] = database;
   database->registered = true;
   return database;
@@ -514,6 +757,13 @@ Result<std::shared_ptr<RocksDbDatabase>> RocksDbDatabase::Open(const RocksDbOpti
   HPS_ASSIGN_OR_RETURN(const std::string path, PrepareFolder(options));
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<Database> database, OpenShared(path, options));
   return std::shared_ptr<RocksDbDatabase>(std::move(database));
+}
+
+bool EndRocksDb(std::chrono::milliseconds limit) {
+  Registry& registry = OpenDatabases();
+  std::unique_lock lock(registry.mutex);
+  registry.ended = true;
+  return registry.closed.wait_for(lock, limit, [&] { return registry.live == 0; });
 }
 
 std::string RocksDbDatabase::Where() const { return Located(path_); }

@@ -13,6 +13,8 @@
 
 #include "cc/base/fork_guard.h"
 #include "cc/storage/rocksdb_database.h"
+#include "cc/storage/row_copy.h"
+#include "cc/storage/stored_order.h"
 
 namespace hps {
 namespace {
@@ -20,7 +22,9 @@ namespace {
 constexpr std::string_view kKind = "rocks_db";
 constexpr std::string_view kRecordPrefix = "hps.record/";
 constexpr std::string_view kReservedName = "default";
-constexpr size_t kParallelGrain = 256;  // keys; about a millisecond of reading
+constexpr size_t kParallelGrain = 256;              // keys; about a millisecond of reading
+constexpr size_t kMostBatchKeys = size_t{1} << 16;  // batches are no larger, whatever is configured
+constexpr size_t kMostBatchBytes = size_t{16} << 20;
 constexpr size_t kScanChunkBytes = size_t{1} << 20;
 constexpr size_t kCountedBytes = size_t{16} << 20;  // tables up to here are counted, larger ones estimated
 
@@ -63,15 +67,6 @@ class Session {
   const std::string where_;
 };
 
-struct KeyPosition {
-  Key key;
-  uint32_t position;
-};
-
-// The order of the stored keys: little-endian bytes compared from the first. The same for keys of 4 bytes, which fit
-// in an int32.
-uint64_t StoredOrder(Key key) { return __builtin_bswap64(static_cast<uint64_t>(key)); }
-
 class RocksDbTable final : public Table {
  public:
   RocksDbTable(std::shared_ptr<Session> session, std::shared_ptr<RocksDbFamily> family, TableSpec spec)
@@ -97,20 +92,22 @@ class RocksDbTable final : public Table {
   }
   Result<Key> FromStored(const std::string& where, std::string_view stored) const;
   Status CheckRow(const std::string& where, Key key, std::string_view row) const;
+  Status CheckKey(const std::string& where, Key key) const;
   Status CheckStride(const std::string& where, size_t stride_bytes) const;
   Status RequireNotDropped(const std::string& where) const;
 
   // The selected keys in stored order, equal ones by position. kOutOfRange for a key that the table cannot hold.
-  Result<std::vector<KeyPosition>> Sort(const std::string& where, std::span<const Key> keys,
-                                        std::optional<std::span<const uint32_t>> positions = std::nullopt) const;
-  // Calls visit(key_position, row), row empty where absent, for each of the sorted keys.
+  Result<std::vector<KeyIndex>> Sort(const std::string& where, std::span<const Key> keys,
+                                     std::optional<std::span<const uint32_t>> positions = std::nullopt) const;
+  // Calls visit(key_index, row), row empty where absent, for each of the sorted keys.
   template <typename Visit>
-  Status Read(RocksDbDatabase& database, std::span<const KeyPosition> sorted, Deadline deadline, Visit&& visit) const;
-  // Writes batches of changes made by change(key_position), for keys in order.
+  Status Read(RocksDbDatabase& database, std::span<const KeyIndex> sorted, const ReadLimits& limits,
+              Visit&& visit) const;
+  // Writes batches of changes made by change(key_index), for keys in order.
   template <typename MakeChange>
-  Status Write(RocksDbDatabase& database, std::span<const KeyPosition> keys, bool bulk, MakeChange&& change);
+  Status Write(RocksDbDatabase& database, std::span<const KeyIndex> keys, MakeChange&& change);
   // Drops repetitions of a key, and keys whose presence in the table is not `present`.
-  Status Keep(RocksDbDatabase& database, bool present, std::vector<KeyPosition>* sorted) const;
+  Status Keep(RocksDbDatabase& database, bool present, std::vector<KeyIndex>* sorted) const;
   Result<uint64_t> CountRows(RocksDbDatabase& database) const;
 
   const std::shared_ptr<Session> session_;
@@ -139,6 +136,12 @@ Status RocksDbTable::CheckRow(const std::string& where, Key key, std::string_vie
                   " bytes instead of " + std::to_string(spec_.row_bytes) + "; load the model again");
 }
 
+Status RocksDbTable::CheckKey(const std::string& where, Key key) const {
+  if (spec_.key_bytes != 4 || key == static_cast<int32_t>(key)) return OkStatus();
+  return OutOfRange(where + ": key " + std::to_string(key) +
+                    " does not fit in the table's 4-byte keys; set supportlonglong to true and load the model again");
+}
+
 Status RocksDbTable::CheckStride(const std::string& where, size_t stride_bytes) const {
   if (stride_bytes >= spec_.row_bytes) return OkStatus();
   return InvalidArgument(where + ": a stride of " + std::to_string(stride_bytes) + " bytes is less than the row of " +
@@ -150,28 +153,23 @@ Status RocksDbTable::RequireNotDropped(const std::string& where) const {
   return FailedPrecondition(where + " was dropped; open the table again");
 }
 
-Result<std::vector<KeyPosition>> RocksDbTable::Sort(const std::string& where, std::span<const Key> keys,
-                                                    std::optional<std::span<const uint32_t>> positions) const {
-  std::vector<KeyPosition> sorted(positions ? positions->size() : keys.size());
+Result<std::vector<KeyIndex>> RocksDbTable::Sort(const std::string& where, std::span<const Key> keys,
+                                                 std::optional<std::span<const uint32_t>> positions) const {
+  std::vector<KeyIndex> sorted(positions ? positions->size() : keys.size());
   for (size_t i = 0; i < sorted.size(); ++i) {
     const uint32_t position = positions ? (*positions)[i] : static_cast<uint32_t>(i);
     const Key key = keys[position];
-    if (spec_.key_bytes == 4 && key != static_cast<int32_t>(key)) {
-      return OutOfRange(
-          where + ": key " + std::to_string(key) +
-          " does not fit in the table's 4-byte keys; set supportlonglong to true and load the model again");
-    }
+    HPS_RETURN_IF_ERROR(CheckKey(where, key));
     sorted[i] = {key, position};
   }
-  std::sort(sorted.begin(), sorted.end(), [](const KeyPosition& a, const KeyPosition& b) {
-    return a.key != b.key ? StoredOrder(a.key) < StoredOrder(b.key) : a.position < b.position;
-  });
+  SortStored(&sorted);
   return sorted;
 }
 
 template <typename Visit>
-Status RocksDbTable::Read(RocksDbDatabase& database, std::span<const KeyPosition> sorted, Deadline deadline,
+Status RocksDbTable::Read(RocksDbDatabase& database, std::span<const KeyIndex> sorted, const ReadLimits& limits,
                           Visit&& visit) const {
+  const size_t batch_keys = std::min<size_t>(session_->options.max_get_batch_size, kMostBatchKeys);
   std::vector<std::string_view> keys;
   while (!sorted.empty()) {
     // A batch is so many different keys, with all their repetitions.
@@ -179,12 +177,12 @@ Status RocksDbTable::Read(RocksDbDatabase& database, std::span<const KeyPosition
     size_t end = 0;
     for (; end < sorted.size(); ++end) {
       if (end > 0 && sorted[end].key == sorted[end - 1].key) continue;
-      if (keys.size() == session_->options.max_get_batch_size) break;
+      if (keys.size() == batch_keys) break;
       keys.push_back(Stored(sorted[end].key));
     }
     size_t next = 0;
     HPS_RETURN_IF_ERROR(
-        database.Read(*family_, keys, deadline, [&](size_t i, std::optional<std::string_view> row) -> Status {
+        database.Read(*family_, keys, limits, [&](size_t i, std::optional<std::string_view> row) -> Status {
           for (; next < end && Stored(sorted[next].key) == keys[i]; ++next) {
             HPS_RETURN_IF_ERROR(visit(sorted[next], row));
           }
@@ -200,22 +198,24 @@ Status RocksDbTable::Fetch(const FetchRequest& request, std::vector<uint32_t>* m
   const std::string where = database->Where(spec_.name);
   return Guarded(where, [&]() -> Status {
     HPS_RETURN_IF_ERROR(CheckStride(where, request.rows.stride_bytes));
-    HPS_ASSIGN_OR_RETURN(const std::vector<KeyPosition> keys, Sort(where, request.keys, request.positions));
+    HPS_ASSIGN_OR_RETURN(const std::vector<KeyIndex> keys, Sort(where, request.keys, request.positions));
+    HPS_RETURN_IF_ERROR(database->FinishBulk(*family_));
+    const ReadLimits limits = {request.deadline, request.cancelled};
     std::mutex mutex;  // guards the next two
     Status status;
     std::vector<uint32_t> missing;
     auto read = [&](size_t first, size_t last) {
       std::vector<uint32_t> piece_missing;
       Status piece_status = Guarded(where, [&] {
-        return Read(*database, std::span(keys).subspan(first, last - first), request.deadline,
-                    [&](const KeyPosition& key, std::optional<std::string_view> row) -> Status {
+        return Read(*database, std::span(keys).subspan(first, last - first), limits,
+                    [&](const KeyIndex& key, std::optional<std::string_view> row) -> Status {
                       if (!row) {
-                        piece_missing.push_back(key.position);
+                        piece_missing.push_back(static_cast<uint32_t>(key.index));
                         return OkStatus();
                       }
                       HPS_RETURN_IF_ERROR(CheckRow(where, key.key, *row));
-                      std::memcpy(request.rows.data + key.position * request.rows.stride_bytes, row->data(),
-                                  row->size());
+                      CopyRow(request.rows.data + key.index * request.rows.stride_bytes,
+                              reinterpret_cast<const std::byte*>(row->data()), row->size());
                       return OkStatus();
                     });
       });
@@ -223,8 +223,10 @@ Status RocksDbTable::Fetch(const FetchRequest& request, std::vector<uint32_t>* m
       if (status.ok()) status = std::move(piece_status);
       missing.insert(missing.end(), piece_missing.begin(), piece_missing.end());
     };
+    const size_t threads = session_->options.num_threads;
+    const size_t grain = std::max(kParallelGrain, (keys.size() + threads - 1) / threads);
     Executor* executor = session_->options.executor;
-    (executor != nullptr ? *executor : InlineExecutor()).ParallelFor(keys.size(), kParallelGrain, read);
+    (executor != nullptr ? *executor : InlineExecutor()).ParallelFor(keys.size(), grain, read);
     HPS_RETURN_IF_ERROR(status);
     std::sort(missing.begin(), missing.end());
     misses->insert(misses->end(), missing.begin(), missing.end());
@@ -233,23 +235,24 @@ Status RocksDbTable::Fetch(const FetchRequest& request, std::vector<uint32_t>* m
 }
 
 template <typename MakeChange>
-Status RocksDbTable::Write(RocksDbDatabase& database, std::span<const KeyPosition> keys, bool bulk,
-                           MakeChange&& change) {
+Status RocksDbTable::Write(RocksDbDatabase& database, std::span<const KeyIndex> keys, MakeChange&& change) {
+  const size_t batch_rows =
+      std::clamp<size_t>(kMostBatchBytes / spec_.row_bytes, 1, session_->options.max_set_batch_size);
   std::vector<RocksDbChange> changes;
   while (!keys.empty()) {
-    const auto batch = keys.first(std::min<size_t>(keys.size(), session_->options.max_set_batch_size));
+    const auto batch = keys.first(std::min(keys.size(), batch_rows));
     keys = keys.subspan(batch.size());
     changes.clear();
-    for (const KeyPosition& key : batch) changes.push_back(change(key));
-    HPS_RETURN_IF_ERROR(database.Write(*family_, changes, bulk));
+    for (const KeyIndex& key : batch) changes.push_back(change(key));
+    HPS_RETURN_IF_ERROR(database.Write(*family_, changes));
   }
   return OkStatus();
 }
 
-Status RocksDbTable::Keep(RocksDbDatabase& database, bool present, std::vector<KeyPosition>* sorted) const {
-  std::vector<KeyPosition> kept;
+Status RocksDbTable::Keep(RocksDbDatabase& database, bool present, std::vector<KeyIndex>* sorted) const {
+  std::vector<KeyIndex> kept;
   HPS_RETURN_IF_ERROR(
-      Read(database, *sorted, kNoDeadline, [&](const KeyPosition& key, std::optional<std::string_view> row) -> Status {
+      Read(database, *sorted, ReadLimits{}, [&](const KeyIndex& key, std::optional<std::string_view> row) -> Status {
         const bool repeated = !kept.empty() && kept.back().key == key.key;
         if (row.has_value() == present && !repeated) kept.push_back(key);
         return OkStatus();
@@ -264,14 +267,21 @@ Status RocksDbTable::Upsert(std::span<const Key> keys, ConstRowBuffer rows, cons
   const std::string where = database->Where(spec_.name);
   return Guarded(where, [&]() -> Status {
     HPS_RETURN_IF_ERROR(CheckStride(where, rows.stride_bytes));
-    HPS_ASSIGN_OR_RETURN(std::vector<KeyPosition> sorted, Sort(where, keys));
+    if (options.bulk && !options.only_absent) {
+      for (const Key key : keys) HPS_RETURN_IF_ERROR(CheckKey(where, key));
+      std::shared_lock lock(family_->write_mutex);
+      HPS_RETURN_IF_ERROR(RequireNotDropped(where));
+      return database->AddBulk(*family_, spec_.key_bytes, spec_.row_bytes, keys, rows);
+    }
+    HPS_RETURN_IF_ERROR(database->FinishBulk(*family_));
+    HPS_ASSIGN_OR_RETURN(std::vector<KeyIndex> sorted, Sort(where, keys));
     std::shared_lock shared(family_->write_mutex, std::defer_lock);
     std::unique_lock exclusive(family_->write_mutex, std::defer_lock);
     options.only_absent ? exclusive.lock() : shared.lock();
     HPS_RETURN_IF_ERROR(RequireNotDropped(where));
     if (options.only_absent) HPS_RETURN_IF_ERROR(Keep(*database, /*present=*/false, &sorted));
-    return Write(*database, sorted, options.bulk, [&](const KeyPosition& key) {
-      return RocksDbChange{Stored(key.key), Bytes(rows.data + key.position * rows.stride_bytes, spec_.row_bytes)};
+    return Write(*database, sorted, [&](const KeyIndex& key) {
+      return RocksDbChange{Stored(key.key), Bytes(rows.data + key.index * rows.stride_bytes, spec_.row_bytes)};
     });
   });
 }
@@ -281,11 +291,12 @@ Status RocksDbTable::Erase(std::span<const Key> keys, uint64_t* erased) {
   HPS_RETURN_IF_ERROR(database->RequireWritable());
   const std::string where = database->Where(spec_.name);
   return Guarded(where, [&]() -> Status {
-    HPS_ASSIGN_OR_RETURN(std::vector<KeyPosition> sorted, Sort(where, keys));
+    HPS_ASSIGN_OR_RETURN(std::vector<KeyIndex> sorted, Sort(where, keys));
+    HPS_RETURN_IF_ERROR(database->FinishBulk(*family_));
     std::lock_guard lock(family_->write_mutex);
     HPS_RETURN_IF_ERROR(RequireNotDropped(where));
     HPS_RETURN_IF_ERROR(Keep(*database, /*present=*/true, &sorted));
-    HPS_RETURN_IF_ERROR(Write(*database, sorted, /*bulk=*/false, [&](const KeyPosition& key) {
+    HPS_RETURN_IF_ERROR(Write(*database, sorted, [&](const KeyIndex& key) {
       return RocksDbChange{Stored(key.key), std::nullopt};
     }));
     if (erased != nullptr) *erased = sorted.size();
@@ -297,6 +308,7 @@ Status RocksDbTable::Scan(const ScanVisitor& visitor) const {
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<RocksDbDatabase> database, session_->Pin());
   const std::string where = database->Where(spec_.name);
   return Guarded(where, [&]() -> Status {
+    HPS_RETURN_IF_ERROR(database->FinishBulk(*family_));
     const size_t chunk_rows = std::clamp<size_t>(kScanChunkBytes / spec_.row_bytes, 1, 65536);
     std::vector<Key> keys;
     std::vector<std::byte> rows;
@@ -324,6 +336,7 @@ Status RocksDbTable::Scan(const ScanVisitor& visitor) const {
 Result<TableStats> RocksDbTable::Stats() const {
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<RocksDbDatabase> database, session_->Pin());
   return Guarded(database->Where(spec_.name), [&]() -> Result<TableStats> {
+    HPS_RETURN_IF_ERROR(database->FinishBulk(*family_));
     const RocksDbFamilyStats family = database->Stats(*family_);
     TableStats stats{.rows = family.estimated_rows,
                      .rows_estimated = family.estimated_rows > kCountedBytes / spec_.row_bytes,
@@ -389,6 +402,7 @@ class RocksDbStore final : public TableStore {
       HPS_RETURN_IF_ERROR(CheckSpec(where, spec));
       std::shared_ptr<RocksDbFamily> family = database->Find(spec.name);
       if (family == nullptr) return NotFound(where + ": no such table; create it first");
+      HPS_RETURN_IF_ERROR(database->FinishBulk(*family));
       auto table = std::make_shared<RocksDbTable>(session_, std::move(family), spec);
       HPS_RETURN_IF_ERROR(table->CheckStoredSizes(*database));
       return std::shared_ptr<Table>(std::move(table));

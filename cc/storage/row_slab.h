@@ -33,7 +33,7 @@ struct SlotRun {
 
 class RowSlab {
  public:
-  static constexpr uint32_t kMaxSlots = 0xFFFFFFFD;  // slot + 1 and three other values fit in 32 bits
+  static constexpr uint32_t kMaxSlots = 0xFFFFFFFE;
 
   RowSlab(size_t row_bytes, uint64_t expected_rows, uint64_t allocation_rate_bytes, RowMark mark = RowMark::kNone);
 

@@ -23,9 +23,13 @@ namespace hps::testing {
 class Faults {
  public:
   // Every call fails so until Heal.
-  void Fail(Status status) { Set([&] { failure_ = std::move(status); }); }
+  void Fail(Status status) {
+    Set([&] { failure_ = std::move(status); });
+  }
   // Fetches do not return before their deadline or cancellation; other calls wait for Heal.
-  void Hang() { Set([&] { hanging_ = true; }); }
+  void Hang() {
+    Set([&] { hanging_ = true; });
+  }
   void Heal() {
     Set([&] {
       failure_ = Status();

@@ -3,128 +3,61 @@
 
 #include "cc/storage/rocksdb_store.h"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
-#include <poll.h>
 #include <rocksdb/db.h>
 #include <rocksdb/options.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/mount.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <iostream>
-#include <numeric>
 #include <thread>
 
+#include "cc/tests/rocksdb_fixture.h"
 #include "cc/tests/rocksdb_races.h"
-#include "cc/tests/row_pattern.h"
 
 namespace hps::testing {
 namespace {
 
-namespace fs = std::filesystem;
-
-constexpr size_t kRowBytes = 64;
 constexpr size_t kBatchRows = 50;
-const TableSpec kSpec = {.name = "hps_et.dlrm.sparse_embedding0", .row_bytes = kRowBytes};
-
-#define ASSERT_OK(expression)                                    \
-  do {                                                           \
-    const Status assert_status = (expression);                   \
-    ASSERT_TRUE(assert_status.ok()) << assert_status.ToString(); \
-  } while (false)
-
-void ExpectError(const Status& status, StatusCode code, const std::vector<std::string>& parts) {
-  EXPECT_EQ(status.code(), code) << status.ToString();
-  for (const std::string& part : parts) {
-    EXPECT_NE(status.message().find(part), std::string::npos) << "no '" << part << "' in " << status.ToString();
-  }
-}
-
-std::vector<Key> KeyRange(Key first, size_t count) {
-  std::vector<Key> keys(count);
-  std::iota(keys.begin(), keys.end(), first);
-  return keys;
-}
-
-Status Put(Table& table, const std::vector<Key>& keys, uint32_t version, const UpsertOptions& options = {}) {
-  const RowBlock rows = RowBlock::Of(keys, version, table.spec().row_bytes);
-  return table.Upsert(keys, rows.source(), options);
-}
-
-// How many of the keys are there in `version`; a row of another version or torn fails the test.
-size_t CountRows(const Table& table, const std::vector<Key>& keys, uint32_t version) {
-  RowBlock rows(keys.size(), table.spec().row_bytes);
-  std::vector<uint32_t> misses;
-  const Status status = table.Fetch({.keys = keys, .rows = rows.buffer()}, &misses);
-  EXPECT_TRUE(status.ok()) << status.ToString();
-  std::vector<bool> missing(keys.size());
-  for (uint32_t position : misses) missing[position] = true;
-  for (size_t i = 0; i < keys.size(); ++i) {
-    if (missing[i]) continue;
-    EXPECT_EQ(RowVersion(keys[i], rows.row(i)), version) << "key " << keys[i];
-  }
-  return keys.size() - misses.size();
-}
-
-Status FetchStatus(const Table& table, const std::vector<Key>& keys) {
-  RowBlock rows(keys.size(), table.spec().row_bytes);
-  std::vector<uint32_t> misses;
-  return table.Fetch({.keys = keys, .rows = rows.buffer()}, &misses);
-}
-
-Result<std::unique_ptr<TableStore>> Open(const fs::path& path, bool read_only = false) {
-  return OpenRocksDbStore({.path = path, .num_threads = 2, .read_only = read_only});
-}
 
 // ---- other processes --------------------------------------------------------------------------------------------
 
-// Never returns. Speaks in lines on standard output; "wait" lasts until standard input ends.
-[[noreturn]] void RunRole(const std::string& role, const std::string& path) {
-  auto say = [](const std::string& line) { std::cout << line << std::endl; };
-  auto wait = [] {
-    char byte;
-    while (::read(STDIN_FILENO, &byte, 1) > 0) {
-    }
-  };
-  if (role == "open_as_nobody" && ::geteuid() == 0 && ::setuid(65534) != 0) say("setuid failed");
+// Speaks in lines on standard output.
+void RunRole(const std::string& role, const std::string& path) {
+  if (role == "open_as_nobody" && ::geteuid() == 0 && ::setuid(65534) != 0) Say("setuid failed");
   if (role == "fill_small_disk") {
     if (::unshare(CLONE_NEWNS | (::geteuid() == 0 ? 0 : CLONE_NEWUSER)) != 0 ||
         ::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
         ::mount("tmpfs", path.c_str(), "tmpfs", 0, "size=100m") != 0) {
-      say("cannot mount");
-      std::exit(0);
+      Say("cannot mount");
+      return;
     }
   }
   auto store = Open(path, role == "hold_read_only");
   if (!store.ok()) {
-    say(store.status().ToString());
-    std::exit(0);
+    Say(store.status().ToString());
+    return;
   }
   if (role.starts_with("hold") || role.starts_with("open")) {
-    say("open");
-    wait();
+    Say("open");
+    WaitForParent();
   } else {
     auto table = (*store)->CreateTable(kSpec);
     if (!table.ok()) {
-      say(table.status().ToString());
+      Say(table.status().ToString());
     } else if (role == "write_until_killed") {
       for (Key batch = 0;; ++batch) {
         const Status status = Put(**table, KeyRange(batch * static_cast<Key>(kBatchRows), kBatchRows), 1);
-        say(status.ok() ? std::to_string(batch) : status.ToString());
+        Say(status.ok() ? std::to_string(batch) : status.ToString());
       }
     } else if (role == "bulk_load") {
       Status status = Put(**table, KeyRange(0, 20'000), 1, {.bulk = true});
       if (status.ok()) status = (*store)->Flush();
       if (status.ok()) status = Put(**table, KeyRange(20'000, 10), 1);
-      say(status.ToString());
-      wait();
+      Say(status.ToString());
+      WaitForParent();
     } else if (role == "fill_small_disk") {
       const fs::path ballast = fs::path(path) / "ballast";
       Key rows = 0;  // acknowledged
@@ -137,9 +70,9 @@ Result<std::unique_ptr<TableStore>> Open(const fs::path& path, bool read_only = 
         }
         return status;
       };
-      say(fill().ToString());
-      say(Put(**table, {-1}, 1).ToString());
-      say((*store)->Flush().ToString());
+      Say(fill().ToString());
+      Say(Put(**table, {-1}, 1).ToString());
+      Say((*store)->Flush().ToString());
       fs::remove(ballast);
       Status status;
       const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
@@ -147,103 +80,21 @@ Result<std::unique_ptr<TableStore>> Open(const fs::path& path, bool read_only = 
         status = Put(**table, {-1}, 1);
         std::this_thread::yield();
       } while (!status.ok() && std::chrono::steady_clock::now() < deadline);
-      say(status.ToString());
-      say((*store)->Close().ToString());
+      Say(status.ToString());
+      Say((*store)->Close().ToString());
       store = Open(path);
       table = (*store)->OpenTable(kSpec);
-      say(fill().ToString());
-      say((*store)->Close().ToString());
+      Say(fill().ToString());
+      Say((*store)->Close().ToString());
       fs::remove(ballast);
       store = Open(path);
       table = (*store)->OpenTable(kSpec);
-      say(CountRows(**table, KeyRange(0, static_cast<size_t>(rows)), 1) == static_cast<size_t>(rows) ? "whole"
+      Say(CountRows(**table, KeyRange(0, static_cast<size_t>(rows)), 1) == static_cast<size_t>(rows) ? "whole"
                                                                                                      : "lost");
-      say((*store)->Close().ToString());
+      Say((*store)->Close().ToString());
     }
   }
-  std::_Exit(0);
 }
-
-class Child {
- public:
-  Child(const std::string& role, const fs::path& path) {
-    int input[2], output[2];
-    EXPECT_EQ(::pipe2(input, O_CLOEXEC), 0);
-    EXPECT_EQ(::pipe2(output, O_CLOEXEC), 0);
-    process_ = ::fork();
-    if (process_ == 0) {
-      ::dup2(input[0], STDIN_FILENO);
-      ::dup2(output[1], STDOUT_FILENO);
-      ::execl("/proc/self/exe", "rocksdb_store_test", ("--role=" + role).c_str(), path.c_str(), nullptr);
-      ::_exit(127);
-    }
-    ::close(input[0]);
-    ::close(output[1]);
-    input_ = input[1];
-    output_ = output[0];
-  }
-  ~Child() { Kill(); }
-
-  // The next line; empty at the end of the output, or after a minute without one.
-  std::string ReadLine() {
-    std::string line;
-    for (;;) {
-      pollfd poll_for{.fd = output_, .events = POLLIN, .revents = 0};
-      char byte;
-      if (::poll(&poll_for, 1, 60'000) <= 0 || ::read(output_, &byte, 1) <= 0 || byte == '\n') return line;
-      line += byte;
-    }
-  }
-  void Kill() {
-    if (process_ < 0) return;
-    ::kill(process_, SIGKILL);
-    ::waitpid(process_, nullptr, 0);
-    ::close(input_);
-    ::close(output_);
-    process_ = -1;
-  }
-
- private:
-  pid_t process_ = -1;
-  int input_ = -1;
-  int output_ = -1;
-};
-
-class RocksDbStore : public ::testing::Test {
- protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "hps_rocksdb_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-    path_ = directory_ / "database";
-  }
-  void TearDown() override { fs::remove_all(directory_); }
-
-  std::unique_ptr<TableStore> MustOpen(bool read_only = false) {
-    auto store = Open(path_, read_only);
-    EXPECT_TRUE(store.ok()) << store.status().ToString();
-    return store.ok() ? std::move(store).value() : nullptr;
-  }
-  // Makes the database with the rows of `keys` in version 1, flushed into a table file.
-  void Make(const std::vector<Key>& keys) {
-    auto store = MustOpen();
-    auto table = store->CreateTable(kSpec);
-    ASSERT_OK(table.status());
-    ASSERT_OK(Put(**table, keys, 1, {.bulk = true}));
-    ASSERT_OK(store->Flush());
-    ASSERT_OK(store->Close());
-  }
-  fs::path TableFile() const {
-    for (const auto& entry : fs::directory_iterator(path_)) {
-      if (entry.path().extension() == ".sst") return entry.path();
-    }
-    ADD_FAILURE() << "no table file";
-    return {};
-  }
-
-  fs::path directory_;
-  fs::path path_;
-};
 
 // ---- format -----------------------------------------------------------------------------------------------------
 
@@ -655,23 +506,105 @@ TEST_F(RocksDbStore, ADeadlineThatPassesWhileReadingIsAnError) {
   EXPECT_TRUE(met);
 }
 
+// Does all pieces itself, one after the other.
+class CountingExecutor final : public Executor {
+ public:
+  int parallelism() const override { return 64; }
+  void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
+    pieces = 0;
+    for (size_t first = 0; first < count; first += grain, ++pieces) body(first, std::min(count, first + grain));
+  }
+  size_t pieces = 0;
+};
+
+TEST_F(RocksDbStore, NumThreadsIsTheMostThatOneReadTakes) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  Make(keys);
+  for (const uint32_t num_threads : {1u, 2u, 7u, 1000u}) {
+    CountingExecutor executor;
+    auto store = OpenRocksDbStore({.path = path_, .num_threads = num_threads, .executor = &executor});
+    ASSERT_OK(store.status());
+    auto table = (*store)->OpenTable(kSpec);
+    ASSERT_OK(table.status());
+    EXPECT_EQ(CountRows(**table, keys, 1), keys.size());
+    EXPECT_LE(executor.pieces, num_threads);
+    EXPECT_GE(executor.pieces, std::min<size_t>(num_threads, 50)) << "and large reads do take them";
+    EXPECT_EQ(CountRows(**table, KeyRange(0, 100), 1), 100u);
+    EXPECT_EQ(executor.pieces, 1u) << "small ones do not";
+  }
+}
+
+TEST_F(RocksDbStore, BatchSizesFromOneToAMillion) {
+  const std::vector<Key> keys = KeyRange(-60'000, 120'000);
+  uint32_t version = 0;
+  for (const uint32_t size : {7u, 10'000u, 1'000'000u}) {
+    auto store = OpenRocksDbStore({.path = path_, .max_get_batch_size = size, .max_set_batch_size = size});
+    ASSERT_OK(store.status());
+    auto table = (*store)->OpenTable(kSpec);
+    if (!table.ok()) table = (*store)->CreateTable(kSpec);
+    ASSERT_OK(table.status());
+    ASSERT_OK(Put(**table, keys, ++version));
+    EXPECT_EQ(CountRows(**table, keys, version), keys.size());
+    ASSERT_OK((*store)->Close());
+  }
+}
+
+TEST_F(RocksDbStore, ACallerThatGivesUpEndsAFetchBetweenBatches) {
+  const std::vector<Key> keys = KeyRange(0, 200'000);
+  Make(keys);
+  auto store = MustOpen();
+  auto table = store->OpenTable(kSpec);
+  ASSERT_OK(table.status());
+  RowBlock rows(keys.size(), kRowBytes);
+  std::atomic<bool> cancelled{true};
+  const auto fetch = [&] {
+    std::vector<uint32_t> misses;
+    return (*table)->Fetch({.keys = keys, .positions = std::nullopt, .rows = rows.buffer(), .cancelled = &cancelled},
+                           &misses);
+  };
+  ExpectError(fetch(), StatusCode::kCancelled, {kSpec.name});
+  cancelled = false;
+  ASSERT_OK(fetch());
+  std::thread caller([&] { cancelled = true; });
+  Status status;
+  for (int i = 0; i < 1000 && status.ok(); ++i) status = fetch();
+  caller.join();
+  EXPECT_EQ(status.code(), StatusCode::kCancelled) << status.ToString();
+}
+
+TEST_F(RocksDbStore, AnOrderlyCloseLeavesNothingInTheLog) {
+  {
+    auto store = MustOpen();
+    ASSERT_OK(Put(**store->CreateTable(kSpec), KeyRange(0, 1000), 1));
+    ASSERT_OK(store->WriteRecord("r", "text"));
+    ASSERT_OK(store->Close());
+  }
+  for (const auto& entry : fs::directory_iterator(path_)) {
+    if (entry.path().extension() == ".log") fs::remove(entry.path());
+  }
+  auto store = MustOpen();
+  EXPECT_EQ(CountRows(**store->OpenTable(kSpec), KeyRange(0, 1000), 1), 1000u);
+  EXPECT_EQ(*store->ReadRecord("r"), "text");
+}
+
+TEST_F(RocksDbStore, ADatabaseWithoutItsCurrentFileIsNoForeignFolder) {
+  Make({1});
+  fs::remove(path_ / "CURRENT");
+  for (const bool read_only : {false, true}) {
+    ExpectError(Open(path_, read_only).status(), StatusCode::kDataLoss, {(path_ / "CURRENT").string(), "restore"});
+  }
+}
+
 TEST_F(RocksDbStore, ATruncatedOrMissingFileIsDataLossThatNamesIt) {
   Make(KeyRange(0, 10'000));
   const fs::path file = TableFile();
   fs::resize_file(file, fs::file_size(file) / 2);
   ExpectError(Open(path_).status(), StatusCode::kDataLoss, {file.filename().string(), path_.string()});
   fs::remove(file);
-  ExpectError(Open(path_).status(), StatusCode::kDataLoss, {file.stem().string().substr(1), path_.string()});
+  ExpectError(Open(path_).status(), StatusCode::kDataLoss, {file.filename().string(), path_.string()});
 }
 
 }  // namespace
 }  // namespace hps::testing
 
-int main(int argc, char** argv) {
-  constexpr std::string_view kRole = "--role=";
-  if (argc == 3 && std::string_view(argv[1]).starts_with(kRole)) {
-    hps::testing::RunRole(argv[1] + kRole.size(), argv[2]);
-  }
-  ::testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
-}
+int main(int argc, char** argv) { return hps::testing::RunRocksDbTests(argc, argv, hps::testing::RunRole); }

@@ -34,8 +34,8 @@ class SharedTierTest : public ::testing::Test {
   fs::path Folder(uint32_t version) const { return folder_ / ("v" + std::to_string(version)); }
   ModelConfig Version(uint32_t version) const { return MakeModel("m", {MakeTable("t", Folder(version), kWidth)}); }
   std::shared_ptr<TableStore> View() {
-    return std::make_shared<FaultyStore>(
-        shared_, faults_, FaultyOptions{.shared = true, .addressable = false, .closes_store = false});
+    return std::make_shared<FaultyStore>(shared_, faults_,
+                                         FaultyOptions{.shared = true, .addressable = false, .closes_store = false});
   }
   // A node with the shared store, and a database of its own if it has a name.
   Result<std::shared_ptr<ParameterServer>> TryStart(std::vector<ModelConfig> models, const std::string& database = "",
@@ -123,8 +123,7 @@ TEST_F(SharedTierTest, NodesThatStartAtOnceLoadOnce) {
     std::vector<std::thread> threads;
     const ModelConfig model = Version(with_database ? 2 : 1);
     for (int i = 0; i < kNodes; ++i) {
-      threads.emplace_back(
-          [&, i] { nodes[i] = Start({model}, with_database ? "database" + std::to_string(i) : ""); });
+      threads.emplace_back([&, i] { nodes[i] = Start({model}, with_database ? "database" + std::to_string(i) : ""); });
     }
     for (std::thread& thread : threads) thread.join();
     for (auto& node : nodes) ExpectVersion(*node, with_database ? 2 : 1);
@@ -199,9 +198,7 @@ TEST_F(SharedTierTest, AClaimThatIsNotRenewedIsTakenOver) {
 TEST_F(SharedTierTest, ClosingEndsTheWaitForAnotherNode) {
   ASSERT_OK(shared_->WriteRecord("hps.load.m", "busy:1:2 7"));
   auto server = Start({});
-  std::thread loader([&] {
-    ExpectError(server->LoadModel(Version(1)), StatusCode::kFailedPrecondition, {"closed"});
-  });
+  std::thread loader([&] { ExpectError(server->LoadModel(Version(1)), StatusCode::kFailedPrecondition, {"closed"}); });
   ASSERT_OK(server->Close());
   loader.join();
   EXPECT_EQ(Claim(), "busy:1:2 7");
@@ -243,8 +240,8 @@ TEST_F(SharedTierTest, ItNeverShadowsNewerRowsOfTheDatabase) {
     const auto table = Value(store->CreateTable({.name = "hps_et.m.t", .row_bytes = kWidth * sizeof(float)}));
     for (Key key : kKeys) {
       const std::vector<float> row = Row(key, 9, kWidth);
-      ASSERT_OK(table->Upsert(std::span(&key, 1),
-                              {reinterpret_cast<const std::byte*>(row.data()), kWidth * sizeof(float)}));
+      ASSERT_OK(
+          table->Upsert(std::span(&key, 1), {reinterpret_cast<const std::byte*>(row.data()), kWidth * sizeof(float)}));
     }
     ASSERT_OK(store->Close());
   }
@@ -270,8 +267,8 @@ TEST_F(SharedTierTest, WhatAnotherProgramWroteIsServedAsItIsWhenNothingIsToBeLoa
   const auto table = Value(shared_->CreateTable({.name = "hps_et.m.t", .row_bytes = kWidth * sizeof(float)}));
   for (Key key : kKeys) {
     const std::vector<float> row = Row(key, 7, kWidth);
-    ASSERT_OK(table->Upsert(std::span(&key, 1),
-                            {reinterpret_cast<const std::byte*>(row.data()), kWidth * sizeof(float)}));
+    ASSERT_OK(
+        table->Upsert(std::span(&key, 1), {reinterpret_cast<const std::byte*>(row.data()), kWidth * sizeof(float)}));
   }
   auto server = Start({Version(1)}, "", [](ServerConfig* config) {
     config->volatile_db.initialize_after_startup = false;
@@ -324,34 +321,33 @@ TEST_F(TierStartTest, APersistentTierThatIsNotInitialisedIsLeftAsItIs) {
 
 TEST_F(TierStartTest, AReadOnlyDatabaseIsNotLoadedAndAMissingTableIsAnError) {
   ASSERT_OK(Open(Tiers::kPersistent, [](ServerConfig*) {})->Close());
-  ServerConfig config = MakeServer(Tiers::kBoth, folder_ / "database",
-                                   {MakeModel("m", {MakeTable("t", Folder(1), kWidth), MakeTable("u", Folder(1), kWidth)})});
+  ServerConfig config =
+      MakeServer(Tiers::kBoth, folder_ / "database",
+                 {MakeModel("m", {MakeTable("t", Folder(1), kWidth), MakeTable("u", Folder(1), kWidth)})});
   config.persistent_db.read_only = true;
   ExpectError(ParameterServer::Open(config).status(), StatusCode::kNotFound, {"table 'u'", "hps_et.m.u"});
 }
 
 TEST_F(TierStartTest, TheVolatileTierTakesNoMoreThanItsMargin) {
+  const HashMapOptions bounded{.num_partitions = 1, .overflow = {.margin = 300}};
+  const BuildOptions options{.show_progress = false};
   for (const bool from_database : {false, true}) {
     ServerResources resources;
     resources.executor = NewThreadPool(2);
-    resources.volatile_store = Value(OpenHashMapStore({.num_partitions = 4}));
+    resources.volatile_store = Value(OpenHashMapStore(bounded));
     resources.persistent_store = Value(OpenRocksDbStore({.path = (folder_ / "database").string(), .num_threads = 2}));
-    BuildOptions options{.show_progress = false};
-    options.volatile_capacity_rows = 300;
     const auto model = Value(BuildModel(Version(1), resources, options));
     EXPECT_EQ(model->tables[0].source, from_database ? "persistent" : "folder");
     EXPECT_EQ(Value(model->tables[0].stack.volatile_tier.table->Stats()).rows, 300u);
     EXPECT_EQ(Value(model->tables[0].stack.persistent_tier.table->Stats()).rows, kKeys.size());
     ASSERT_OK(resources.persistent_store->Close());
   }
-  CapturedLog log;
+  // Nobody could serve the rows that are left out.
   ServerResources resources;
   resources.executor = NewThreadPool(2);
-  resources.volatile_store = Value(OpenHashMapStore({.num_partitions = 4}));
-  BuildOptions options{.show_progress = false};
-  options.volatile_capacity_rows = 300;
-  ASSERT_OK(BuildModel(Version(1), resources, options).status());
-  EXPECT_NE(log.text().find("warning: m/t: 300 of 1000 rows fit within overflow_margin"), std::string::npos);
+  resources.volatile_store = Value(OpenHashMapStore(bounded));
+  ExpectError(BuildModel(Version(1), resources, options).status(), StatusCode::kResourceExhausted,
+              {"1000 rows", "300", "overflow_margin"});
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ class SingleFlightTest : public ::testing::Test {
     std::vector<float> rows;
     std::vector<uint32_t> misses;
     std::vector<float> row(size_t i) const {
-      return {rows.begin() + static_cast<ptrdiff_t>(i * kWidth), rows.begin() + static_cast<ptrdiff_t>((i + 1) * kWidth)};
+      return {rows.begin() + static_cast<ptrdiff_t>(i * kWidth),
+              rows.begin() + static_cast<ptrdiff_t>((i + 1) * kWidth)};
     }
   };
   Fetched Fetch(const std::vector<Key>& keys, Deadline deadline = kNoDeadline,

@@ -53,14 +53,14 @@ class StackTable final : public Table {
     walk.rows = rows.data();
     walk.found = found.get();
     LookupReport report;
-    HPS_RETURN_IF_ERROR(FetchRows(std::span(&walk, 1), Threads(), Threads(), {request.deadline, request.cancelled}, &report));
+    HPS_RETURN_IF_ERROR(
+        FetchRows(std::span(&walk, 1), Threads(), Threads(), {request.deadline, request.cancelled}, &report));
     for (size_t i = 0; i < keys.size(); ++i) {
       if (!found[i]) {
         misses->push_back(positions[i]);
         continue;
       }
-      std::copy_n(rows.data() + i * row_bytes, row_bytes,
-                  request.rows.data + positions[i] * request.rows.stride_bytes);
+      std::copy_n(rows.data() + i * row_bytes, row_bytes, request.rows.data + positions[i] * request.rows.stride_bytes);
     }
     return OkStatus();
   }
@@ -102,7 +102,9 @@ class StackStore final : public TableStore {
 
   std::string_view kind() const override { return "stack"; }
   StoreCapabilities capabilities() const override { return lower_->capabilities(); }
-  Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override { return Stack(spec, lower_->OpenTable(spec)); }
+  Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {
+    return Stack(spec, lower_->OpenTable(spec));
+  }
   Result<std::shared_ptr<Table>> CreateTable(const TableSpec& spec) override {
     return Stack(spec, lower_->CreateTable(spec));
   }
@@ -203,7 +205,8 @@ std::vector<StoreFixture> AllFixtures() {
   }));
   // What the other tests rely on.
   fixtures.push_back({.name = "FaultyWhileHealthy", .open = [](const Path&) -> Opened {
-                        HPS_ASSIGN_OR_RETURN(std::shared_ptr<TableStore> store, OpenHashMapStore({.num_partitions = 2}));
+                        HPS_ASSIGN_OR_RETURN(std::shared_ptr<TableStore> store,
+                                             OpenHashMapStore({.num_partitions = 2}));
                         return std::unique_ptr<TableStore>(new FaultyStore(store, std::make_shared<Faults>()));
                       }});
   return fixtures;

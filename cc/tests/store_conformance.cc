@@ -139,6 +139,8 @@ void StoreConformance::Reopen() {
   Open();
 }
 
+bool StoreConformance::Reopens() const { return store_->capabilities().persistent || GetParam().reopens; }
+
 std::shared_ptr<Table> StoreConformance::Create(const std::string& name, size_t row_bytes) {
   Result<std::shared_ptr<Table>> table = store_->CreateTable({.name = name, .row_bytes = row_bytes});
   EXPECT_CODE(table.status(), StatusCode::kOk);
@@ -476,7 +478,7 @@ TEST_P(StoreConformance, RecordsAreKept) {
   EXPECT_EQ(*store_->ReadRecord("fingerprint"), binary);
   EXPECT_EQ(*store_->ReadRecord("other"), "");
   EXPECT_TRUE(store_->ListTables()->empty()) << "records are no tables";
-  if (store_->capabilities().persistent) {
+  if (Reopens()) {
     ASSERT_NO_FATAL_FAILURE(Reopen());
     EXPECT_EQ(*store_->ReadRecord("fingerprint"), binary);
   }
@@ -489,7 +491,7 @@ TEST_P(StoreConformance, RecordsAreKept) {
 // Life of the store --------------------------------------------------------------------------------------------------
 
 TEST_P(StoreConformance, ReopenedStoreHoldsItsRows) {
-  if (!store_->capabilities().persistent) GTEST_SKIP() << "the store is volatile by contract";
+  if (!Reopens()) GTEST_SKIP() << "the store is volatile by contract";
   const std::vector<Key> keys = KeyRange(-500, 1000);
   ASSERT_OK(Put(*Create("hps_et.m.t"), keys, 1));
   ASSERT_OK(Put(*Create("hps_et.m.bulk", 28), keys, 2, {.bulk = true}));
@@ -813,7 +815,7 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
         break;
       }
       case 2: {
-        ASSERT_OK(Put(*table, keys, step, {.only_absent = true}));
+        ASSERT_OK(Put(*table, keys, step, {.only_absent = true, .bulk = random() % 2 == 0}));
         for (const Key key : keys) model.emplace(key, step);
         break;
       }
@@ -826,13 +828,24 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
         break;
       }
       case 4: {
-        if (random() % 8 == 0 && store_->capabilities().persistent) {
+        if (random() % 8 == 0 && Reopens()) {
           ASSERT_OK(store_->Flush());
           table.reset();
           ASSERT_NO_FATAL_FAILURE(Reopen());
           const auto reopened = store_->OpenTable(spec);
           ASSERT_OK(reopened.status());
           table = *reopened;
+        }
+        if (random() % 16 == 0) {
+          const std::shared_ptr<Table> dropped = std::move(table);
+          ASSERT_OK(store_->DropTable(spec.name));
+          const auto renewed = store_->CreateTable(spec);
+          ASSERT_OK(renewed.status());
+          table = *renewed;
+          std::map<Key, uint32_t> scanned;
+          ASSERT_NO_FATAL_FAILURE(ScanVersions(*dropped, &scanned));
+          ASSERT_EQ(scanned, model) << "of the table dropped in step " << step << ", while it is held";
+          model.clear();
         }
         if (random() % 4 == 0) {
           std::map<Key, uint32_t> scanned;

@@ -25,6 +25,7 @@ struct StoreFixture {
   std::string name;  // letters and digits; becomes part of the test's name
   Opener open;       // opens, or creates, the store that lives in `directory`; called again after Close to reopen
   Opener open_read_only = {};         // the same, read-only; empty where the backend has no such mode
+  bool reopens = false;               // rows are there after reopening, though the store does not promise it
   size_t large_batch_rows = 100'000;  // more than the backend (as opened here) moves in one piece
 };
 
@@ -36,6 +37,7 @@ class StoreConformance : public ::testing::TestWithParam<StoreFixture> {
   // Opens (again) and replaces store_; the test fails and stops if that fails.
   void Open();
   void Reopen();
+  bool Reopens() const;
   std::shared_ptr<Table> Create(const std::string& name, size_t row_bytes = 64);
   const std::filesystem::path& directory() const { return directory_; }
 

@@ -2,15 +2,46 @@
 
 #include "cc/tests/store_conformance.h"
 
+#include <map>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "cc/storage/hash_map_store.h"
 #include "cc/storage/multi_process_store.h"
+#include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
+#include "cc/tests/redis_service.h"
 #include "cc/tests/rocksdb_races.h"
 
 namespace hps::testing {
 namespace {
+
+// Servers that live as long as the test program; emptied for each test, which has a directory of its own.
+StoreFixture OnRedis(const std::string& name, int masters, RedisStoreOptions store_options) {
+  struct Servers {
+    std::unique_ptr<RedisService> redis;
+    std::filesystem::path directory;
+  };
+  static std::map<std::string, std::shared_ptr<Servers>> all;  // the list of fixtures is made once for each clause
+  std::shared_ptr<Servers>& known = all[name];
+  if (known == nullptr) known = std::make_shared<Servers>();
+  return {.name = name,
+          .open = [masters, store_options,
+                   servers = known](const std::filesystem::path& directory) -> Result<std::unique_ptr<TableStore>> {
+            if (servers->redis == nullptr) {
+              HPS_ASSIGN_OR_RETURN(servers->redis, RedisService::Start({.masters = masters}));
+            }
+            for (int node = 0; servers->directory != directory && node < servers->redis->size(); ++node) {
+              HPS_RETURN_IF_ERROR(servers->redis->Command(node, {"FLUSHALL"}).status());
+            }
+            servers->directory = directory;
+            RedisStoreOptions options = store_options;
+            options.address = servers->redis->address_list();
+            return OpenRedisStore(options);
+          },
+          .reopens = true};
+}
 
 std::vector<StoreFixture> AllFixtures() {
   std::vector<StoreFixture> fixtures;
@@ -55,6 +86,11 @@ std::vector<StoreFixture> AllFixtures() {
       {.name = "RocksDb",
        .open = [rocksdb](const std::filesystem::path& directory) { return rocksdb(directory, false); },
        .open_read_only = [rocksdb](const std::filesystem::path& directory) { return rocksdb(directory, true); }});
+  fixtures.push_back(OnRedis("RedisCluster", 3, {.num_partitions = 8}));
+  // Commands and connections as few and as short as can be: every boundary is crossed many times.
+  fixtures.push_back(
+      OnRedis("RedisSingle", 0,
+              {.num_partitions = 3, .num_node_connections = 1, .max_get_batch_size = 700, .max_set_batch_size = 300}));
   return fixtures;
 }
 

@@ -56,8 +56,9 @@ TEST_F(TierFaultsTest, FailNamesTheTierAndTheRemedy) {
   stack_.volatile_tier.breaker = &breaker;
   for (StatusCode code : {StatusCode::kUnavailable, StatusCode::kDeadlineExceeded}) {
     volatile_->Fail(Status(code, "node 7 is gone"));
-    ExpectError(Fetch(stack_, keys_).status, code,
-                {"the volatile tier (redis_cluster) cannot be asked", "node 7 is gone", "volatile_db.when_unavailable"});
+    ExpectError(
+        Fetch(stack_, keys_).status, code,
+        {"the volatile tier (redis_cluster) cannot be asked", "node 7 is gone", "volatile_db.when_unavailable"});
   }
   EXPECT_EQ(persistent_->fetches(), 0);
   EXPECT_EQ(Counted("default"), 0u);
@@ -78,7 +79,8 @@ TEST_F(TierFaultsTest, NextTierServesEveryRow) {
       EXPECT_EQ(rows.report.rows_from_persistent, 3u);
       EXPECT_EQ(rows.report.rows_from_default, 1u);
       EXPECT_EQ(rows.report.rows_skipped_volatile, 4u);
-      EXPECT_EQ(rows.report.rows_unavailable, 0u) << "the persistent tier, which has every row, said that there is none";
+      EXPECT_EQ(rows.report.rows_unavailable, 0u)
+          << "the persistent tier, which has every row, said that there is none";
     }
   }
   EXPECT_EQ(Counted("volatile skipped"), 24u);
@@ -138,10 +140,9 @@ TEST_F(TierFaultsTest, MistakesAreNeverPassedOver) {
   stack_.volatile_tier.breaker = &breaker;
   for (WhenUnavailable policy : {WhenUnavailable::kNextTier, WhenUnavailable::kDefault}) {
     Policies(policy, WhenUnavailable::kDefault);
-    for (StatusCode code :
-         {StatusCode::kInvalidArgument, StatusCode::kNotFound, StatusCode::kAlreadyExists,
-          StatusCode::kFailedPrecondition, StatusCode::kOutOfRange, StatusCode::kResourceExhausted,
-          StatusCode::kCancelled, StatusCode::kUnimplemented, StatusCode::kInternal}) {
+    for (StatusCode code : {StatusCode::kInvalidArgument, StatusCode::kNotFound, StatusCode::kAlreadyExists,
+                            StatusCode::kFailedPrecondition, StatusCode::kOutOfRange, StatusCode::kResourceExhausted,
+                            StatusCode::kCancelled, StatusCode::kUnimplemented, StatusCode::kInternal}) {
       volatile_->Fail(Status(code, "a mistake"));
       ExpectError(Fetch(stack_, keys_).status, code, {"a mistake"});
     }
@@ -260,7 +261,8 @@ class CircuitBreakerTest : public ::testing::Test {
 };
 
 TEST_F(CircuitBreakerTest, OpensAfterFailuresInARowOnly) {
-  CircuitBreaker breaker("volatile", "fake", metrics_, {.failures_to_open = 3, .first_wait = hours(1), .longest_wait = hours(1)});
+  CircuitBreaker breaker("volatile", "fake", metrics_,
+                         {.failures_to_open = 3, .first_wait = hours(1), .longest_wait = hours(1)});
   for (int i = 0; i < 5; ++i) {
     FailTimes(breaker, 2);
     breaker.Succeeded();
@@ -300,7 +302,8 @@ TEST_F(CircuitBreakerTest, OneCallTriesAndItsSuccessCloses) {
 }
 
 TEST_F(CircuitBreakerTest, LateFailuresDoNotLengthenTheWait) {
-  CircuitBreaker breaker("volatile", "fake", metrics_, {.failures_to_open = 1, .first_wait = milliseconds(1), .longest_wait = milliseconds(1)});
+  CircuitBreaker breaker("volatile", "fake", metrics_,
+                         {.failures_to_open = 1, .first_wait = milliseconds(1), .longest_wait = milliseconds(1)});
   ASSERT_OK(breaker.Admit());
   FailTimes(breaker, 1);
   breaker.Failed(Unavailable("late"));
@@ -309,7 +312,8 @@ TEST_F(CircuitBreakerTest, LateFailuresDoNotLengthenTheWait) {
 }
 
 TEST_F(CircuitBreakerTest, ManyThreadsAgree) {
-  CircuitBreaker breaker("volatile", "fake", metrics_, {.failures_to_open = 3, .first_wait = milliseconds(1), .longest_wait = milliseconds(2)});
+  CircuitBreaker breaker("volatile", "fake", metrics_,
+                         {.failures_to_open = 3, .first_wait = milliseconds(1), .longest_wait = milliseconds(2)});
   std::atomic<bool> down{true};
   std::atomic<bool> stop{false};
   std::atomic<uint64_t> admitted{0};
@@ -339,7 +343,8 @@ TEST_F(CircuitBreakerTest, AnOpenTierIsSkippedWithoutAsking) {
   auto upper = std::make_shared<FakeTable>();
   auto lower = std::make_shared<FakeTable>();
   lower->Put(1, 2);
-  CircuitBreaker breaker("volatile", "fake", metrics_, {.failures_to_open = 2, .first_wait = hours(1), .longest_wait = hours(1)});
+  CircuitBreaker breaker("volatile", "fake", metrics_,
+                         {.failures_to_open = 2, .first_wait = hours(1), .longest_wait = hours(1)});
   TierStack stack;
   stack.volatile_tier = {.table = upper, .when_unavailable = WhenUnavailable::kNextTier, .breaker = &breaker};
   stack.persistent_tier = {.table = lower};
@@ -368,8 +373,8 @@ class FaultyServerTest : public ::testing::Test {
 
   // Both tiers can be broken; the volatile one shows itself as one that is waited for, unless told otherwise.
   std::shared_ptr<ParameterServer> Open(const std::function<void(ServerConfig*)>& change = {}) {
-    ServerConfig config = MakeServer(Tiers::kBoth, folder_ / "database",
-                                     {MakeModel("m", {MakeTable("t", folder_ / "a", kServerWidth)})});
+    ServerConfig config =
+        MakeServer(Tiers::kBoth, folder_ / "database", {MakeModel("m", {MakeTable("t", folder_ / "a", kServerWidth)})});
     config.volatile_db.timeout_ms = 50;
     if (change) change(&config);
     ServerOptions options;
@@ -532,17 +537,16 @@ TEST_F(FaultyServerTest, CountersAreWhatWasDone) {
   EXPECT_EQ(table["persistent"]["fetches_failed"], 1);
   EXPECT_EQ(table["persistent"]["fetch_latency"]["count"], 3);
   const std::string text = server->PrometheusText();
-  for (const char* line :
-       {"hps_rows_unavailable_total{model=\"m\",table=\"t\"} 10\n",
-        "hps_rows_skipped_total{model=\"m\",table=\"t\",tier=\"volatile\"} 10\n",
-        "hps_rows_skipped_total{model=\"m\",table=\"t\",tier=\"persistent\"} 10\n",
-        "hps_fetches_failed_total{model=\"m\",table=\"t\",tier=\"volatile\"} 1\n",
-        "hps_rows_promoted_total{model=\"m\",table=\"t\",tier=\"volatile\"} 100\n",
-        "hps_rows_promotion_dropped_total{model=\"m\",table=\"t\",tier=\"volatile\"} 0\n",
-        "hps_keys_waited_total{model=\"m\",table=\"t\",tier=\"persistent\"} 0\n",
-        "hps_fetch_duration_seconds_count{model=\"m\",table=\"t\",tier=\"persistent\"} 3\n",
-        "# TYPE hps_tier_reachable_state gauge\n", "hps_tier_reachable_state{tier=\"volatile\"} 1\n",
-        "hps_tier_openings_total{tier=\"volatile\"} 0\n"}) {
+  for (const char* line : {"hps_rows_unavailable_total{model=\"m\",table=\"t\"} 10\n",
+                           "hps_rows_skipped_total{model=\"m\",table=\"t\",tier=\"volatile\"} 10\n",
+                           "hps_rows_skipped_total{model=\"m\",table=\"t\",tier=\"persistent\"} 10\n",
+                           "hps_fetches_failed_total{model=\"m\",table=\"t\",tier=\"volatile\"} 1\n",
+                           "hps_rows_promoted_total{model=\"m\",table=\"t\",tier=\"volatile\"} 100\n",
+                           "hps_rows_promotion_dropped_total{model=\"m\",table=\"t\",tier=\"volatile\"} 0\n",
+                           "hps_keys_waited_total{model=\"m\",table=\"t\",tier=\"persistent\"} 0\n",
+                           "hps_fetch_duration_seconds_count{model=\"m\",table=\"t\",tier=\"persistent\"} 3\n",
+                           "# TYPE hps_tier_reachable_state gauge\n", "hps_tier_reachable_state{tier=\"volatile\"} 1\n",
+                           "hps_tier_openings_total{tier=\"volatile\"} 0\n"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << " in\n" << text;
   }
 }

@@ -164,8 +164,9 @@ TEST_F(PromotionTest, ARowThatWaitsInTheQueueIsNotQueuedAgain) {
 }
 
 TEST_F(PromotionTest, AStoreThatDoesNotAnswerIsNotWaitedFor) {
-  CircuitBreaker breaker("volatile", "fake", metrics_, {.failures_to_open = 2, .first_wait = std::chrono::hours(1),
-                                                         .longest_wait = std::chrono::hours(1)});
+  CircuitBreaker breaker(
+      "volatile", "fake", metrics_,
+      {.failures_to_open = 2, .first_wait = std::chrono::hours(1), .longest_wait = std::chrono::hours(1)});
   volatile_->Fail(Unavailable("gone"));
   const auto send = [&] {
     PromotionBatch batch = Batch(3);

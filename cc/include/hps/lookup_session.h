@@ -63,7 +63,7 @@ struct LookupReport {
 };
 
 struct LookupOptions {
-  Executor* executor = nullptr;  // absent: the server's own pool
+  Executor* executor = nullptr;                  // absent: the server's own pool
   Deadline deadline = kNoDeadline;               // absent: the configuration's lookup_timeout_ms from now on
   const std::atomic<bool>* cancelled = nullptr;  // becomes true when the caller gives up: kCancelled
 };

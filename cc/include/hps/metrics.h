@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -85,6 +86,8 @@ class MetricsRegistry {
   std::vector<Sample> Samples() const;
   // The text format that Prometheus scrapes.
   std::string PrometheusText() const;
+  // The same of several registries in one text, each with labels of its own put first.
+  static std::string PrometheusText(std::span<const std::pair<MetricLabels, const MetricsRegistry*>> registries);
 
  private:
   struct Metric {

@@ -1,4 +1,4 @@
-// TableStore and Table: the contract of every storage tier (hash map, RocksDB, and later Redis).
+// TableStore and Table: the contract of every storage tier (hash map, Redis, RocksDB).
 //
 // A store holds named tables; a table maps 64-bit keys to rows of a fixed number of bytes. All operations are batched.
 // Every key value is legal (-1, 0, INT64_MIN, INT64_MAX included).
@@ -62,7 +62,7 @@ struct FetchRequest {
 
 struct UpsertOptions {
   bool only_absent = false;  // leave rows that are already there as they are (promotion from a lower tier)
-  bool bulk = false;         // part of a load: durable only after TableStore::Flush
+  bool bulk = false;         // part of a load: durable only after TableStore::Flush; DropTable before it forgets them
 };
 
 // Called by Scan with chunks of (keys, rows packed at row_bytes); a non-OK status ends the scan and is returned by it.
@@ -117,7 +117,7 @@ class TableStore {
  public:
   virtual ~TableStore() = default;
 
-  // "hash_map", "rocks_db": the name used in configuration, reports and metrics.
+  // "hash_map", "redis_cluster", "rocks_db": the name used in configuration, reports and metrics.
   virtual std::string_view kind() const = 0;
   virtual StoreCapabilities capabilities() const = 0;
 
