@@ -206,7 +206,7 @@ TEST_P(EveryInstructionTest, LeavesEverythingWholeAndUnlocked) {
   options.overflow = operation.overflow;
   const auto store = Open(options);
   const char* text = std::getenv("HPS_TEST_DEATHS");
-  const int64_t deaths = text != nullptr ? std::atoll(text) : kSanitized ? 2 : 10;
+  const int64_t deaths = text != nullptr ? std::atoll(text) : kSanitized ? 1 : 10;
   int64_t all = INT64_MAX;
   int64_t step = 1;
   std::mt19937_64 random(std::random_device{}());
@@ -250,7 +250,8 @@ std::vector<Key> GroupKeys(size_t writer, size_t group) {
   return Keys((writer * kGroups + group) * kGroupKeys, kGroupKeys, group % 2 == 0);
 }
 
-// Goes on where the last one was killed: groups of rows in ascending versions, rows that come and go, tables and records.
+// Goes on where the last one was killed: groups of rows in ascending versions, rows that come and go, tables and
+// records.
 int RunStorm(size_t writer, const fs::path& folder) {
   Acknowledged& acknowledged = *MapAcknowledged(folder);
   const auto store = Open(folder.filename().string());
@@ -290,7 +291,7 @@ TEST_F(MultiProcessTest, AStormOfWritersAndReadersThatAreKilled) {
   }
   const auto table = OpenTable(*store);
   std::mt19937_64 random(std::random_device{}());
-  const int rounds = kSanitized ? 15 : 120;
+  const int rounds = kSanitized ? 4 : 100;
   for (int round = 0; round < rounds; ++round) {
     SCOPED_TRACE("round " + std::to_string(round));
     ChildProcess left("storm0", folder / "");
