@@ -153,7 +153,7 @@ Status MultiProcessPartition::UpsertOne(Key key, const std::byte* row, bool only
   HPS_RETURN_IF_ERROR(Find(key, /*reserve=*/true, &place));
   if (place.entry != 0 && only_absent) return OkStatus();
   uint32_t slot;
-  HPS_RETURN_IF_ERROR(TakeSlot(&slot));
+  HPS_RETURN_IF_ERROR(TakeSlot(/*new_key=*/place.entry == 0, &slot));
   WriteRow(Row(slot), row);
   if (table_.meta_bytes != 0) {
     uint32_t meta = shared_.clock.load(std::memory_order_relaxed);
@@ -274,28 +274,38 @@ Status MultiProcessPartition::AllocateFirstRegion(SharedHeap& heap, SharedTable&
   return OkStatus();
 }
 
-Status MultiProcessPartition::TakeSlot(uint32_t* slot) {
+uint64_t MultiProcessPartition::UnusedSlot(uint64_t slot) const {
+  return slot >= table_.first_slots ? std::max(slot, uint64_t{1} << table_.first_bits) : slot;
+}
+
+// Sees to it that there are so many slots that no row has.
+Status MultiProcessPartition::ReserveSlots(uint64_t count) {
+  uint64_t slot = shared_.next_slot;
+  for (uint64_t found = shared_.free_slots; found < count; ++found, ++slot) {
+    slot = UnusedSlot(slot);
+    if (slot >= SharedPartition::kMaxSlots) {
+      return ResourceExhausted("a partition of the table holds all the rows that one can have; raise num_partitions");
+    }
+    const SlotPlace place = PlaceOfSlot(base_, table_, shared_, static_cast<uint32_t>(slot));
+    if (place.row != nullptr) continue;
+    const auto lock = heap_.Lock();
+    HPS_ASSIGN_OR_RETURN(const uint64_t offset, heap_.Allocate(table_.RegionBytes(place.region)));
+    shared_.regions[place.region].store(static_cast<uint32_t>(offset / kUnitBytes), std::memory_order_release);
+  }
+  return OkStatus();
+}
+
+// A new key leaves a slot to the others, so that the rows of a full table can still be updated.
+Status MultiProcessPartition::TakeSlot(bool new_key, uint32_t* slot) {
+  HPS_RETURN_IF_ERROR(ReserveSlots(new_key ? 2 : 1));
   if (shared_.first_free != 0) {
     *slot = shared_.first_free - 1;
     shared_.first_free = LoadWord<uint32_t>(Row(*slot));
     --shared_.free_slots;
     return OkStatus();
   }
-  if (shared_.next_slot == table_.first_slots) {
-    shared_.next_slot = std::max(table_.first_slots, uint64_t{1} << table_.first_bits);
-  }
-  if (shared_.next_slot >= SharedPartition::kMaxSlots) {
-    return ResourceExhausted("a partition of the table holds all the rows that one can have; raise num_partitions");
-  }
-  const auto next = static_cast<uint32_t>(shared_.next_slot);
-  const SlotPlace place = PlaceOfSlot(base_, table_, shared_, next);
-  if (place.row == nullptr) {
-    const auto lock = heap_.Lock();
-    HPS_ASSIGN_OR_RETURN(const uint64_t offset, heap_.Allocate(table_.RegionBytes(place.region)));
-    shared_.regions[place.region].store(static_cast<uint32_t>(offset / kUnitBytes), std::memory_order_release);
-  }
-  shared_.next_slot = next + 1;
-  *slot = next;
+  *slot = static_cast<uint32_t>(UnusedSlot(shared_.next_slot));
+  shared_.next_slot = uint64_t{*slot} + 1;
   return OkStatus();
 }
 

@@ -77,7 +77,9 @@ class MultiProcessPartition {
   Status MakeDenseIndex();
   Status ReplaceIndex();
 
-  Status TakeSlot(uint32_t* slot);
+  uint64_t UnusedSlot(uint64_t slot) const;  // the first from there on that may be one
+  Status ReserveSlots(uint64_t count);
+  Status TakeSlot(bool new_key, uint32_t* slot);
   void FreeSlot(uint32_t slot);
   void WriteRow(std::byte* to, const std::byte* row);
   std::byte* Row(uint32_t slot) const { return PlaceOfSlot(base_, table_, shared_, slot).row; }

@@ -202,7 +202,8 @@ class MultiProcessStore final : public TableStore {
     const uint32_t num_partitions = heap_.layout().num_partitions;
     const OverflowOptions& overflow = state_->overflow;
     uint64_t held_rows = PartitionRows(spec.expected_rows, num_partitions);
-    if (overflow.bounded()) held_rows = std::min(held_rows, overflow.margin + 1);  // an update needs one slot more
+    if (overflow.bounded()) held_rows = std::min(held_rows, overflow.margin);
+    held_rows += 1;  // for updates
     SharedTable shape = {};
     shape.bytes = sizeof(SharedTable) + num_partitions * sizeof(SharedPartition) + spec.name.size();
     shape.row_bytes = spec.row_bytes;

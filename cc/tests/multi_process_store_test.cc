@@ -2,6 +2,8 @@
 // used again, and rows that several processes share. What happens when they are killed: multi_process_crash_test.cc.
 
 #include <fcntl.h>
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/statvfs.h>
 
@@ -173,13 +175,15 @@ TEST_F(MultiProcessTest, AFullMemoryRefusesRowsAndKeepsThoseItHas) {
   EXPECT_GT(written * kRowBytes, options.bytes / 2);
   ExpectVersion(*table, Keys(0, written, false), 1);
   ASSERT_OK(CheckMultiProcessStore(*store));
+  ASSERT_OK(Put(*table, Keys(0, written, false), 2));  // updates need no room
+  ExpectVersion(*table, Keys(0, written, false), 2);
   ExpectError(store->WriteRecord("r", std::string(1 << 20, 'r')), StatusCode::kResourceExhausted, {"shared_memory"});
   ExpectError(store->CreateTable({.name = "t2", .row_bytes = 4, .expected_rows = 1 << 20}).status(),
               StatusCode::kResourceExhausted, {"'t2'", "raise shared_memory_size"});
   // There is room again where there was a row.
   ASSERT_OK(table->Erase(Keys(0, 500, false)));
-  ASSERT_OK(Put(*table, Keys(0, 500, false), 2));
-  ExpectVersion(*table, Keys(0, 500, false), 2);
+  ASSERT_OK(Put(*table, Keys(0, 500, false), 3));
+  ExpectVersion(*table, Keys(0, 500, false), 3);
   ASSERT_OK(CheckMultiProcessStore(*store));
 }
 
@@ -188,7 +192,7 @@ TEST_F(MultiProcessTest, AFullDevShmIsAnError) {
   ASSERT_EQ(::statvfs("/dev/shm", &info), 0);
   const uint64_t total = std::max<uint64_t>(uint64_t{info.f_blocks} * info.f_frsize, 64 << 20);
   MultiProcessOptions options = Options(name);
-  options.bytes = 4 * total;
+  options.bytes = std::max<uint64_t>(4 * total, uint64_t{4} << 30);
   const auto store = Open(options);
   const uint64_t rows = total / 512;
   ExpectError(store->CreateTable({.name = "t", .row_bytes = 1024, .expected_rows = rows}).status(),
@@ -202,6 +206,35 @@ TEST_F(MultiProcessTest, AFullDevShmIsAnError) {
   }
   ASSERT_OK(Put(*Create(*store, 0, 64, "small"), Keys(0, 100, false), 1));
   ASSERT_OK(CheckMultiProcessStore(*store));
+}
+
+constexpr int kMayNotMount = 77;
+
+// Fills a /dev/shm of its own that is smaller than the shared memory is to be.
+int RunInSmallDevShm(const fs::path& folder) {
+  if (::unshare(CLONE_NEWNS) != 0 || ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+      ::mount("tmpfs", "/dev/shm", "tmpfs", 0, "size=4m") != 0) {
+    return kMayNotMount;
+  }
+  const auto store = Open(folder.filename().string());
+  const auto table = Create(*store);
+  size_t written = 0;
+  Status status;
+  for (; status.ok() && written < 100'000; written += 100) status = Put(*table, Keys(written, 100, false), 1);
+  ExpectError(status, StatusCode::kResourceExhausted, {"/dev/shm has", "--shm-size"});
+  written -= 100;
+  EXPECT_GT(written * kRowBytes, 2u << 20);
+  ExpectVersion(*table, Keys(0, written, false), 1);
+  EXPECT_TRUE(Put(*table, Keys(0, 500, false), 2).ok());
+  EXPECT_TRUE(CheckMultiProcessStore(*store).ok());
+  return ::testing::Test::HasFailure() ? 1 : 0;
+}
+
+TEST_F(MultiProcessTest, RowsThatFillDevShmAreRefusedAndTheOthersStay) {
+  const int status = ChildProcess("small", folder / "").Wait();
+  if (WEXITSTATUS(status) == kMayNotMount)
+    GTEST_SKIP() << "no permission to mount; AFullDevShmIsAnError tests the rest";
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(MultiProcessTest, ALargeMemoryTakesOnlyWhatItNeeds) {
@@ -672,6 +705,7 @@ TEST_F(MultiProcessTest, WhatACrashLeftOfAnotherLayoutIsMadeAnew) {
 int RunRole(const std::string& role, const fs::path& given) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   const fs::path folder = given.parent_path();
+  if (role == "small") return RunInSmallDevShm(folder);
   if (role == "writer") return RunWriter(folder);
   if (role == "holder") return RunHolder(folder, /*stops=*/true);
   if (role == "stayer") return RunHolder(folder, /*stops=*/false);
