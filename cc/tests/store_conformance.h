@@ -69,7 +69,7 @@ class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixt
   // Opens a store (closing the one before) and creates a table in it.
   std::shared_ptr<Table> Create(uint64_t margin, uint32_t num_partitions = 1, bool refresh_time_after_fetch = false,
                                 uint64_t expected_rows = 0);
-  void PassTime() const {
+  void LetTimePass() const {
     if (GetParam().pass_time) GetParam().pass_time();
   }
 
