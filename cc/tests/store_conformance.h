@@ -57,7 +57,7 @@ struct BoundedStoreFixture {
   OverflowPolicy policy;
   Opener open;  // moves upserts of up to 1,000 rows in one piece
   // Returns when the store's clock has moved on; empty where every write does so.
-  std::function<void()> pass_time = {};
+  std::function<void()> let_time_pass = {};
 };
 
 class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixture> {
@@ -70,7 +70,7 @@ class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixt
   std::shared_ptr<Table> Create(uint64_t margin, uint32_t num_partitions = 1, bool refresh_time_after_fetch = false,
                                 uint64_t expected_rows = 0);
   void LetTimePass() const {
-    if (GetParam().pass_time) GetParam().pass_time();
+    if (GetParam().let_time_pass) GetParam().let_time_pass();
   }
 
   std::unique_ptr<TableStore> store_;
