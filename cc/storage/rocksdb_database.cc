@@ -252,8 +252,8 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   Status FinishBulkLocked(RocksDbFamily& family);
   Status WriteBulk(RocksDbFamily& family, const BulkRows& rows);
   Status IngestBulk(RocksDbFamily& family, const BulkRows& rows);
-  Status WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
-                         const std::string& path, bool* written);
+  Status WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, const std::string& path,
+                         bool* written);
   std::vector<std::shared_ptr<Family>> Families();
   fs::path BulkFolder() const { return fs::path(path_) / kBulkFolder; }
 
@@ -472,7 +472,7 @@ Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes,
     HPS_RETURN_IF_ERROR(FinishBulkLocked(family));
   }
   if (family.bulk == nullptr) {
-    family.bulk = std::make_unique<BulkRows>(Where(family.name), BulkFolder(), row_bytes, &bulk_memory_);
+    family.bulk = std::make_unique<BulkRows>(Where(family.name), BulkFolder(), row_bytes, &bulk_memory_, threads_);
     family.bulk_key_bytes = key_bytes;
   }
   family.bulk_pending = true;
@@ -505,7 +505,7 @@ Status Database::FinishBulkLocked(RocksDbFamily& family) {
 Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
   std::vector<Key> keys;
   std::vector<const std::byte*> places;
-  const Status visited = rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
+  const Status visited = rows.Visit({0, UINT64_MAX}, [&](const Key& key, const std::byte* row) {
     keys.push_back(key);
     places.push_back(row);
     return OkStatus();
@@ -545,7 +545,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
       for (size_t i; (i = next++) < ranges.size();) {
         const std::string path = (BulkFolder() / (std::to_string(first_file + i) + ".sst")).string();
         bool written = false;
-        Status file_status = WriteSortedFile(family, rows, ranges[i], threads_, path, &written);
+        Status file_status = WriteSortedFile(family, rows, ranges[i], path, &written);
         if (!file_status.ok()) fail(std::move(file_status));
         std::lock_guard lock(mutex);
         if (written) files.push_back(path);
@@ -576,7 +576,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
   return status;
 }
 
-Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
+Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range,
                                  const std::string& path, bool* written) {
   rocksdb::Options options;
   SetFamilyOptions(&options);
@@ -584,7 +584,7 @@ Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, Bu
   rocksdb::SstFileWriter writer(rocksdb::EnvOptions(options), options, HandleOf(family),
                                 /*invalidate_page_cache=*/false);
   const auto key_bytes = static_cast<size_t>(family.bulk_key_bytes);
-  HPS_RETURN_IF_ERROR(rows.Visit(range, threads, [&](const Key& key, const std::byte* row) -> Status {
+  HPS_RETURN_IF_ERROR(rows.Visit(range, [&](const Key& key, const std::byte* row) -> Status {
     if (!*written) {
       HPS_RETURN_IF_ERROR(Map(writer.Open(path), family));
       *written = true;
