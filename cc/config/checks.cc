@@ -114,7 +114,12 @@ Status FinishServer(const JsonValue& json, const Place& place, Notes*, ServerCon
   VolatileConfig& memory = config->volatile_db;
   if (memory.num_partitions == 0) {
     uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
-    memory.num_partitions = memory.type == VolatileType::kRedisCluster ? 8 : std::min(16u, cores);
+    switch (memory.type) {
+      case VolatileType::kRedisCluster: memory.num_partitions = 8; break;
+      // Shared by processes that may run on unlike numbers of cores.
+      case VolatileType::kMultiProcessHashMap: memory.num_partitions = 16; break;
+      default: memory.num_partitions = std::min(16u, cores);
+    }
   }
   bool persistent = config->persistent_db.type != PersistentType::kDisabled;
   if (memory.type != VolatileType::kDisabled && memory.initial_cache_rate < 1 && !persistent) {
@@ -148,9 +153,8 @@ Status CheckBuilt(const ServerConfig& config) {
   const VolatileConfig& memory = config.volatile_db;
   switch (memory.type) {
     case VolatileType::kRedisCluster:
-    case VolatileType::kHashMap: break;
     case VolatileType::kMultiProcessHashMap:
-      return not_built("/volatile_db/type", "multi_process_hash_map; use \"parallel_hash_map\" in each process");
+    case VolatileType::kHashMap: break;
     case VolatileType::kDisabled:
       if (config.persistent_db.type == PersistentType::kDisabled) {
         return not_built("/volatile_db/type",

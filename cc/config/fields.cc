@@ -292,7 +292,7 @@ const Section<VolatileConfig>& VolatileSection() {
       {
           Plain("type", &V::type, {}, "`hash_map` and `parallel_hash_map` select the same store"),
           WithDefaultText(Plain("num_partitions", &V::num_partitions, Between(1, 65536), "parts of a table"),
-                          "hash maps: the number of cores, at most 16; redis_cluster: 8"),
+                          "hash_map: the number of cores, at most 16; multi_process_hash_map: 16; redis_cluster: 8"),
           DatabaseBatchSize<V>(),
           Plain(
               "max_get_batch_size", &V::max_get_batch_size, AtLeast(1),
@@ -303,11 +303,11 @@ const Section<VolatileConfig>& VolatileSection() {
           Plain("allocation_rate", &V::allocation_rate_bytes, AtLeast(1),
                 "bytes that a hash map asks of the system at a time"),
           Plain("shared_memory_size", &V::shared_memory_bytes, AtLeast(1),
-                "multi_process_hash_map: most bytes of shared memory", kLater),
+                "multi_process_hash_map: most bytes of shared memory; taken as they are needed"),
           Plain("shared_memory_name", &V::shared_memory_name, Formatted(kNotEmpty),
-                "multi_process_hash_map: name of the shared memory", kLater),
+                "multi_process_hash_map: name of the shared memory, a file in /dev/shm"),
           Plain("shared_memory_auto_remove", &V::shared_memory_auto_remove, {},
-                "multi_process_hash_map: the last process removes the shared memory", kLater),
+                "multi_process_hash_map: the last process removes the shared memory"),
           Plain("address", &V::address, Formatted(StringFormat::kHosts),
                 "redis_cluster: host[:port] of one or more nodes, separated by commas; without a port: 7000"),
           Plain("user_name", &V::user_name, {}, "redis_cluster: user"),

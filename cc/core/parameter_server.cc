@@ -24,6 +24,7 @@
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
 #include "cc/storage/hash_map_store.h"
+#include "cc/storage/multi_process_store.h"
 #include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "hps/log.h"
@@ -345,6 +346,18 @@ class ParameterServer::Impl {
       options.max_set_batch_size = cache.max_set_batch_size;
       options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
+    } else if (cache.type == VolatileType::kMultiProcessHashMap) {
+      MultiProcessOptions options;
+      options.name = cache.shared_memory_name;
+      options.bytes = cache.shared_memory_bytes;
+      options.auto_remove = cache.shared_memory_auto_remove;
+      options.num_partitions = cache.num_partitions;
+      options.key_bytes = config_.long_keys ? 8 : 4;
+      options.allocation_rate_bytes = cache.allocation_rate_bytes;
+      options.overflow = {cache.overflow_margin, cache.overflow_policy, cache.overflow_resolution_target,
+                          cache.refresh_time_after_fetch};
+      options.executor = resources_->load_executor.get();
+      HPS_ASSIGN_OR_RETURN(volatile_store, OpenMultiProcessStore(options));
     }
     if (cache.type == VolatileType::kRedisCluster) {
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenRedisStore(RedisOptionsOf(cache)));

@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "cc/storage/partition_order.h"
 #include "cc/storage/row_copy.h"
 #include "hps/epoch.h"
 
@@ -20,8 +21,6 @@ namespace hps {
 namespace {
 
 constexpr size_t kMaxRowBytes = size_t{1} << 30;
-// Writes of fewer rows are not worth waking other threads for.
-constexpr size_t kParallelWriteRows = 4096;
 constexpr size_t kScanChunkBytes = 256 << 10;
 // Output of so many bytes leaves the nearer caches before anybody reads it, so it is written around them.
 constexpr size_t kStreamBytes = 4 << 20;
@@ -248,24 +247,6 @@ Status HashMapTable::Locate(std::span<const Key> keys, std::span<const std::byte
   return OkStatus();
 }
 
-template <typename Body>
-void HashMapTable::ForEachPartition(std::span<const Key> keys, Body body) const {
-  const uint32_t num_partitions = contents_->num_partitions();
-  // A stable counting sort of the positions by partition; ends[p] is where the positions of p end.
-  std::vector<uint32_t> ends(num_partitions + 1, 0);
-  for (const Key key : keys) ++ends[contents_->PartitionOf(key) + 1];
-  for (uint32_t p = 0; p < num_partitions; ++p) ends[p + 1] += ends[p];
-  std::vector<uint32_t> order(keys.size());
-  for (uint32_t i = 0; i < keys.size(); ++i) order[ends[contents_->PartitionOf(keys[i])]++] = i;
-  const size_t grain = keys.size() < kParallelWriteRows ? num_partitions : 1;
-  options_.executor->ParallelFor(num_partitions, grain, [&](size_t first, size_t last) {
-    for (size_t p = first; p < last; ++p) {
-      const uint32_t begin = p == 0 ? 0 : ends[p - 1];
-      if (begin < ends[p]) body(p, std::span<const uint32_t>(order).subspan(begin, ends[p] - begin));
-    }
-  });
-}
-
 Status HashMapTable::Upsert(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) {
   HPS_RETURN_IF_ERROR(CheckOpen());
   HPS_RETURN_IF_ERROR(CheckStride(rows.stride_bytes));
@@ -274,7 +255,8 @@ Status HashMapTable::Upsert(std::span<const Key> keys, ConstRowBuffer rows, cons
   const size_t piece_rows = options_.max_set_batch_size;
   // Later pieces are younger.
   const uint32_t now = contents_->clock.Advance(static_cast<uint32_t>(keys.size() / piece_rows + 1));
-  ForEachPartition(keys, [&](size_t partition, std::span<const uint32_t> order) {
+  const auto partition_of = [this](Key key) { return contents_->PartitionOf(key); };
+  ForEachPartition(keys, contents_->num_partitions(), *options_.executor, partition_of, [&](uint32_t partition, std::span<const uint32_t> order) {
     Status written;
     for (size_t first = 0; first < order.size() && written.ok(); first += piece_rows) {
       const auto piece = order.subspan(first, std::min(piece_rows, order.size() - first));
@@ -291,9 +273,11 @@ Status HashMapTable::Upsert(std::span<const Key> keys, ConstRowBuffer rows, cons
 Status HashMapTable::Erase(std::span<const Key> keys, uint64_t* erased) {
   HPS_RETURN_IF_ERROR(CheckOpen());
   std::atomic<uint64_t> total{0};
-  ForEachPartition(keys, [&](size_t partition, std::span<const uint32_t> order) {
-    total.fetch_add(contents_->partitions[partition].Erase(order, keys), std::memory_order_relaxed);
-  });
+  ForEachPartition(
+      keys, contents_->num_partitions(), *options_.executor, [this](Key key) { return contents_->PartitionOf(key); },
+      [&](uint32_t partition, std::span<const uint32_t> order) {
+        total.fetch_add(contents_->partitions[partition].Erase(order, keys), std::memory_order_relaxed);
+      });
   if (erased != nullptr) *erased = total;
   return OkStatus();
 }

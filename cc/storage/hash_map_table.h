@@ -77,9 +77,6 @@ class HashMapTable final : public Table {
   void FetchRows(const FetchRequest& request, size_t first, size_t last, std::vector<uint32_t>* misses) const;
   template <RowMark kMark>
   Status FetchPieces(const FetchRequest& request, std::vector<uint32_t>* misses) const;
-  // Calls body(partition number, positions of its keys in input order) for each partition that has some.
-  template <typename Body>
-  void ForEachPartition(std::span<const Key> keys, Body body) const;
 
   const TableSpec spec_;
   const HashMapOptions options_;

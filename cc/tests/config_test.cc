@@ -356,6 +356,7 @@ TEST(ConfigDefaults, SectionsWithoutType) {
   EXPECT_EQ(Parsed(With("/persistent_db", "")).persistent_db.type, PersistentType::kRocksDb);
   EXPECT_EQ(Parsed(With("/update_source", "")).update_source.type, UpdateSourceType::kKafka);
   EXPECT_EQ(Parsed(With("/volatile_db", R"("type": "redis")")).volatile_db.num_partitions, 8u);
+  EXPECT_EQ(Parsed(With("/volatile_db", R"("type": "multi_process_hash_map")")).volatile_db.num_partitions, 16u);
 }
 
 TEST(ConfigDefaults, ShortListOfDefaultValuesIsPaddedWithAWarning) {
@@ -664,12 +665,12 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
            R"("persistent_db": {"initialize_after_startup": false})",
            R"("volatile_db": {"initialize_after_startup": false})",
            R"("update_source": {"type": "null"})",
+           R"("volatile_db": {"type": "multi_process_hash_map", "overflow_margin": 1000})",
            R"("volatile_db": {"type": "redis", "overflow_margin": 5})",
        }) {
     EXPECT_EQ(check(accepted).ToString(), "OK") << accepted;
   }
   const std::pair<std::string, std::string> refused[] = {
-      {R"("volatile_db": {"type": "multi_process_hash_map"})", "/volatile_db/type: not built yet: multi_process"},
       {R"("volatile_db": {"type": "disabled"})", "/volatile_db/type: not built yet: a server without any database"},
       {R"("update_source": {})", "/update_source/type: not built yet: kafka_message_queue"},
   };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cc/storage/hash_map_store.h"
+#include "cc/storage/multi_process_store.h"
 #include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "cc/tests/redis_service.h"
@@ -52,6 +53,15 @@ std::vector<StoreFixture> AllFixtures() {
   fixtures.push_back({.name = "HashMapOnePartition", .open = [](const std::filesystem::path&) {
                         return OpenHashMapStore({.num_partitions = 1, .allocation_rate_bytes = 4096});
                       }});
+  // Named after the directory, so that each test has its own and a reopened store finds it gone.
+  fixtures.push_back({.name = "MultiProcessHashMap", .open = [](const std::filesystem::path& directory) {
+                        static Executor& executor = *NewThreadPool(2).release();
+                        return OpenMultiProcessStore({.name = directory.filename(),
+                                                      .bytes = 256 << 20,
+                                                      .num_partitions = 4,
+                                                      .allocation_rate_bytes = 1 << 20,
+                                                      .executor = &executor});
+                      }});
   // A margin that is not met: all clauses hold, whatever is noted beside the rows and however small the pieces.
   for (const OverflowPolicy policy : {OverflowPolicy::kEvictOldest, OverflowPolicy::kEvictLeastUsed}) {
     fixtures.push_back({.name = policy == OverflowPolicy::kEvictOldest ? "HashMapOldest" : "HashMapLeastUsed",
@@ -88,7 +98,17 @@ std::vector<BoundedStoreFixture> BoundedFixtures() {
   const auto hash_map = [](const std::filesystem::path&, uint32_t num_partitions, const OverflowOptions& overflow) {
     return OpenHashMapStore({.num_partitions = num_partitions, .overflow = overflow});
   };
-  return {{.name = "HashMapOldest", .policy = OverflowPolicy::kEvictOldest, .open = hash_map},
+  const auto multi_process = [](const std::filesystem::path& directory, uint32_t num_partitions,
+                                const OverflowOptions& overflow) {
+    return OpenMultiProcessStore({.name = directory.filename(),
+                                  .bytes = 32 << 20,
+                                  .num_partitions = num_partitions,
+                                  .overflow = overflow});
+  };
+  return {{.name = "MultiProcessOldest", .policy = OverflowPolicy::kEvictOldest, .open = multi_process},
+          {.name = "MultiProcessLeastUsed", .policy = OverflowPolicy::kEvictLeastUsed, .open = multi_process},
+          {.name = "MultiProcessRandom", .policy = OverflowPolicy::kEvictRandom, .open = multi_process},
+          {.name = "HashMapOldest", .policy = OverflowPolicy::kEvictOldest, .open = hash_map},
           {.name = "HashMapLeastUsed", .policy = OverflowPolicy::kEvictLeastUsed, .open = hash_map},
           {.name = "HashMapRandom", .policy = OverflowPolicy::kEvictRandom, .open = hash_map}};
 }
