@@ -198,6 +198,7 @@ std::vector<StoreFixture> AllFixtures() {
                                  return std::unique_ptr<TableStore>(
                                      new StackStore(std::move(upper), addressable, std::move(lower)));
                                }));
+    fixtures.back().one_writer_order = false;
   }
   fixtures.push_back(Fixture("SingleFlight", [](const Path& directory, bool read_only) -> Opened {
     HPS_ASSIGN_OR_RETURN(auto store, Database(directory, read_only));

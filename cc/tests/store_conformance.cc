@@ -711,7 +711,7 @@ TEST_P(StoreConformance, ReadersSeeWholeRowsUnderAWriterStorm) {
         FetchVersions(*table, keys, &versions);
         for (size_t i = 0; i < keys.size(); ++i) {
           if (i % 3 == 0 && versions[i] == 0) continue;  // erased and written again
-          if (versions[i] < last[i]) {
+          if (versions[i] < last[i] && GetParam().one_writer_order) {
             ADD_FAILURE() << "key " << keys[i] << " went back from " << last[i] << " to " << versions[i];
             stop = true;
           }

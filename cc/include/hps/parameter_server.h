@@ -26,7 +26,7 @@ struct ServerOptions {
   const std::atomic<bool>* cancelled = nullptr;  // looked at by Open alone: true ends it soon, with kCancelled
   // Puts an adaptor around a store before it is used (to meter it, to let it fail in a test); `tier` is "volatile" or
   // "persistent". Must not return nullptr.
-  std::function<std::shared_ptr<TableStore>(std::string_view tier, std::shared_ptr<TableStore> store)> adapt_store;
+  std::function<std::shared_ptr<TableStore>(std::string_view tier, std::shared_ptr<TableStore> store)> adapt_store = {};
 };
 
 // For load balancers and people.
