@@ -22,7 +22,9 @@ from .config import (
     UpdateSourceType_t,
     VolatileDatabaseParams,
 )
-from .server import Init, ParameterServer, prometheus_text, shutdown, stats
+from .inspect import inspect
+from .memory_plan import memory_plan
+from .server import Init, ParameterServer, prometheus_text, readiness, ready, servers, shutdown, stats
 
 __all__ = [
     "DatabaseHashMapAlgorithm_t",
@@ -39,7 +41,12 @@ __all__ = [
     "VolatileDatabaseParams",
     "__version__",
     "errors",
+    "inspect",
+    "memory_plan",
     "prometheus_text",
+    "readiness",
+    "ready",
+    "servers",
     "shutdown",
     "stats",
 ]

@@ -10,12 +10,13 @@ import os
 from . import _hps
 from ._hps import (  # noqa: F401  (re-exported for the package)
     ParameterServer,
+    available_memory_bytes,
     bind_handle,
     config_hash,
     config_json_schema,
     config_reference,
     default_handle,
-    default_server,
+    fingerprint_table_folder,
     init_default_server,
     load_config,
     open_server,

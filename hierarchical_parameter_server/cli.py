@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
+
+from .errors import HpsError
+from .units import parse_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,19 +23,123 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (OSError, ValueError, NotImplementedError, ImportError) as error:
+    except (HpsError, OSError, ValueError, NotImplementedError, ImportError) as error:
         print(f"hps {options.command}: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `hps inspect ... | head` is no error
+        return 0
     except KeyboardInterrupt:
         print(f"hps {options.command}: interrupted, nothing was written", file=sys.stderr)
         return 130
 
 
+_EXAMPLES = """examples:
+  hps convert model.keras -o served     tables, a ps.json and the dense rest of a trained model
+  hps memory served/ps.json             what it will need on host, GPU and disk, before anything is loaded
+  hps inspect served/ps.json            what its folders and databases hold
+  hps inspect redis://cache:7000        the tables in a Redis cluster
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hps", description="Hierarchical Parameter Server")
+    parser = argparse.ArgumentParser(
+        prog="hps",
+        description="Hierarchical Parameter Server",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_convert(commands)
+    _add_inspect(commands)
+    _add_memory(commands)
     return parser
+
+
+def _add_inspect(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="list models, tables, rows and bytes of folders and databases",
+        description="Looks at PLACE and changes nothing; a server that uses it meanwhile is not disturbed. The exit "
+        "code is 1 if something there is damaged.",
+    )
+    parser.set_defaults(run=_inspect)
+    parser.add_argument(
+        "place",
+        metavar="PLACE",
+        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), or "
+        "Redis: redis://[user@]host:port, rediss:// for TLS, host:port",
+    )
+    parser.add_argument("--rows", metavar="N", type=int, default=3, help="rows of each table to show (default: 3)")
+    parser.add_argument("--exact", action="store_true", help="count rows that would be estimated; reads whole tables")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    redis = parser.add_argument_group("Redis")
+    redis.add_argument("--password-env", metavar="NAME", help="environment variable with the password "
+                       "(default: HPS_REDIS_PASSWORD)")  # fmt: skip
+    redis.add_argument("--ask-password", action="store_true", help="ask for the password")
+    redis.add_argument("--tls-ca", metavar="PATH", help="file or folder of trusted certificates")
+    redis.add_argument("--tls-cert", metavar="FILE", help="certificate of this client")
+    redis.add_argument("--tls-key", metavar="FILE", help="its key")
+    redis.add_argument("--tls-server-name", metavar="NAME", help="name to ask for and check (default: the host)")
+    redis.add_argument("--timeout", metavar="SECONDS", type=float, default=5.0, help="for an answer (default: 5)")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .inspect import inspect
+
+    password = None
+    if options.ask_password:
+        password = getpass.getpass("password: ")
+    elif options.password_env is not None:
+        if options.password_env not in os.environ:
+            raise ValueError(f"--password-env: there is no environment variable {options.password_env}")
+        password = os.environ[options.password_env]
+    report = inspect(
+        options.place,
+        rows=options.rows,
+        exact=options.exact,
+        password=password,
+        tls_ca=options.tls_ca,
+        tls_certificate=options.tls_cert,
+        tls_key=options.tls_key,
+        tls_server_name=options.tls_server_name,
+        timeout_seconds=options.timeout,
+    )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report.to_text())
+    problems = report.all_problems()
+    if problems and options.json:
+        print(f"hps inspect: {len(problems)} problems, the first: {problems[0]}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _add_memory(commands) -> None:
+    parser = commands.add_parser(
+        "memory",
+        help="say what a configuration will need before anything is loaded",
+        description="Says what the tables of a ps.json will need on the host, on each GPU, in Redis and on disk, "
+        "against what there is, and where each table should live. Nothing is loaded; only sizes and some keys of the "
+        "table folders are read. The exit code is 1 if it does not fit.",
+    )
+    parser.set_defaults(run=_memory)
+    parser.add_argument("config", metavar="PS_JSON")
+    parser.add_argument("--host-memory", metavar="SIZE", type=_size, help="plan for a host with 64GiB, say, to spare")
+    parser.add_argument("--gpu-memory", metavar="SIZE", type=_size, help="plan for GPUs with 80GiB, say, to spare")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from .memory_plan import memory_plan
+
+    plan = memory_plan(options.config, host_memory=options.host_memory, gpu_memory=options.gpu_memory)
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.to_text())
+    return 0 if plan.fits else 1
 
 
 def _add_convert(commands) -> None:

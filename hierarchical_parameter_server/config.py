@@ -372,6 +372,7 @@ class ParameterServerConfig:
         for model in params:
             model.i64_input_key = top.get("supportlonglong")
         top.pop("supportlonglong", None)
+        top.pop("$schema", None)  # for editors
         if top:
             raise ValueError(f"/{next(iter(top))}: unknown key")
         config.inference_params_array = params

@@ -54,6 +54,12 @@ class ParameterServer:
                 f"{type(config).__name__}"
             )
 
+    @classmethod
+    def _of(cls, server: _native.ParameterServer) -> ParameterServer:
+        wrapper = cls.__new__(cls)
+        wrapper._server = server
+        return wrapper
+
     def lookup(self, keys: Any, model: str, table: str | int = 0, return_found: bool = False):
         """Looks up rows.
 
@@ -100,6 +106,21 @@ class ParameterServer:
     def tables(self, model: str) -> list[tuple[str, int]]:
         """(name, width) of each table of a model, in order."""
         return self._server.tables(model)
+
+    def readiness(self) -> dict:
+        """Whether the server can answer lookups now, and why not.
+
+        Returns:
+            ``ready`` (bool), ``reason`` (a sentence), ``models`` (loaded ones) and ``tiers``: for "volatile" and
+            "persistent", as far as configured, ``store``, ``needed`` (lookups fail without it), ``reachable`` and
+            ``error``. A tier that is not needed may be unreachable and the server is ready all the same. Each tier is
+            asked for one row, for at most a second.
+        """
+        return self._server.readiness()
+
+    def ready(self) -> bool:
+        """True when all models are loaded and every tier that lookups need answers: for readiness probes."""
+        return self.readiness()["ready"]
 
     def stats(self) -> dict:
         """Models, tables, rows and memory per tier, where rows came from, latencies."""
@@ -155,14 +176,46 @@ def Init(ps_config_file: str | os.PathLike | None = None, global_batch_size: int
         return tf.constant("OK")
 
 
+def readiness() -> dict:
+    """Whether every server open in this process can answer lookups now, and why not.
+
+    Returns:
+        ``ready`` (bool), ``reason`` (a sentence) and ``servers``: what :meth:`ParameterServer.readiness` says of each,
+        the default server first. Not ready before a server is open.
+    """
+    servers = [server.readiness() for server in _native.open_servers()]
+    if not servers:
+        return {"ready": False, "reason": "no server is open: call hps.Init or load a model", "servers": []}
+    failing = [server["reason"] for server in servers if not server["ready"]]
+    remarks = failing or [server["reason"] for server in servers if server["reason"] != "ready"]
+    return {"ready": not failing, "reason": "; ".join(remarks) or "ready", "servers": servers}
+
+
+def ready() -> bool:
+    """True when a server is open and every open server is ready, see :func:`readiness`."""
+    return readiness()["ready"]
+
+
 def stats() -> dict:
     """Statistics of every server open in this process: ``{"servers": [...]}``, the default one first."""
     return {"servers": [json.loads(server.stats_json()) for server in _native.open_servers()]}
 
 
 def prometheus_text() -> str:
-    """Counters and histograms of the default server in Prometheus' text format."""
-    return _native.default_server().prometheus_text()
+    """Counters and histograms of every open server in Prometheus' text format.
+
+    The label ``server`` tells them apart: the hash of the configuration, as in :func:`stats`.
+    """
+    return _native.prometheus_text()
+
+
+def servers() -> list[ParameterServer]:
+    """Every server open in this process, the one of ``hps.Init`` first.
+
+    Those that layers and SavedModels have opened are among them, so that the models TensorFlow serves can be loaded,
+    replaced and unloaded: ``hps.servers()[0].replace_model(...)``. Closing one closes it for its layers, too.
+    """
+    return [ParameterServer._of(server) for server in _native.open_servers()]
 
 
 def shutdown() -> None:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import report  # noqa: E402
+from benchmarks import report, tiers  # noqa: E402
 from benchmarks.axes import QUICK  # noqa: E402
 from benchmarks.measure import WrongRowsError, check_rows, take_turns  # noqa: E402
 from benchmarks.workload import Case, IdSource, TableData, cases  # noqa: E402
@@ -196,3 +196,33 @@ def test_a_file_that_is_no_run_is_refused(tmp_path):
     path.write_text(json.dumps({"kind": "lookup"}) + os.linesep, encoding="utf-8")
     with pytest.raises(ValueError, match="does not begin with the record of a run"):
         report.read(path)
+
+
+# Tiers side by side ---------------------------------------------------------------------------------------------------
+
+
+def test_every_tier_of_this_build_is_measured_and_makes_the_table(tmp_path):
+    arguments = [sys.executable, "-m", "benchmarks.tiers", "--rows", "2000", "--width", "4", "--seconds", "0"]
+    done = subprocess.run(
+        [*arguments, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    about, *records = [json.loads(line) for line in (tmp_path / tiers.LINES).read_text(encoding="utf-8").splitlines()]
+    measured = [record for record in records if record["kind"] == "tier"]
+    (absent,) = [record["tiers"] for record in records if record["kind"] == "absent"]
+    names = {record["tier"] for record in measured}
+    assert names | set(absent) == {name for name, _, _ in tiers.TIERS}
+    assert {"hash_map", "rocks_db"} <= names
+    for record in measured:
+        assert 0 < record["median_us"] <= record["p99_us"]
+        assert 16 <= record["bytes_per_row"] < 400
+    text = (tmp_path / tiers.SUMMARY).read_text(encoding="utf-8")
+    assert text == tiers.summary([about, *records])
+    assert text.count("\n| ") == 1 + len(names)
+    assert str(tmp_path) not in text and str(ROOT) not in text
+
+
+def test_recorded_tiers_are_made_from_the_recorded_lines():
+    lines = (report.RESULTS / tiers.LINES).read_text(encoding="utf-8").splitlines()
+    expected = tiers.summary([json.loads(line) for line in lines])
+    assert (report.RESULTS / tiers.SUMMARY).read_text(encoding="utf-8") == expected

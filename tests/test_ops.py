@@ -1,6 +1,7 @@
 """The ops themselves: shape functions, equality with TensorFlow, how they behave in graphs, and each refusal."""
 
-import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -301,8 +302,33 @@ def test_lookups_of_constants_are_not_folded(tmp_path, no_server):
         return rows + combined
 
     np.testing.assert_array_equal(function(), [[2.0] * 4])
-    _native.default_server().replace_model(json.dumps(models[1]))
+    hps.servers()[0].replace_model(models[1])
     np.testing.assert_array_equal(function(), [[4.0] * 4])
+
+
+def test_every_server_of_the_process_can_be_reached_and_scraped(no_server, tmp_path):
+    newer, layers = {}, []
+    for name in ("a", "b"):
+        folder = write_table(tmp_path / name, np.arange(4), np.full((4, 3), 1.0))
+        model = model_config(name, {"t": (folder, 3)})
+        renewed = write_table(tmp_path / f"new_{name}", np.arange(4), np.full((4, 3), 2.0))
+        newer[name] = {**model, "sparse_files": [renewed]}
+        config = write_config(tmp_path / f"{name}.json", [model])
+        if name == "a":
+            hps.Init(ps_config_file=config, global_batch_size=1)
+        layers.append(hps.LookupLayer(name, 0, 3, "float32", ps_config_file="" if name == "a" else config))
+    for layer in layers:
+        np.testing.assert_array_equal(layer(np.array([1, 2])), np.full((2, 3), 1.0))
+    servers = hps.servers()
+    assert [server.models for server in servers] == [["a"], ["b"]]
+    for server, name, layer in zip(servers, newer, layers, strict=True):
+        server.replace_model(newer[name])
+        np.testing.assert_array_equal(layer(np.array([1])), np.full((1, 3), 2.0))
+    text = hps.prometheus_text()
+    assert text.count("# TYPE hps_keys_asked_total counter\n") == 1
+    hashes = [server["config_hash"] for server in hps.stats()["servers"]]
+    for config_hash, name in zip(hashes, newer, strict=True):
+        assert f'hps_keys_asked_total{{server="{config_hash}",model="{name}",table="t"}} 3\n' in text
 
 
 def test_datasets(tables):
@@ -474,3 +500,54 @@ def test_handle_that_nobody_bound():
         _native.ops().hierarchical_parameter_server_lookup(
             server=handle, keys=[tf.constant([1])], M=0, model="main", table_names=["w7"], table_ids=[], widths=[7]
         )
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_a_cancelled_function_ends_its_lookup(tmp_path, no_server, form):
+    """The lookup, which waits for a database for seconds, gives up; it would have counted its rows at its end."""
+    from tensorflow.python.eager import cancellation  # has no public name
+
+    count = 400_000
+    folder = write_table(tmp_path / "t", np.arange(count), np.zeros((count, 16)))
+    config = write_config(
+        tmp_path / "ps.json",
+        [model_config("slow", {"t": (folder, 16)})],
+        volatile_db={"type": "disabled"},
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+    )
+    hps.Init(ps_config_file=config, global_batch_size=1)
+    ids = np.random.default_rng(1).permutation(np.tile(np.arange(count), 5))
+    splits = np.array([0, len(ids)])
+    ref = TableRef("slow", "t", 16)
+
+    @tf.function
+    def function(ids):
+        if form == "dense":
+            return lookup(server_resource(""), [ids], [ref])[0]
+        segments = Segments(ids, tf.constant(splits, tf.int64), no_shape(), "row_splits")
+        return lookup_sparse(server_resource(""), [segments], [ref], ["sum"])[0]
+
+    def asked():
+        line = f'hps_keys_asked_total{{model="slow",table="t"}} {len(ids)}\n'
+        return line in hps.servers()[0].prometheus_text()
+
+    manager = cancellation.CancellationManager()
+    cancelable = manager.get_cancelable_function(function.get_concrete_function(tf.TensorSpec([None], tf.int64)))
+
+    def cancel():
+        deadline = time.monotonic() + 60
+        while not asked() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        manager.start_cancel()
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    with pytest.raises(tf.errors.CancelledError):
+        cancelable(tf.constant(ids))
+    canceller.join()
+    assert asked()
+    text = hps.servers()[0].prometheus_text()
+    for tier in ("persistent", "default"):
+        assert f'hps_rows_served_total{{model="slow",table="t",tier="{tier}"}} 0\n' in text
+    keys = tf.constant([1, 2])
+    np.testing.assert_array_equal(lookup(server_resource(""), [keys], [ref])[0], np.zeros((2, 16)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import model_config, write_config
 
 import hierarchical_parameter_server as hps
 from hierarchical_parameter_server import errors
@@ -143,7 +144,15 @@ def test_the_report_says_where_rows_came_from(tmp_path):
         rows, report = server.lookup_report(np.arange(120), "m")
         assert rows.shape == (120, WIDTH)
         assert report.pop("volatile_nanoseconds") > 0 and report.pop("persistent_nanoseconds") > 0
-        assert report == {"keys": 120, "rows_from_volatile": 25, "rows_from_persistent": 75, "rows_from_default": 20}
+        assert report == {
+        "keys": 120,
+        "rows_from_volatile": 25,
+        "rows_from_persistent": 75,
+        "rows_from_default": 20,
+        "rows_unavailable": 0,
+        "rows_skipped_volatile": 0,
+        "rows_skipped_persistent": 0,
+    }
 
 
 def test_several_models_and_widths(tmp_path):
@@ -259,12 +268,39 @@ def test_stats_are_what_was_done(server):
     assert 'hps_rows_served_total{model="m",table="t0",tier="default"} 50\n' in server.prometheus_text()
 
 
+def test_an_interrupt_ends_a_load(tmp_path):
+    count = 3_000_000
+    folder = write_table(tmp_path / "t", keys=np.arange(count))
+    config = write_config(
+        tmp_path / "ps.json",
+        [model_config("m", {"t": (folder, WIDTH)})],
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+    )
+    script = f"""
+        import os, signal, threading, time
+        import hierarchical_parameter_server as hps
+        def interrupt():
+            while not os.path.exists({str(tmp_path / "database" / "CURRENT")!r}):
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            hps.ParameterServer({config!r})
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    assert run_python(textwrap.dedent(script)).strip() == "interrupted"
+    # Nothing half loaded is left: the next start loads the table.
+    with hps.ParameterServer(config) as server:
+        assert server.stats()["models"][0]["tables"][0]["load"]["source"] == "folder"
+        np.testing.assert_array_equal(server.lookup([count - 1], "m"), rows_of(np.array([count - 1]), 1, WIDTH))
+
+
 def test_servers_of_ones_own_are_not_the_default_server(server):
     hps.shutdown()
     assert server.lookup([1], "m").shape == (1, WIDTH)
     assert hps.stats() == {"servers": []}
-    with pytest.raises(errors.FailedPreconditionError, match="hps.Init"):
-        hps.prometheus_text()
+    assert hps.servers() == [] and hps.prometheus_text() == ""
     hps.shutdown()
     assert server.lookup([1], "m").shape == (1, WIDTH)
 
@@ -533,3 +569,55 @@ def test_a_table_larger_than_the_memory_is_refused_at_once(tmp_path):
         os.truncate(folder / name, rows * size)
     with pytest.raises(errors.ResourceExhaustedError, match="MiB"):
         hps.ParameterServer(config(model("m", str(folder))))
+
+
+# ---- readiness ------------------------------------------------------------------------------------------------------
+
+
+def test_readiness_of_a_server(tmp_path):
+    settings = config(model("m", write_table(tmp_path / "a")), database=tmp_path / "db")
+    server = hps.ParameterServer(settings)
+    assert server.ready()
+    assert server.readiness() == {
+        "ready": True,
+        "reason": "ready",
+        "models": ["m"],
+        "tiers": {
+            "volatile": {"store": "hash_map", "needed": False, "reachable": True, "error": ""},
+            "persistent": {"store": "rocks_db", "needed": True, "reachable": True, "error": ""},
+        },
+    }
+    server.close()
+    assert not server.ready()
+    assert "closed" in server.readiness()["reason"]
+
+
+def test_readiness_of_the_process(tmp_path):
+    hps.shutdown()
+    assert not hps.ready()
+    assert hps.readiness() == {
+        "ready": False,
+        "reason": "no server is open: call hps.Init or load a model",
+        "servers": [],
+    }
+    path = tmp_path / "ps.json"
+    path.write_text(json.dumps(config(model("m", write_table(tmp_path / "a")))))
+    hps.Init(ps_config_file=path, global_batch_size=1)
+    try:
+        assert hps.ready()
+        assert hps.readiness()["servers"][0]["models"] == ["m"]
+    finally:
+        hps.shutdown()
+    assert not hps.ready()
+
+
+def test_time_limits_and_policies_of_a_configuration(tmp_path):
+    settings = config(model("m", write_table(tmp_path / "a")), database=tmp_path / "db", lookup_timeout_ms=60_000)
+    settings["volatile_db"] |= {"timeout_ms": 1000, "when_unavailable": "default"}
+    settings["persistent_db"] |= {"timeout_ms": 1000, "when_unavailable": "default"}
+    with hps.ParameterServer(settings) as server:
+        np.testing.assert_array_equal(server.lookup(KEYS, "m"), rows_of(KEYS, 1))
+        assert not server.readiness()["tiers"]["persistent"]["needed"]
+        states = server.stats()["tier_states"]
+        assert states["volatile"] == {"store": "hash_map", "breaker": "closed", "openings": 0}
+        assert 'hps_tier_reachable_state{tier="persistent"} 1' in server.prometheus_text()

@@ -321,6 +321,20 @@ SORTED = [[0, 0], [0, 1], [2, 0]]
 OUT_OF_ORDER = [[0, 0], [2, 0], [0, 1]]
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("rows", [2**40, 2**62, 2**63 - 1])
+def test_more_rows_than_memory(tables, traced, rows):
+    # A served model takes the dense shape from its clients: it must not end the process.
+    layer = layer_of(tables, "w7")
+
+    def call(shape):
+        return layer(tf.SparseTensor(tf.constant([[0, 0]], tf.int64), tf.constant([1]), shape))
+
+    with pytest.raises((tf.errors.ResourceExhaustedError, InvalidArgumentError)):
+        (tf.function(call) if traced else call)(tf.constant([rows, 2], tf.int64))
+    assert layer(tf.ragged.constant([[1]])).shape == (1, 7)
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("traced", [False, True])

@@ -6,7 +6,7 @@ asked for with HPS_CUDA=on alone.
 
 import os
 
-from build_tools import TENSORFLOW_MINOR, find_nvcc, find_tensorflow, find_tool
+from build_tools import TENSORFLOW_MINOR, find_hiredis, find_nvcc, find_tensorflow, find_tool
 from requirements import read_pyproject
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the other hooks, unchanged)
@@ -21,6 +21,8 @@ def _missing() -> list[str]:
     if not find_tensorflow():
         missing.append(f"tensorflow-cpu=={TENSORFLOW_MINOR}.*; platform_machine == 'x86_64'")
         missing.append(f"tensorflow=={TENSORFLOW_MINOR}.*; platform_machine != 'x86_64'")
+    if not find_hiredis():
+        missing.append("pip")  # fetches hiredis; an isolated build may have none
     if os.environ.get("HPS_CUDA", "").lower() == "on" and not find_nvcc():
         missing += read_pyproject()["project"]["optional-dependencies"]["cuda"]
     return missing

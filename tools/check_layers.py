@@ -31,7 +31,13 @@ LAYERS = (
     Layer("cc/base", (CONTRACTS, "cc/base/")),
     Layer("cc/config", (CONTRACTS, "cc/base/", "cc/config/"), ("nlohmann/",), most=1),
     Layer("cc/metrics", (CONTRACTS, "cc/base/", "cc/metrics/")),
-    Layer("cc/storage", (CONTRACTS, "cc/base/", "cc/storage/"), ("rocksdb/",), files=r"rocksdb_.*\.cc", most=1),
+    Layer(
+        "cc/storage",
+        (CONTRACTS, "cc/base/", "cc/storage/"),
+        ("rocksdb/", "hiredis/", "openssl/"),
+        files=r"(rocksdb_.*|redis_connection)\.cc",
+        most=1,
+    ),
     Layer("cc/loader", (CONTRACTS, "cc/base/", "cc/storage/", "cc/loader/")),
     Layer(
         "cc/core",
@@ -40,16 +46,16 @@ LAYERS = (
         most=1,
     ),
     Layer("cc/ops", (CONTRACTS, "cc/base/", "cc/ops/"), ("tensorflow/", "absl/", "Eigen/", "unsupported/", "tsl/")),
-    Layer("cc/python", (CONTRACTS, "cc/base/", "cc/python/"), ("pybind11/", "Python.h")),
+    Layer("cc/python", (CONTRACTS, "cc/base/", "cc/python/", "cc/core/host_memory.h"), ("pybind11/", "Python.h")),
     Layer("cc/tests", (CONTRACTS, "cc/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
-    Layer("benchmarks", (CONTRACTS, "cc/"), ("rocksdb/",)),
+    Layer("benchmarks", (CONTRACTS, "cc/", "benchmarks/"), ("hiredis/", "rocksdb/")),
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")
-OURS = (CONTRACTS, "cc/", "cuda_kernels/")
+OURS = (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/")
 SYSTEM = re.compile(r"(sys|linux|netinet|arpa|net|asm|bits|x86|ext)/|[a-z0-9_]+\.h$")
 THIRD_PARTY_FILES = re.compile(r"cuda|Python\.h|cublas|nccl|zlib\.h|zstd|lz4|hwloc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')

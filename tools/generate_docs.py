@@ -3,6 +3,7 @@
 `./dev docs` runs this; docs/configuration.md is written and checked by the native test config_test.
 """
 
+import functools
 import json
 import os
 import re
@@ -10,9 +11,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The table of numbers in README.md is a copy of what the benchmark harness wrote.
-NUMBERS = "benchmarks/results/summary.md"
-NUMBERS_PLACE = re.compile(rf"(<!-- {NUMBERS} -->\n).*?(<!-- end -->)", re.DOTALL)
+# Tables of numbers in pages are copies of what the benchmarks wrote.
+NUMBERS = {"README.md": "benchmarks/results/summary.md", "docs/operations.md": "benchmarks/results/tiers.md"}
 
 
 def schema() -> str:
@@ -22,19 +22,20 @@ def schema() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-def readme() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    numbers = ROOT / NUMBERS
+def with_numbers(page: str) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    numbers = ROOT / NUMBERS[page]
     if not numbers.exists():
         return text
     table = numbers.read_text(encoding="utf-8").strip() + "\n"
-    filled, places = NUMBERS_PLACE.subn(lambda place: place[1] + table + place[2], text)
+    place = re.compile(rf"(<!-- {NUMBERS[page]} -->\n).*?(<!-- end -->)", re.DOTALL)
+    filled, places = place.subn(lambda found: found[1] + table + found[2], text)
     if places != 1:
-        sys.exit(f"README.md: {places} places for {NUMBERS}, expected 1")
+        sys.exit(f"{page}: {places} places for {NUMBERS[page]}, expected 1")
     return filled
 
 
-PAGES = {"docs/ps.schema.json": schema, "README.md": readme}
+PAGES = {"docs/ps.schema.json": schema, **{page: functools.partial(with_numbers, page) for page in NUMBERS}}
 
 
 def main(arguments: list[str]) -> int:

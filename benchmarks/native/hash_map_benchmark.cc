@@ -1,101 +1,45 @@
-// How fast the hash map store reads and writes, beside a plain array gather of the same rows in the same run.
+// How fast the hash map store reads and writes, beside the same table in shared memory (multi_process_hash_map) and a
+// plain array gather of the same rows in the same run.
 //
 // Each line of output is one measurement in JSON; rows are checked before they are timed. "dense" keys are 0 .. rows -
 // 1, "hashed" ones are scattered over 64 bits. All rates are per thread and second of processor time, so that other
 // work on the machine disturbs them little. Usage:
 //   hash_map_benchmark [rows ...]     (default 1000000)
 
+#include "benchmarks/native/hash_map_benchmark.h"
+
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
-#include <functional>
-#include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cc/storage/hash_map_store.h"
+#include "cc/storage/multi_process_store.h"
 #include "hps/epoch.h"
 
 namespace hps {
 namespace {
 
-constexpr size_t kBatch = 65'536;
-constexpr int kBatches = 16;  // different ids, so that the caches do not learn one batch
-constexpr int kRounds = 7;    // the best of
-
-void Check(const Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
-
-// The processor time of the calling thread: other programs on the machine do not count.
-double ThreadSeconds() {
-  timespec now;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
-}
-
-// Ids in [0, rows), by rank of popularity scattered over the table.
-std::vector<Key> DrawIds(size_t rows, bool zipf, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::vector<Key> ids(kBatch * kBatches);
-  if (!zipf) {
-    for (Key& id : ids) id = static_cast<Key>(random() % rows);
-    return ids;
-  }
-  constexpr double kExponent = 1.05;  // inverse of the continuous distribution function
-  const double top = 1 - std::pow(static_cast<double>(rows), 1 - kExponent);
-  std::uniform_real_distribution<double> uniform(0, 1);
-  for (Key& id : ids) {
-    const double rank = std::pow(1 - uniform(random) * top, 1 / (1 - kExponent));
-    id = static_cast<Key>((static_cast<uint64_t>(rank) * 0x9E3779B97F4A7C15ull) % rows);
-  }
-  return ids;
-}
-
-using BatchBody = std::function<void(int thread, int batch)>;
-
-// Runs each body over all batches on each thread, the bodies taking turns; returns million ids a second of processor
-// time and thread, the best round of each.
-std::vector<double> MillionIdsPerSecond(int threads, const std::vector<BatchBody>& bodies) {
-  std::vector<double> best(bodies.size(), 1e9);
-  for (int round = 0; round < kRounds; ++round) {
-    for (size_t body = 0; body < bodies.size(); ++body) {
-      std::vector<double> seconds(threads);
-      const auto run = [&](int thread) {
-        const double start = ThreadSeconds();
-        for (int batch = 0; batch < kBatches; ++batch) bodies[body](thread, (batch + thread * 7) % kBatches);
-        seconds[thread] = ThreadSeconds() - start;
-      };
-      std::vector<std::thread> others;
-      for (int thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
-      run(0);
-      for (std::thread& other : others) other.join();
-      best[body] = std::min(best[body], *std::max_element(seconds.begin(), seconds.end()));
-    }
-  }
-  for (double& rate : best) rate = static_cast<double>(kBatch) * kBatches / rate / 1e6;
-  return best;
-}
-
 void Measure(size_t rows, size_t width, bool dense) {
   const size_t row_bytes = width * 4;
   const char* kind = dense ? "dense" : "hashed";
-  const auto key_of = [dense](uint64_t id) {
-    return static_cast<Key>(dense ? id : (id * 0x9E3779B97F4A7C15ull) | (uint64_t{1} << 63));
-  };
+  const auto key_of = [dense](uint64_t id) { return KeyOf(id, dense); };
   auto store = OpenHashMapStore({});
   Check(store.status());
   auto created = (*store)->CreateTable({.name = "t", .row_bytes = row_bytes, .expected_rows = rows});
   Check(created.status());
   Table& table = **created;
+  auto shared_store = OpenMultiProcessStore({.name = "hps_benchmark_" + std::to_string(getpid())});
+  Check(shared_store.status());
+  auto shared_created =
+      (*shared_store)->CreateTable({.name = "t", .row_bytes = row_bytes, .expected_rows = rows});
+  Check(shared_created.status());
+  Table& shared = **shared_created;
 
   // The rival: an array indexed by the id itself.
   const size_t array_bytes = rows * row_bytes;
@@ -111,23 +55,26 @@ void Measure(size_t rows, size_t width, bool dense) {
 
   std::vector<Key> keys(rows);
   for (size_t i = 0; i < rows; ++i) keys[i] = key_of(i);
-  const auto upsert_all = [&] {
+  const auto upsert_all = [&](Table& table) {
     for (size_t first = 0; first < rows; first += kBatch) {
       const size_t count = std::min(kBatch, rows - first);
       Check(table.Upsert({keys.data() + first, count}, {array + first * row_bytes, row_bytes}));
     }
   };
-  const double start = ThreadSeconds();
-  upsert_all();
-  const double inserted = ThreadSeconds();
-  upsert_all();
-  const double updated = ThreadSeconds();
-  const double overhead_bytes =
-      static_cast<double>(table.Stats()->memory_bytes) / static_cast<double>(rows) - static_cast<double>(row_bytes);
-  std::printf(
-      "{\"rows\": %zu, \"width\": %zu, \"keys\": \"%s\", \"insert_mrows\": %.2f, \"update_mrows\": %.2f, "
-      "\"overhead_bytes_per_row\": %.2f}\n",
-      rows, width, kind, rows / (inserted - start) / 1e6, rows / (updated - inserted) / 1e6, overhead_bytes);
+  for (Table* written : {&table, &shared}) {
+    const double start = ThreadSeconds();
+    upsert_all(*written);
+    const double inserted = ThreadSeconds();
+    upsert_all(*written);
+    const double updated = ThreadSeconds();
+    const double overhead_bytes = static_cast<double>(written->Stats()->memory_bytes) / static_cast<double>(rows) -
+                                  static_cast<double>(row_bytes);
+    std::printf(
+        "{\"store\": \"%s\", \"rows\": %zu, \"width\": %zu, \"keys\": \"%s\", \"insert_mrows\": %.2f, "
+        "\"update_mrows\": %.2f, \"overhead_bytes_per_row\": %.2f}\n",
+        written == &table ? "hash_map" : "multi_process_hash_map", rows, width, kind, rows / (inserted - start) / 1e6,
+        rows / (updated - inserted) / 1e6, overhead_bytes);
+  }
 
   for (const bool zipf : {false, true}) {
     const std::vector<Key> ids = DrawIds(rows, zipf, 1);
@@ -137,11 +84,13 @@ void Measure(size_t rows, size_t width, bool dense) {
       std::vector<std::vector<std::byte>> out(threads, std::vector<std::byte>(kBatch * row_bytes));
       std::vector<std::vector<uint32_t>> misses(threads);
       std::vector<std::vector<const std::byte*>> addresses(threads, std::vector<const std::byte*>(kBatch));
-      const auto fetch = [&](int thread, int batch) {
+      const auto fetch_from = [&](const Table& read, int thread, int batch) {
         misses[thread].clear();
-        Check(table.Fetch({.keys = {asked.data() + batch * kBatch, kBatch}, .rows = {out[thread].data(), row_bytes}},
+        Check(read.Fetch({.keys = {asked.data() + batch * kBatch, kBatch}, .rows = {out[thread].data(), row_bytes}},
                           &misses[thread]));
       };
+      const auto fetch = [&](int thread, int batch) { fetch_from(table, thread, batch); };
+      const auto shared_fetch = [&](int thread, int batch) { fetch_from(shared, thread, batch); };
       const auto locate = [&](int thread, int batch) {
         const EpochGuard guard;
         for (size_t first = 0; first < kBatch; first += 256) {
@@ -158,21 +107,25 @@ void Measure(size_t rows, size_t width, bool dense) {
           std::memcpy(out[thread].data() + i * row_bytes, array + id[i] * row_bytes, row_bytes);
         }
       };
-      for (int batch = 0; batch < kBatches; ++batch) {
-        fetch(0, batch);
-        if (!misses[0].empty()) Check(Internal("rows are missing"));
-        for (size_t i = 0; i < kBatch; ++i) {
-          const Key id = ids[batch * kBatch + i];
-          if (std::memcmp(out[0].data() + i * row_bytes, array + id * row_bytes, row_bytes) != 0) {
-            Check(Internal("a row differs"));
+      for (const Table* read : {&table, &shared}) {
+        for (int batch = 0; batch < kBatches; ++batch) {
+          fetch_from(*read, 0, batch);
+          if (!misses[0].empty()) Check(Internal("rows are missing"));
+          for (size_t i = 0; i < kBatch; ++i) {
+            const Key id = ids[batch * kBatch + i];
+            if (std::memcmp(out[0].data() + i * row_bytes, array + id * row_bytes, row_bytes) != 0) {
+              Check(Internal("a row differs"));
+            }
           }
         }
       }
-      const std::vector<double> rates = MillionIdsPerSecond(threads, {gather, fetch, locate});
+      const std::vector<double> rates = MillionIdsPerSecond(threads, {gather, fetch, locate, shared_fetch});
       std::printf(
           "{\"rows\": %zu, \"width\": %zu, \"keys\": \"%s\", \"ids\": \"%s\", \"threads\": %d, \"gather_mids\": %.1f, "
-          "\"fetch_mids\": %.1f, \"locate_copy_mids\": %.1f, \"fetch_over_gather\": %.2f}\n",
-          rows, width, kind, zipf ? "zipf" : "uniform", threads, rates[0], rates[1], rates[2], rates[1] / rates[0]);
+          "\"fetch_mids\": %.1f, \"locate_copy_mids\": %.1f, \"shared_fetch_mids\": %.1f, \"fetch_over_gather\": %.2f, "
+          "\"shared_fetch_over_fetch\": %.2f}\n",
+          rows, width, kind, zipf ? "zipf" : "uniform", threads, rates[0], rates[1], rates[2], rates[3],
+          rates[1] / rates[0], rates[3] / rates[1]);
       std::fflush(stdout);
     }
   }

@@ -15,7 +15,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -67,6 +69,8 @@ EpochRecord* AdoptRecord() {
   thread_record = TakeRecord();
   return thread_record;
 }
+
+constexpr std::chrono::milliseconds kReaderPatience{20};
 
 struct RetiredObjects {
   std::mutex mutex;
@@ -122,6 +126,15 @@ uint64_t SafeEpoch() {
 }
 
 void RetireObject(std::shared_ptr<const void> object) {
+  // Readers are nearly always done within microseconds, and letting go of gigabytes is no work for one of them.
+  if (thread_record == nullptr || thread_record->depth == 0) {
+    const uint64_t epoch = RetireEpoch();
+    const auto end = std::chrono::steady_clock::now() + kReaderPatience;
+    do {
+      if (epoch < SafeEpoch()) return;  // and `object` with it
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    } while (std::chrono::steady_clock::now() < end);
+  }
   RetiredObjects& retired = TheRetiredObjects();
   {
     const std::lock_guard lock(retired.mutex);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cc/base/shared_work.h"
+#include "cc/base/stand_back.h"
 #include "hps/executor.h"
 
 namespace hps {
@@ -23,8 +24,13 @@ class Inline final : public Executor {
 
 class ThreadPool final : public Executor {
  public:
-  explicit ThreadPool(int threads) {
-    for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { Run(); });
+  ThreadPool(int threads, bool background) {
+    for (int i = 1; i < threads; ++i) {
+      threads_.emplace_back([this, background] {
+        if (background) StandBackForLookups();
+        Run();
+      });
+    }
   }
   ~ThreadPool() override {
     {
@@ -85,6 +91,7 @@ Executor& InlineExecutor() {
   return *executor;
 }
 
-std::unique_ptr<Executor> NewThreadPool(int threads) { return std::make_unique<ThreadPool>(threads); }
+std::unique_ptr<Executor> NewThreadPool(int threads) { return std::make_unique<ThreadPool>(threads, false); }
+std::unique_ptr<Executor> NewBackgroundPool(int threads) { return std::make_unique<ThreadPool>(threads, true); }
 
 }  // namespace hps

@@ -114,7 +114,12 @@ Status FinishServer(const JsonValue& json, const Place& place, Notes*, ServerCon
   VolatileConfig& memory = config->volatile_db;
   if (memory.num_partitions == 0) {
     uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
-    memory.num_partitions = memory.type == VolatileType::kRedisCluster ? 8 : std::min(16u, cores);
+    switch (memory.type) {
+      case VolatileType::kRedisCluster: memory.num_partitions = 8; break;
+      // Shared by processes that may run on unlike numbers of cores.
+      case VolatileType::kMultiProcessHashMap: memory.num_partitions = 16; break;
+      default: memory.num_partitions = std::min(16u, cores);
+    }
   }
   bool persistent = config->persistent_db.type != PersistentType::kDisabled;
   if (memory.type != VolatileType::kDisabled && memory.initial_cache_rate < 1 && !persistent) {
@@ -147,31 +152,15 @@ Status CheckBuilt(const ServerConfig& config) {
   };
   const VolatileConfig& memory = config.volatile_db;
   switch (memory.type) {
-    case VolatileType::kRedisCluster: return not_built("/volatile_db/type", "redis_cluster; use \"parallel_hash_map\"");
+    case VolatileType::kRedisCluster:
     case VolatileType::kMultiProcessHashMap:
-      return not_built("/volatile_db/type", "multi_process_hash_map; use \"parallel_hash_map\" in each process");
+    case VolatileType::kHashMap: break;
     case VolatileType::kDisabled:
       if (config.persistent_db.type == PersistentType::kDisabled) {
         return not_built("/volatile_db/type",
                          "a server without any database; leave volatile_db out to keep the tables in memory");
       }
       break;
-    case VolatileType::kHashMap:
-      if (memory.overflow_margin != std::numeric_limits<uint64_t>::max()) {
-        return not_built("/volatile_db/overflow_margin",
-                         "a limit of rows; leave the key out, or keep part of the rows in memory with "
-                         "initial_cache_rate and a persistent_db");
-      }
-      if (!memory.initialize_after_startup) {
-        return not_built("/volatile_db/initialize_after_startup",
-                         "a tier that starts empty; use an initial_cache_rate of 0 with a persistent_db");
-      }
-      break;
-  }
-  if (config.persistent_db.type != PersistentType::kDisabled && !config.persistent_db.initialize_after_startup &&
-      !config.persistent_db.read_only) {
-    return not_built("/persistent_db/initialize_after_startup",
-                     "a tier that is not loaded and yet written; use \"read_only\": true");
   }
   if (config.update_source.type == UpdateSourceType::kKafka) {
     return not_built("/update_source/type", "kafka_message_queue; leave update_source out");

@@ -191,6 +191,20 @@ Field<ServerConfig> Models() {
   return field;
 }
 
+// "$schema": for editors, which find docs/ps.schema.json by it.
+Field<ServerConfig> EditorSchema() {
+  Field<ServerConfig> field;
+  field.name = "$schema";
+  field.type = TypeOf<std::string>();
+  field.description = "the address of this file's JSON schema, docs/ps.schema.json, for editors";
+  field.default_text = "none";
+  field.read = [](const JsonValue& value, const Place& place, Notes*, ServerConfig*) {
+    std::string ignored;
+    return ReadValue(value, place, {}, &ignored);
+  };
+  return field;
+}
+
 // Built in place and never destroyed: the address of `info` is handed out, and threads may outlive main.
 template <typename S>
 const Section<S>* MakeSection(std::string_view pointer, std::string_view description, std::vector<Field<S>> fields,
@@ -278,56 +292,61 @@ const Section<VolatileConfig>& VolatileSection() {
       {
           Plain("type", &V::type, {}, "`hash_map` and `parallel_hash_map` select the same store"),
           WithDefaultText(Plain("num_partitions", &V::num_partitions, Between(1, 65536), "parts of a table"),
-                          "hash maps: the number of cores, at most 16; redis_cluster: 8"),
+                          "hash_map: the number of cores, at most 16; multi_process_hash_map: 16; redis_cluster: 8"),
           DatabaseBatchSize<V>(),
-          Plain("max_get_batch_size", &V::max_get_batch_size, AtLeast(1), "keys in one request to read"),
-          Plain("max_set_batch_size", &V::max_set_batch_size, AtLeast(1), "rows in one request to write"),
+          Plain(
+              "max_get_batch_size", &V::max_get_batch_size, AtLeast(1),
+              "keys in one request to read; hash maps: keys between two looks at the time limit, after which old rows' "
+              "memory is free again"),
+          Plain("max_set_batch_size", &V::max_set_batch_size, AtLeast(1),
+                "rows in one request to write; hash maps: rows that a partition writes before others get their turn"),
           Plain("allocation_rate", &V::allocation_rate_bytes, AtLeast(1),
                 "bytes that a hash map asks of the system at a time"),
           Plain("shared_memory_size", &V::shared_memory_bytes, AtLeast(1),
-                "multi_process_hash_map: most bytes of shared memory", kLater),
+                "multi_process_hash_map: most bytes of shared memory; taken as they are needed"),
           Plain("shared_memory_name", &V::shared_memory_name, Formatted(kNotEmpty),
-                "multi_process_hash_map: name of the shared memory", kLater),
+                "multi_process_hash_map: name of the shared memory, a file in /dev/shm"),
           Plain("shared_memory_auto_remove", &V::shared_memory_auto_remove, {},
-                "multi_process_hash_map: the last process removes the shared memory", kLater),
+                "multi_process_hash_map: the last process removes the shared memory"),
           Plain("address", &V::address, Formatted(StringFormat::kHosts),
-                "redis_cluster: host[:port] of one or more nodes, separated by commas", kLater),
-          Plain("user_name", &V::user_name, {}, "redis_cluster: user", kLater),
-          Plain("password", &V::password, {.secret = true}, "redis_cluster: password; never shown or exported", kLater),
-          Plain("password_env", &V::password_env, {}, "redis_cluster: the environment variable that holds the password",
-                kLater),
-          Plain("password_file", &V::password_file, {}, "redis_cluster: the file whose first line is the password",
-                kLater),
-          Plain("num_node_connections", &V::num_node_connections, AtLeast(1), "redis_cluster: connections to a node",
-                kLater),
-          Plain("enable_tls", &V::enable_tls, {}, "redis_cluster: encrypt the connections", kLater),
+                "redis_cluster: host[:port] of one or more nodes, separated by commas; without a port: 7000"),
+          Plain("user_name", &V::user_name, {}, "redis_cluster: user"),
+          Plain("password", &V::password, {.secret = true}, "redis_cluster: password; never shown or exported"),
+          Plain("password_env", &V::password_env, {},
+                "redis_cluster: the environment variable that holds the password"),
+          Plain("password_file", &V::password_file, {}, "redis_cluster: the file whose first line is the password"),
+          Plain("num_node_connections", &V::num_node_connections, AtLeast(1), "redis_cluster: connections to a node"),
+          Plain("enable_tls", &V::enable_tls, {}, "redis_cluster: encrypt the connections"),
           Plain("tls_ca_certificate", &V::tls_ca_certificate, Formatted(kNotEmpty),
-                "redis_cluster: file or folder of trusted certificates", kLater),
+                "redis_cluster: file or folder of trusted certificates"),
           Plain("tls_client_certificate", &V::tls_client_certificate, Formatted(kNotEmpty),
-                "redis_cluster: certificate of this client", kLater),
-          Plain("tls_client_key", &V::tls_client_key, Formatted(kNotEmpty), "redis_cluster: key of this client",
-                kLater),
+                "redis_cluster: certificate of this client"),
+          Plain("tls_client_key", &V::tls_client_key, Formatted(kNotEmpty), "redis_cluster: key of this client"),
           Plain("tls_server_name_identification", &V::tls_server_name_identification, Formatted(kNotEmpty),
-                "redis_cluster: the server name that is asked for and checked", kLater),
+                "redis_cluster: the server name that is asked for and checked"),
           WithDefaultText(Plain("overflow_margin", &V::overflow_margin, AtLeast(1),
-                                "most rows in one partition; more are evicted by `overflow_policy`", kLater),
+                                "most rows in one partition; a further one makes rows leave by `overflow_policy`"),
                           "18446744073709551615: unlimited"),
-          Plain("overflow_policy", &V::overflow_policy, {}, "which rows leave a partition that is full", kLater),
+          Plain("overflow_policy", &V::overflow_policy, {},
+                "which rows leave a partition that is full: those written (or read, see `refresh_time_after_fetch`) "
+                "longest ago, any, or those written and read least often"),
           Plain("overflow_resolution_target", &V::overflow_resolution_target,
                 {.minimum = 0, .maximum = 1, .above_minimum = true, .below_maximum = true},
-                "the part of `overflow_margin` that stays after an eviction", kLater),
+                "the part of `overflow_margin` that stays after an eviction"),
           Plain("initial_cache_rate", &V::initial_cache_rate, Between(0, 1),
-                "the part of each table that is put here at start; below 1 only with a persistent tier"),
-          Plain("refresh_time_after_fetch", &V::refresh_time_after_fetch, {}, "reading a row makes it younger", kLater),
+                "the part of each table that is put here at start, as far as `overflow_margin` allows; below 1 only "
+                "with a "
+                "persistent tier"),
+          Plain("refresh_time_after_fetch", &V::refresh_time_after_fetch, {},
+                "`evict_oldest`: reading a row makes it young, not only writing it"),
           Plain("cache_missed_embeddings", &V::cache_missed_embeddings, {},
                 "rows found in the persistent tier are copied here"),
-          Plain("initialize_after_startup", &V::initialize_after_startup, {}, "load the tables into this tier", kLater),
-          Plain("timeout_ms", &V::timeout_ms, {}, "longest wait of one lookup for this tier; 0: no limit of its own",
-                kLater),
+          Plain("initialize_after_startup", &V::initialize_after_startup, {},
+                "false: the tier serves what it holds, and no tables are loaded into it"),
+          Plain("timeout_ms", &V::timeout_ms, {}, "longest wait of one lookup for this tier; 0: no limit of its own"),
           WithDefaultText(Plain("when_unavailable", &V::when_unavailable, {},
                                 "what a lookup does while this tier is down or too slow: fail, ask the next tier, or "
-                                "take the default value",
-                                kLater),
+                                "take the default value"),
                           "\"next_tier\"; without persistent_db: \"fail\""),
           Plain("update_filters", &V::update_filters, Formatted(StringFormat::kRegularExpression),
                 "regular expressions; updates of models whose name matches one come here", kLater),
@@ -351,11 +370,11 @@ const Section<PersistentConfig>& PersistentSection() {
           DatabaseBatchSize<P>(),
           Plain("max_get_batch_size", &P::max_get_batch_size, AtLeast(1), "keys in one request to read"),
           Plain("max_set_batch_size", &P::max_set_batch_size, AtLeast(1), "rows in one request to write"),
-          Plain("initialize_after_startup", &P::initialize_after_startup, {}, "load the tables into this tier", kLater),
-          Plain("timeout_ms", &P::timeout_ms, {}, "longest wait of one lookup for this tier; 0: no limit of its own",
-                kLater),
+          Plain("initialize_after_startup", &P::initialize_after_startup, {},
+                "false: the tier serves what it holds, and no tables are loaded into it"),
+          Plain("timeout_ms", &P::timeout_ms, {}, "longest wait of one lookup for this tier; 0: no limit of its own"),
           Plain("when_unavailable", &P::when_unavailable, {},
-                "what a lookup does while this tier is down or too slow: fail, or take the default value", kLater),
+                "what a lookup does while this tier is down or too slow: fail, or take the default value"),
           Plain("update_filters", &P::update_filters, Formatted(StringFormat::kRegularExpression),
                 "regular expressions; updates of models whose name matches one come here", kLater),
       },
@@ -391,11 +410,12 @@ const Section<ServerConfig>& ServerSection() {
   static const auto* section = MakeSection<C>(
       "", "the document",
       {
+          EditorSchema(),
           Required(Plain("supportlonglong", &C::long_keys, {},
                          "true: 64-bit keys; false: keys that fit in 32 bits (ids may be int32)")),
           Plain("fuse_embedding_table", &C::fuse_embedding_table, {}, "look up tables of equal width as one", kLater),
           Plain("lookup_timeout_ms", &C::lookup_timeout_ms, {},
-                "longest time of a lookup that brings no deadline of its own; 0: no limit", kLater),
+                "longest time of a lookup that brings no deadline of its own; 0: no limit"),
           Models(),
           Nested("volatile_db", &C::volatile_db, VolatileSection(), "a hash map"),
           Nested("persistent_db", &C::persistent_db, PersistentSection(), "none"),

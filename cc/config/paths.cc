@@ -42,8 +42,10 @@ Status MakeAbsolute(const std::string& folder, std::string_view what, bool must_
                            " (beside the configuration); write an absolute path");
   }
   if (must_exist && !here_exists && !there_exists) {
-    return NotFound(std::string(what) + ": no such file or folder: neither " + here.string() + " (from the working " +
-                    "directory)" + (here == there ? "" : " nor " + there.string() + " (beside the configuration)"));
+    return NotFound(std::string(what) + ": no such file or folder: " +
+                    (here == there ? here.string() + " (from the working directory)"
+                                   : "neither " + here.string() + " (from the working directory) nor " +
+                                         there.string() + " (beside the configuration)"));
   }
   *path = (there_exists ? there : here).string();
   return OkStatus();
@@ -67,7 +69,12 @@ Status MakePathsAbsolute(const std::string& folder, ServerConfig* config) {
   HPS_RETURN_IF_ERROR(
       MakeAbsolute(folder, "/persistent_db/path", false, &config->persistent_db.path).WithContext(config->origin));
   VolatileConfig& redis = config->volatile_db;
-  if (redis.type != VolatileType::kRedisCluster || !redis.enable_tls) return OkStatus();
+  if (redis.type != VolatileType::kRedisCluster) return OkStatus();
+  if (!redis.password_file.empty()) {
+    HPS_RETURN_IF_ERROR(
+        MakeAbsolute(folder, "/volatile_db/password_file", false, &redis.password_file).WithContext(config->origin));
+  }
+  if (!redis.enable_tls) return OkStatus();
   const std::pair<std::string_view, std::string*> tls_files[] = {
       {"/volatile_db/tls_ca_certificate", &redis.tls_ca_certificate},
       {"/volatile_db/tls_client_certificate", &redis.tls_client_certificate},

@@ -20,6 +20,12 @@ class FirstError {
     if (status_.ok()) status_ = std::move(status);
     failed_.store(true, std::memory_order_release);
   }
+  // Forgets the error. With no worker running.
+  void Reset() {
+    std::lock_guard lock(mutex_);
+    status_ = Status();
+    failed_.store(false, std::memory_order_release);
+  }
   bool failed() const { return failed_.load(std::memory_order_acquire); }
   Status status() const {
     std::lock_guard lock(mutex_);

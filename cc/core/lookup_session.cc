@@ -108,6 +108,7 @@ void CountCall(const TierMetrics& metrics, size_t keys) {
 class CallTimer {
  public:
   explicit CallTimer(Histogram& histogram) : histogram_(histogram) {}
+  std::chrono::steady_clock::time_point start() const { return start_; }
   ~CallTimer() {
     histogram_.Record(static_cast<uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count()));
@@ -117,6 +118,14 @@ class CallTimer {
   Histogram& histogram_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
+
+LookupLimits LimitsOf(const LookupOptions& options, const ServerResources& resources, const CallTimer& timer) {
+  LookupLimits limits{options.deadline, options.cancelled};
+  if (limits.deadline == kNoDeadline && resources.lookup_timeout.count() > 0) {
+    limits.deadline = timer.start() + resources.lookup_timeout;
+  }
+  return limits;
+}
 
 // A sparse lookup works in blocks of output rows with about so many keys: their rows stay in the nearer caches between
 // being found and being added up.
@@ -152,30 +161,45 @@ Status CombineInPlace(const Table* table, std::span<const Key> keys, std::span<c
 }
 
 Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerResources& resources, Executor& executor,
-                       Deadline deadline, LookupReport* report) {
+                       const LookupLimits& limits, LookupReport* report) {
   const TierStack& stack = model.tables[lookup.table].stack;
   const size_t row_count = lookup.row_splits.size() - 1;
   CountCall(stack.metrics, lookup.keys.size());
   ScratchLease<const std::byte*> rows;
   rows->resize(lookup.keys.size());
   const CombineRequest request{*rows, lookup.row_splits, lookup.weights, lookup.combiner, lookup.width, lookup.output};
-  const bool in_place = stack.volatile_table != nullptr && stack.volatile_addressable;
-  const Table* const table = in_place ? stack.volatile_table.get() : nullptr;
+  const Tier& memory = stack.volatile_tier;
+  bool in_place =
+      memory.table != nullptr && memory.addressable && (memory.breaker == nullptr || memory.breaker->closed());
 
   EpochGuard guard;
   std::vector<Block> incomplete;
   FirstError error;
   std::mutex mutex;
   const size_t keys_per_row = lookup.keys.size() / std::max<size_t>(row_count, 1) + 1;
-  executor.ParallelFor(row_count, std::max<size_t>(kKeysPerPiece / keys_per_row, 1), [&](size_t first, size_t last) {
-    if (error.failed()) return;
-    std::vector<Block> found_incomplete;
-    error.Set(CombineInPlace(table, lookup.keys, *rows, request, first, last, &found_incomplete));
-    if (found_incomplete.empty()) return;
-    std::lock_guard lock(mutex);
-    incomplete.insert(incomplete.end(), found_incomplete.begin(), found_incomplete.end());
-  });
-  HPS_RETURN_IF_ERROR(error.status().WithContext(TableContext(model, lookup.table)));
+  const auto combine_in = [&](const Table* table) {
+    executor.ParallelFor(row_count, std::max<size_t>(kKeysPerPiece / keys_per_row, 1), [&](size_t first, size_t last) {
+      if (error.failed()) return;
+      std::vector<Block> found_incomplete;
+      error.Set(CombineInPlace(table, lookup.keys, *rows, request, first, last, &found_incomplete));
+      if (found_incomplete.empty()) return;
+      std::lock_guard lock(mutex);
+      incomplete.insert(incomplete.end(), found_incomplete.begin(), found_incomplete.end());
+    });
+  };
+  HPS_RETURN_IF_ERROR(CheckLimits(limits));
+  if (in_place) {
+    combine_in(memory.table.get());
+    if (error.failed() && !IsUnavailable(memory, error.status(), limits)) {
+      return error.status().WithContext(TableContext(model, lookup.table));
+    }
+    in_place = !error.failed();
+  }
+  if (!in_place) {  // or no longer: the walk below asks the tier and does what its policy says
+    error.Reset();
+    incomplete.clear();
+    combine_in(nullptr);
+  }
 
   std::vector<size_t> missing;
   for (const Block& block : incomplete) {
@@ -185,7 +209,7 @@ Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerRes
     }
   }
   report->rows_from_volatile += lookup.keys.size() - missing.size();
-  stack.metrics.rows_from_volatile->Add(lookup.keys.size() - missing.size());
+  if (memory.rows_served != nullptr) memory.rows_served->Add(lookup.keys.size() - missing.size());
   if (missing.empty()) return OkStatus();
 
   const size_t row_bytes = stack.row_bytes();
@@ -197,7 +221,7 @@ Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerRes
   walk.keys = missing_keys;
   walk.rows = fetched.data();
   walk.skip_volatile = in_place;
-  HPS_RETURN_IF_ERROR(FetchRows(std::span(&walk, 1), executor, *resources.executor, deadline, report)
+  HPS_RETURN_IF_ERROR(FetchRows(std::span(&walk, 1), executor, *resources.executor, limits, report)
                           .WithContext(TableContext(model, lookup.table)));
   for (size_t i = 0; i < missing.size(); ++i) (*rows)[missing[i]] = fetched.data() + i * row_bytes;
   executor.ParallelFor(incomplete.size(), kKeysPerPiece / kKeysPerBlock, [&](size_t first, size_t last) {
@@ -231,7 +255,7 @@ Status LookupSession::Lookup(std::span<const DenseLookup> lookups, const LookupO
     local.keys += lookup.keys.size();
   }
   Executor& executor = options.executor ? *options.executor : *resources.executor;
-  HPS_RETURN_IF_ERROR(FetchRows(*walks, executor, *resources.executor, options.deadline, &local)
+  HPS_RETURN_IF_ERROR(FetchRows(*walks, executor, *resources.executor, LimitsOf(options, resources, timer), &local)
                           .WithContext("model '" + model->config.name + "'"));
   if (report != nullptr) *report = local;
   return OkStatus();
@@ -244,6 +268,7 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
   ServerResources& resources = slot_->resources();
   Executor& executor = options.executor ? *options.executor : *resources.executor;
   for (const SparseLookup& lookup : lookups) HPS_RETURN_IF_ERROR(CheckSparse(*model, lookup, resources.long_keys));
+  const LookupLimits limits = LimitsOf(options, resources, timer);
   std::vector<LookupReport> reports(lookups.size());
   // Executors need not bear nested calls: big lookups run one after another, each in parallel pieces; small ones run
   // side by side, each inline.
@@ -255,14 +280,13 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
       small_keys += lookups[i].keys.size();
       continue;
     }
-    HPS_RETURN_IF_ERROR(LookupOneSparse(*model, lookups[i], resources, executor, options.deadline, &reports[i]));
+    HPS_RETURN_IF_ERROR(LookupOneSparse(*model, lookups[i], resources, executor, limits, &reports[i]));
   }
   FirstError error;
   const size_t keys_per_lookup = small_keys / std::max<size_t>(small.size(), 1) + 1;
   executor.ParallelFor(small.size(), kKeysPerPiece / keys_per_lookup + 1, [&](size_t first, size_t last) {
     for (size_t i = first; i < last && !error.failed(); ++i) {
-      error.Set(LookupOneSparse(*model, lookups[small[i]], resources, InlineExecutor(), options.deadline,
-                                &reports[small[i]]));
+      error.Set(LookupOneSparse(*model, lookups[small[i]], resources, InlineExecutor(), limits, &reports[small[i]]));
     }
   });
   HPS_RETURN_IF_ERROR(error.status());
@@ -273,6 +297,9 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
     report->rows_from_volatile += reports[i].rows_from_volatile;
     report->rows_from_persistent += reports[i].rows_from_persistent;
     report->rows_from_default += reports[i].rows_from_default;
+    report->rows_unavailable += reports[i].rows_unavailable;
+    report->rows_skipped_volatile += reports[i].rows_skipped_volatile;
+    report->rows_skipped_persistent += reports[i].rows_skipped_persistent;
     report->volatile_nanoseconds += reports[i].volatile_nanoseconds;
     report->persistent_nanoseconds += reports[i].persistent_nanoseconds;
   }

@@ -3,6 +3,7 @@
 #ifndef HPS_CORE_MODEL_H_
 #define HPS_CORE_MODEL_H_
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "cc/base/fork_guard.h"
+#include "cc/core/circuit_breaker.h"
 #include "cc/core/promoter.h"
 #include "cc/core/tier_stack.h"
 #include "cc/loader/table_loader.h"
@@ -44,14 +46,22 @@ struct ServerResources {
     if (fork_generation == ForkGeneration()) return;
     (void)promoter.release();
     (void)executor.release();
+    (void)load_executor.release();
     new auto(std::move(persistent_store));
     new auto(std::move(volatile_store));
   }
 
   bool long_keys = true;
   uint64_t fork_generation = ForkGeneration();
-  mutable MetricsRegistry metrics;  // thread-safe by itself
+  mutable MetricsRegistry metrics;              // thread-safe by itself
+  std::chrono::milliseconds lookup_timeout{0};  // of lookups that bring no deadline; 0: none
   std::unique_ptr<Executor> executor;
+  std::unique_ptr<Executor> load_executor;  // for large writes; leaves lookups room. Uses `executor`
+  std::unique_ptr<CircuitBreaker> volatile_breaker;
+  std::unique_ptr<CircuitBreaker> persistent_breaker;
+  // What every table's tiers have in common; without table and counters.
+  Tier volatile_tier;
+  Tier persistent_tier;
   std::shared_ptr<TableStore> volatile_store;    // or nullptr
   std::shared_ptr<TableStore> persistent_store;  // or nullptr
   std::unique_ptr<Promoter> promoter;            // or nullptr

@@ -6,17 +6,26 @@
 // rows come in, the record names it with an empty fingerprint, so that the next start can tell a load that was cut
 // short from a table that another program has written.
 //
-// Lock order: loads into persistent stores are serialised in the process (load_mutex), because two servers may share a
+// A shared volatile store is switched last (shared_tier.h): its rows are then never of a version that this node's
+// database does not have.
+//
+// Lock order: the claim of a shared store (waiting for another node, or another server of this process), then
+// load_mutex. Loads into persistent stores are serialised in the process (load_mutex), because two servers may share a
 // database; nothing else is locked while it is held.
 
 #include "cc/core/model_builder.h"
 
 #include <algorithm>
-#include <cmath>
+#include <map>
 #include <mutex>
+#include <optional>
+#include <random>
 
 #include "cc/core/host_memory.h"
 #include "cc/core/model_record.h"
+#include "cc/core/shared_tier.h"
+#include "cc/core/single_flight.h"
+#include "cc/core/volatile_share.h"
 #include "hps/log.h"
 #include "hps/model_reader.h"
 
@@ -31,9 +40,7 @@ std::mutex& PersistentLoadMutex() {
   return *mutex;
 }
 
-uint64_t CacheRows(uint64_t rows, double rate) {
-  return static_cast<uint64_t>(std::ceil(static_cast<double>(rows) * rate));
-}
+constexpr char kAnyVersion[] = "";
 
 class Builder {
  public:
@@ -42,9 +49,12 @@ class Builder {
         resources_(resources),
         options_(options),
         volatile_(resources.volatile_store.get()),
-        persistent_(resources.persistent_store.get()) {}
+        persistent_(resources.persistent_store.get()) {
+    if (volatile_ && volatile_->capabilities().shared) shared_.emplace(*volatile_, config.name, options.claim);
+  }
 
   Result<std::shared_ptr<Model>> Build() {
+    if (shared_) HPS_RETURN_IF_ERROR(PrepareShared().WithContext("model '" + config_.name + "'"));
     std::unique_lock<std::mutex> lock;
     if (Writable()) lock = std::unique_lock(PersistentLoadMutex());
     if (persistent_) {
@@ -63,28 +73,62 @@ class Builder {
  private:
   bool Writable() const { return persistent_ && persistent_->capabilities().writable; }
 
+  // What the rows of a table are: the folder they come from, or came from when a database was filled.
+  Result<std::string> Fingerprint(const TableConfig& table, const ModelRecord& record) const {
+    if (persistent_ && (!Writable() || !options_.load_persistent)) {
+      const auto found = record.tables.find(table.name);
+      if (found != record.tables.end() && !found->second.fingerprint.empty()) return found->second.fingerprint;
+      // Written by another program: nobody can say whether the shared tier holds the same rows. Loading them again is
+      // always right.
+      return "a database without a record, seen by " + std::to_string(std::random_device{}());
+    }
+    return FingerprintTableFolder(table.path, table.width);
+  }
+
+  Status PrepareShared() {
+    ModelRecord record;
+    if (persistent_) {
+      HPS_ASSIGN_OR_RETURN(record, ReadModelRecord(*persistent_, config_.name));
+    }
+    for (const TableConfig& table : config_.tables) {
+      wanted_[table.name] = kAnyVersion;
+      if (!options_.load_volatile && !persistent_) continue;
+      auto fingerprint = Fingerprint(table, record);
+      if (!fingerprint.ok()) return fingerprint.status().WithContext(Context(table));
+      wanted_[table.name] = std::move(fingerprint).value();
+    }
+    return shared_->Prepare(options_.load_volatile ? wanted_ : std::map<std::string, std::string>());
+  }
+
+  static std::string Context(const TableConfig& table) { return "table '" + table.name + "' (" + table.path + ")"; }
+
   Status BuildTables() {
     HPS_RETURN_IF_ERROR(CheckMemory());
     for (const TableConfig& table : config_.tables) {
-      HPS_RETURN_IF_ERROR(BuildTable(table).WithContext("table '" + table.name + "' (" + table.path + ")"));
+      HPS_RETURN_IF_ERROR(BuildTable(table).WithContext(Context(table)));
     }
-    if (!Writable()) return OkStatus();
-    if (record_changed_) {
+    if (Writable() && record_changed_) {
       HPS_RETURN_IF_ERROR(persistent_->Flush());
       HPS_RETURN_IF_ERROR(WriteModelRecord(*persistent_, config_.name, new_record_));
+      record_changed_ = false;  // the version exists there: nothing to undo
+      created_persistent_.clear();
     }
-    DropOtherGenerations();
+    if (shared_) HPS_RETURN_IF_ERROR(shared_->Publish(shared_rows_));
+    if (Writable() && options_.load_persistent) DropOtherGenerations();
     return OkStatus();
   }
 
   // Refuses before anything is loaded what could only end in the process being killed.
   Status CheckMemory() {
     std::optional<uint64_t> available = AvailableMemoryBytes();
-    if (!volatile_ || !volatile_->capabilities().addressable || !available) return OkStatus();
+    if (!volatile_ || !volatile_->capabilities().addressable || shared_ || !available) return OkStatus();
+    if (!options_.load_volatile) return OkStatus();
     uint64_t needed = 0;
     for (const TableConfig& table : config_.tables) {
       HPS_ASSIGN_OR_RETURN(uint64_t rows, FolderRows(table));
-      needed += CacheRows(rows, options_.initial_cache_rate) * (table.width * sizeof(float) + kIndexBytesPerRow);
+      const auto cache_rows = CacheRows(rows);
+      if (!cache_rows.ok()) return cache_rows.status().WithContext("table '" + table.name + "' (" + table.path + ")");
+      needed += *cache_rows * (table.width * sizeof(float) + kIndexBytesPerRow);
     }
     if (needed <= *available) return OkStatus();
     return ResourceExhausted("its tables need " + std::to_string(needed >> 20) + " MiB of memory and " +
@@ -93,12 +137,17 @@ class Builder {
                              "with more memory");
   }
 
+  Result<uint64_t> CacheRows(uint64_t rows) const {
+    if (!volatile_) return uint64_t{0};
+    return VolatileShare(rows, options_.initial_cache_rate, *volatile_, persistent_ != nullptr);
+  }
+
   // Rows in the table's folder; 0 where a read-only persistent store stands in for it and there is no folder.
   Result<uint64_t> FolderRows(const TableConfig& table) {
     auto reader = OpenTableFolder(table.path, table.width);
     if (!reader.ok()) {
-      if (persistent_ && !Writable()) return uint64_t{0};
-      return reader.status().WithContext("table '" + table.name + "' (" + table.path + ")");
+      if (persistent_ && (!Writable() || !options_.load_persistent)) return uint64_t{0};
+      return reader.status().WithContext(Context(table));
     }
     return (*reader)->rows();
   }
@@ -108,81 +157,131 @@ class Builder {
     model_table.name = table.name;
     TierStack& stack = model_table.stack;
     stack.default_row.assign(table.width, table.default_value);
-    stack.metrics = FindMetrics(table);
-    stack.promoter = options_.cache_missed_embeddings ? resources_.promoter.get() : nullptr;
+    InitStack(table, &stack);
 
     LoadOptions load;
     load.table = config_.name + "/" + table.name;
     load.long_keys = resources_.long_keys;
-    if (options_.show_progress) load.progress = LogLoadProgress(load.table);
+    load.cancelled = options_.cancelled;
+    load.progress = [this, log = options_.show_progress ? LogLoadProgress(load.table)
+                                                        : LoadProgressCallback()](const LoadProgress& progress) {
+      if (shared_) shared_->KeepClaim();
+      if (log) log(progress);
+    };
 
     bool fill_persistent = false;
-    if (persistent_) HPS_RETURN_IF_ERROR(OpenPersistent(table, &stack, &fill_persistent));
-    std::unique_ptr<ModelReader> reader;
-    const bool from_folder = !persistent_ || fill_persistent;
+    bool persistent_empty = false;
+    if (persistent_) HPS_RETURN_IF_ERROR(OpenPersistent(table, &stack, &fill_persistent, &persistent_empty));
+    const bool from_folder = !persistent_ || fill_persistent || persistent_empty;
     uint64_t rows = 0;
-    if (from_folder) {
+    std::unique_ptr<ModelReader> reader;
+    if (!from_folder) {
+      HPS_ASSIGN_OR_RETURN(TableStats stats, stack.persistent_tier.table->Stats());
+      rows = stats.rows;
+    } else if (fill_persistent || (volatile_ && options_.load_volatile)) {
       HPS_ASSIGN_OR_RETURN(reader, OpenTableFolder(table.path, table.width));
       rows = reader->rows();
-    } else {
-      HPS_ASSIGN_OR_RETURN(TableStats stats, stack.persistent_table->Stats());
-      rows = stats.rows;
     }
-    const uint64_t cache_rows = CacheRows(rows, options_.initial_cache_rate);
-    if (volatile_) HPS_RETURN_IF_ERROR(CreateVolatile(table, cache_rows, &stack));
+    uint64_t cache_rows = 0;
+    if (options_.load_volatile) {
+      HPS_ASSIGN_OR_RETURN(cache_rows, CacheRows(rows));
+    }
+    bool fill_volatile = false;
+    if (volatile_) HPS_RETURN_IF_ERROR(OpenVolatile(table, cache_rows, &stack, &fill_volatile));
+    shared_rows_[table.name] = cache_rows;
 
     model_table.source = from_folder ? "folder" : "persistent";
     if (from_folder) {
       std::vector<Table*> targets;
-      if (stack.persistent_table) {
-        targets.push_back(stack.persistent_table.get());
+      if (fill_persistent) {
+        targets.push_back(stack.persistent_tier.table.get());
         load.row_limits.push_back(rows);
       }
-      if (stack.volatile_table) {
-        targets.push_back(stack.volatile_table.get());
+      if (fill_volatile) {
+        targets.push_back(stack.volatile_tier.table.get());
         load.row_limits.push_back(cache_rows);
       }
-      HPS_RETURN_IF_ERROR(LoadTable(*reader, targets, load, &model_table.load));
-    } else if (stack.volatile_table) {
-      load.row_limits = {cache_rows};
-      if (options_.initial_cache_rate >= 1.0) load.row_limits.clear();  // the count may be an estimate
-      HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_table, *stack.volatile_table, load, &model_table.load));
+      if (targets.empty()) model_table.source = "volatile";
+      if (!targets.empty()) HPS_RETURN_IF_ERROR(LoadTable(*reader, targets, load, &model_table.load));
+      if (fill_volatile && !persistent_) HPS_RETURN_IF_ERROR(CheckNothingEvicted(*stack.volatile_tier.table));
+    } else if (fill_volatile) {
+      // The count of the persistent table may be an estimate.
+      const bool all = options_.initial_cache_rate >= 1.0;
+      if (!all) load.row_limits = {cache_rows};
+      if (all && volatile_->capabilities().bounded) load.row_limits = {volatile_->capabilities().capacity_rows};
+      HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
+    }
+    // Around the table last of all: what has been opened and filled is the store's own.
+    if (stack.persistent_tier.table) {
+      const MetricLabels labels = Labels(table, "persistent");
+      stack.persistent_tier.table = std::make_shared<SingleFlightTable>(
+          stack.persistent_tier.table, resources_.metrics.FindCounter("hps_keys_waited_total", labels));
     }
     return OkStatus();
   }
 
-  TierMetrics FindMetrics(const TableConfig& table) {
-    MetricsRegistry& metrics = resources_.metrics;
-    const MetricLabels labels = {{"model", config_.name}, {"table", table.name}};
-    auto from = [&](const char* tier) {
-      MetricLabels with_tier = labels;
-      with_tier.push_back({"tier", tier});
-      return metrics.FindCounter("hps_rows_served_total", with_tier);
-    };
-    return {metrics.FindCounter("hps_lookups_done_total", labels), metrics.FindCounter("hps_keys_asked_total", labels),
-            from("volatile"), from("persistent"), from("default")};
+  MetricLabels Labels(const TableConfig& table, const char* tier = nullptr) const {
+    MetricLabels labels = {{"model", config_.name}, {"table", table.name}};
+    if (tier != nullptr) labels.push_back({"tier", tier});
+    return labels;
   }
 
-  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill).
-  Status OpenPersistent(const TableConfig& table, TierStack* stack, bool* fill) {
+  void InitStack(const TableConfig& table, TierStack* stack) {
+    MetricsRegistry& metrics = resources_.metrics;
+    const auto init_tier = [&](const Tier& common, const char* name) {
+      const MetricLabels labels = Labels(table, name);
+      Tier tier = common;
+      tier.rows_served = metrics.FindCounter("hps_rows_served_total", labels);
+      tier.rows_skipped = metrics.FindCounter("hps_rows_skipped_total", labels);
+      tier.fetches_failed = metrics.FindCounter("hps_fetches_failed_total", labels);
+      tier.fetch_seconds = metrics.FindHistogram("hps_fetch_duration_seconds", labels);
+      return tier;
+    };
+    stack->volatile_tier = init_tier(resources_.volatile_tier, "volatile");
+    stack->persistent_tier = init_tier(resources_.persistent_tier, "persistent");
+    const MetricLabels labels = Labels(table);
+    stack->metrics = {metrics.FindCounter("hps_lookups_done_total", labels),
+                      metrics.FindCounter("hps_keys_asked_total", labels),
+                      metrics.FindCounter("hps_rows_served_total", Labels(table, "default")),
+                      metrics.FindCounter("hps_rows_unavailable_total", labels)};
+    if (!options_.cache_missed_embeddings || resources_.promoter == nullptr) return;
+    const MetricLabels up = Labels(table, "volatile");
+    stack->promoter = resources_.promoter.get();
+    stack->promotions = {metrics.FindCounter("hps_rows_promoted_total", up),
+                         metrics.FindCounter("hps_rows_promotion_dropped_total", up),
+                         metrics.FindCounter("hps_rows_promotion_repeated_total", up)};
+  }
+
+  // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill). *empty: it
+  // was made now and is not to be loaded.
+  Status OpenPersistent(const TableConfig& table, TierStack* stack, bool* fill, bool* empty) {
     TableSpec spec = Spec(table);
     const auto found = old_record_.tables.find(table.name);
     const TableRecord* old = found == old_record_.tables.end() ? nullptr : &found->second;
     const bool complete = old != nullptr && !old->fingerprint.empty();
     const uint64_t generation = old ? old->generation : 0;
     spec.name = StoredTableName(config_.name, table.name, generation);
-    if (!Writable()) {
+    std::shared_ptr<Table>& opened_table = stack->persistent_tier.table;
+    if (!Writable() || !options_.load_persistent) {
       if (old && !complete) {
-        return FailedPrecondition("its first load into the database was cut short; load it once without read_only");
+        return FailedPrecondition(std::string("its first load into the database was cut short; load it once without ") +
+                                  (Writable() ? "\"initialize_after_startup\": false" : "read_only"));
       }
-      HPS_ASSIGN_OR_RETURN(stack->persistent_table, persistent_->OpenTable(spec));
+      auto opened = persistent_->OpenTable(spec);
+      if (Writable() && opened.status().code() == StatusCode::kNotFound) {
+        *empty = true;
+        opened = persistent_->CreateTable(spec);
+        if (opened.ok()) created_persistent_.push_back(spec.name);
+      }
+      if (!opened.ok()) return opened.status();
+      opened_table = std::move(opened).value();
       return OkStatus();
     }
     HPS_ASSIGN_OR_RETURN(std::string fingerprint, FingerprintTableFolder(table.path, table.width));
     if (complete && old->fingerprint == fingerprint) {
       auto opened = persistent_->OpenTable(spec);
       if (opened.ok()) {
-        stack->persistent_table = std::move(opened).value();
+        opened_table = std::move(opened).value();
         return OkStatus();
       }
       if (opened.status().code() != StatusCode::kNotFound) return opened.status();
@@ -205,7 +304,7 @@ class Builder {
       created = persistent_->OpenTable(spec);
     }
     if (!created.ok()) return created.status();
-    stack->persistent_table = std::move(created).value();
+    opened_table = std::move(created).value();
     return OkStatus();
   }
 
@@ -230,23 +329,28 @@ class Builder {
     for (const ModelTable& table : model_->tables) {
       for (size_t i = 0; status.ok() && i < stored->size(); ++i) {
         const std::string& name = (*stored)[i];
-        if (!IsGenerationOf(name, config_.name, table.name)) continue;
-        if (name != table.stack.persistent_table->spec().name) status = persistent_->DropTable(name);
+        if (!GenerationOf(name, config_.name, table.name)) continue;
+        if (name != table.stack.persistent_tier.table->spec().name) status = persistent_->DropTable(name);
       }
     }
     if (!status.ok()) Log(LogLevel::kWarning, "old version of model '" + config_.name + "': " + status.ToString());
   }
 
-  Status CreateVolatile(const TableConfig& table, uint64_t rows, TierStack* stack) {
+  Status OpenVolatile(const TableConfig& table, uint64_t rows, TierStack* stack, bool* fill) {
     TableSpec spec = Spec(table);
     spec.expected_rows = rows;
-    stack->volatile_addressable = volatile_->capabilities().addressable;
+    if (shared_) {
+      HPS_ASSIGN_OR_RETURN(stack->volatile_tier.table,
+                           shared_->Open(table.name, spec, wanted_[table.name], options_.load_volatile, fill));
+      return OkStatus();
+    }
     // The version that is being replaced holds the bare name, or another number.
     for (uint64_t generation = 0;; ++generation) {
       spec.name = StoredTableName(config_.name, table.name, generation);
       auto created = volatile_->CreateTable(spec);
       if (created.ok()) {
-        stack->volatile_table = std::move(created).value();
+        stack->volatile_tier.table = std::move(created).value();
+        *fill = options_.load_volatile;
         return OkStatus();
       }
       if (created.status().code() != StatusCode::kAlreadyExists) return created.status();
@@ -261,6 +365,7 @@ class Builder {
   }
 
   void Undo() {
+    if (shared_) shared_->Undo();
     DropVolatileTables(*model_, resources_);
     std::vector<Status> done;
     for (const std::string& name : created_persistent_) done.push_back(persistent_->DropTable(name));
@@ -276,6 +381,9 @@ class Builder {
   const BuildOptions& options_;
   TableStore* const volatile_;
   TableStore* const persistent_;
+  std::optional<SharedTier> shared_;           // where the volatile store is shared
+  std::map<std::string, std::string> wanted_;  // fingerprint by table, for shared_
+  std::map<std::string, uint64_t> shared_rows_;
   ModelRecord old_record_;
   ModelRecord new_record_;
   bool record_changed_ = false;
@@ -292,9 +400,10 @@ Result<std::shared_ptr<Model>> BuildModel(const ModelConfig& config, const Serve
 }
 
 void DropVolatileTables(const Model& model, const ServerResources& resources) {
+  if (!resources.volatile_store || resources.volatile_store->capabilities().shared) return;
   for (const ModelTable& table : model.tables) {
-    if (!table.stack.volatile_table) continue;
-    Status dropped = resources.volatile_store->DropTable(table.stack.volatile_table->spec().name);
+    if (!table.stack.volatile_tier.table) continue;
+    Status dropped = resources.volatile_store->DropTable(table.stack.volatile_tier.table->spec().name);
     if (!dropped.ok() && dropped.code() != StatusCode::kFailedPrecondition) {
       Log(LogLevel::kWarning, "model '" + model.config.name + "': " + dropped.ToString());
     }

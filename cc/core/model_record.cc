@@ -53,12 +53,14 @@ std::string StoredTableName(std::string_view model, std::string_view table, uint
   return name;
 }
 
-bool IsGenerationOf(std::string_view stored, std::string_view model, std::string_view table) {
+std::optional<uint64_t> GenerationOf(std::string_view stored, std::string_view model, std::string_view table) {
   const std::string first = StoredTableName(model, table, 0);
-  if (!stored.starts_with(first)) return false;
+  if (!stored.starts_with(first)) return std::nullopt;
   stored.remove_prefix(first.size());
   uint64_t generation = 0;
-  return stored.empty() || (stored.front() == '@' && ParseNumber(stored.substr(1), &generation));
+  if (stored.empty()) return generation;
+  if (stored.front() != '@' || !ParseNumber(stored.substr(1), &generation)) return std::nullopt;
+  return generation;
 }
 
 Result<ModelRecord> ReadModelRecord(const TableStore& store, std::string_view model) {

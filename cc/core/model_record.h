@@ -30,8 +30,8 @@ struct ModelRecord {
 
 // "hps_et.<model>.<table>", with "@<generation>" when that is not 0.
 std::string StoredTableName(std::string_view model, std::string_view table, uint64_t generation);
-// Whether `stored` is the name of any generation of the table.
-bool IsGenerationOf(std::string_view stored, std::string_view model, std::string_view table);
+// Which generation of the table `stored` names; nothing where it names something else.
+std::optional<uint64_t> GenerationOf(std::string_view stored, std::string_view model, std::string_view table);
 
 // An empty record where the store has none. kDataLoss where it cannot be understood.
 Result<ModelRecord> ReadModelRecord(const TableStore& store, std::string_view model);

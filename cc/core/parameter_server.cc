@@ -11,20 +11,29 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
+#include <tuple>
 
 #include "cc/base/fork_guard.h"
+#include "cc/base/stand_back.h"
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
 #include "cc/storage/hash_map_store.h"
+#include "cc/storage/multi_process_store.h"
+#include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "hps/log.h"
 
 namespace hps {
 namespace {
+
+constexpr std::chrono::milliseconds kLongestProbe{1000};
+constexpr std::chrono::milliseconds kLookupPatience{200};
 
 Status ClosedStatus() {
   return FailedPrecondition("the parameter server was closed; open it again (hps.Init or hps.ParameterServer)");
@@ -35,6 +44,23 @@ std::string Join(const std::vector<std::string>& names) {
   for (const std::string& name : names) text += (text.empty() ? "'" : ", '") + name + "'";
   return text.empty() ? "none" : text;
 }
+
+// Writes large batches on all threads while the server starts, and on few that stand back once it serves.
+class LoadExecutor final : public Executor {
+ public:
+  LoadExecutor(Executor& all, int few) : all_(all), few_(NewBackgroundPool(few)) {}
+  void StandBack(bool stand_back) { stand_back_ = stand_back; }
+  int parallelism() const override { return chosen().parallelism(); }
+  void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
+    chosen().ParallelFor(count, grain, body);
+  }
+
+ private:
+  Executor& chosen() const { return stand_back_ ? *few_ : all_; }
+  Executor& all_;
+  const std::unique_ptr<Executor> few_;
+  std::atomic<bool> stand_back_{false};
+};
 
 // For closing at exit; servers are not kept alive by it.
 struct LiveServers {
@@ -80,20 +106,23 @@ class ParameterServer::Impl {
   // Close may be called meanwhile.
   Status Start() {
     std::lock_guard load_lock(load_mutex_);
-    HPS_RETURN_IF_ERROR(CheckBuilt(config_));
     for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
     for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
     WarnWithoutGpu();
     resources_->long_keys = config_.long_keys;
-    resources_->executor = NewThreadPool(static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u)));
+    const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
+    resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
+    resources_->executor = NewThreadPool(threads);
+    resources_->load_executor = std::make_unique<LoadExecutor>(*resources_->executor, std::max(1, threads / 2));
     HPS_RETURN_IF_ERROR(OpenStores());
     CloseAllAtExit(resources_->persistent_store != nullptr);
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
-      resources_->promoter =
-          std::make_unique<Promoter>(resources_->metrics.FindCounter("hps_rows_promoted_total", {}),
-                                     resources_->metrics.FindCounter("hps_rows_promotion_dropped_total", {}));
+      resources_->promoter = std::make_unique<Promoter>();
     }
-    for (const ModelConfig& model : config_.models) HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false));
+    for (const ModelConfig& model : config_.models) {
+      HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
+    }
+    started_ = true;
     return OkStatus();
   }
 
@@ -113,10 +142,10 @@ class ParameterServer::Impl {
     return NoSuchModel(model);
   }
 
-  Status Load(const ModelConfig& config, bool replace) {
+  Status Load(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     HPS_RETURN_IF_ERROR(CheckProcess());
     std::lock_guard load_lock(load_mutex_);
-    return LoadLocked(config, replace);
+    return LoadLocked(config, replace, cancelled);
   }
 
   Status Unload(std::string_view name) {
@@ -129,8 +158,43 @@ class ParameterServer::Impl {
       if (auto found = slots_.find(name); found != slots_.end()) slot = slots_.extract(found).mapped();
     }
     if (!slot) return NoSuchModel(name);
-    DropVolatileTables(*slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")), *resources_);
+    LetGo(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
     return OkStatus();
+  }
+
+  Readiness CheckReadiness() const {
+    Readiness readiness;
+    if (Status forked = CheckProcess(); !forked.ok()) return {.reason = forked.message()};
+    if (closed_) return {.reason = ClosedStatus().message()};
+    if (!started_) return {.reason = "the models of " + config_.origin + " are being loaded"};
+    std::shared_ptr<const Model> any;  // with a table of which each tier can be asked for a row
+    for (const auto& slot : Slots()) {
+      if (auto model = slot->Current(); model.ok()) {
+        readiness.models.push_back(slot->name());
+        any = *model;
+      }
+    }
+    readiness.ready = true;
+    for (const auto& [name, store, tier_of] :
+         {std::tuple("volatile", resources_->volatile_store, &TierStack::volatile_tier),
+          std::tuple("persistent", resources_->persistent_store, &TierStack::persistent_tier)}) {
+      if (!store) continue;
+      const Tier& common =
+          name == std::string_view("volatile") ? resources_->volatile_tier : resources_->persistent_tier;
+      Readiness::TierState state{.tier = name, .store = std::string(store->kind())};
+      state.needed = common.when_unavailable == WhenUnavailable::kFail;
+      const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
+      state.reachable = answered.ok();
+      state.error = answered.message();
+      if (!state.reachable) {
+        readiness.ready &= !state.needed;
+        if (!readiness.reason.empty()) readiness.reason += "; ";
+        readiness.reason += state.needed ? answered.message() : "lookups do without a tier: " + answered.message();
+      }
+      readiness.tiers.push_back(std::move(state));
+    }
+    if (readiness.reason.empty()) readiness.reason = "ready";
+    return readiness;
   }
 
   std::vector<std::string> ModelNames() const {
@@ -178,7 +242,7 @@ class ParameterServer::Impl {
 
  private:
   // REQUIRES: load_mutex_ is held.
-  Status LoadLocked(const ModelConfig& config, bool replace) {
+  Status LoadLocked(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     if (closed_) return ClosedStatus();
     HPS_RETURN_IF_ERROR(CheckBuiltModel(config));
     std::shared_ptr<ModelSlot> slot = FindSlot(config.name);
@@ -195,7 +259,10 @@ class ParameterServer::Impl {
     options.initial_cache_rate = config_.volatile_db.initial_cache_rate;
     options.cache_missed_embeddings = config_.volatile_db.cache_missed_embeddings;
     options.show_progress = options_.show_progress;
-    HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildModel(config, *resources_, options));
+    options.cancelled = cancelled;
+    options.load_volatile = config_.volatile_db.initialize_after_startup;
+    options.load_persistent = config_.persistent_db.initialize_after_startup;
+    HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildBesideLookups(config, options));
     if (old) model->version = old->version + 1;
     if (!slot) slot = std::make_shared<ModelSlot>(config.name, resources_);
     {
@@ -204,8 +271,32 @@ class ParameterServer::Impl {
       slot->Publish(std::move(model));
       slots_[config.name] = std::move(slot);
     }
-    if (old) DropVolatileTables(*old, *resources_);
+    if (old) LetGo(std::move(old));
     return OkStatus();
+  }
+
+  // Drops a version that is no longer published. Its memory is freed here, and not by the last lookup that uses it,
+  // unless that lookup takes long.
+  void LetGo(std::shared_ptr<const Model> model) {
+    DropVolatileTables(*model, *resources_);
+    const auto end = std::chrono::steady_clock::now() + kLookupPatience;
+    while (model.use_count() > 1 && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+
+  // While models are served, on a thread that leaves them room.
+  Result<std::shared_ptr<Model>> BuildBesideLookups(const ModelConfig& config, const BuildOptions& options) {
+    auto& executor = static_cast<LoadExecutor&>(*resources_->load_executor);
+    executor.StandBack(started_);
+    if (!started_) return BuildModel(config, *resources_, options);
+    std::optional<Result<std::shared_ptr<Model>>> model;
+    std::thread loader([&] {
+      StandBackForLookups();
+      model.emplace(BuildModel(config, *resources_, options));
+    });
+    loader.join();
+    return *std::move(model);
   }
 
   // What CheckBuilt says of a model that came after the configuration.
@@ -249,8 +340,27 @@ class ParameterServer::Impl {
       HashMapOptions options;
       options.num_partitions = cache.num_partitions;
       options.allocation_rate_bytes = cache.allocation_rate_bytes;
-      options.executor = resources_->executor.get();
+      options.overflow = {cache.overflow_margin, cache.overflow_policy, cache.overflow_resolution_target,
+                          cache.refresh_time_after_fetch};
+      options.max_get_batch_size = cache.max_get_batch_size;
+      options.max_set_batch_size = cache.max_set_batch_size;
+      options.executor = resources_->load_executor.get();
       HPS_ASSIGN_OR_RETURN(volatile_store, OpenHashMapStore(options));
+    } else if (cache.type == VolatileType::kMultiProcessHashMap) {
+      MultiProcessOptions options;
+      options.name = cache.shared_memory_name;
+      options.bytes = cache.shared_memory_bytes;
+      options.auto_remove = cache.shared_memory_auto_remove;
+      options.num_partitions = cache.num_partitions;
+      options.key_bytes = config_.long_keys ? 8 : 4;
+      options.allocation_rate_bytes = cache.allocation_rate_bytes;
+      options.overflow = {cache.overflow_margin, cache.overflow_policy, cache.overflow_resolution_target,
+                          cache.refresh_time_after_fetch};
+      options.executor = resources_->load_executor.get();
+      HPS_ASSIGN_OR_RETURN(volatile_store, OpenMultiProcessStore(options));
+    }
+    if (cache.type == VolatileType::kRedisCluster) {
+      HPS_ASSIGN_OR_RETURN(volatile_store, OpenRedisStore(RedisOptionsOf(cache)));
     }
     const PersistentConfig& database = config_.persistent_db;
     if (database.type == PersistentType::kRocksDb) {
@@ -263,11 +373,39 @@ class ParameterServer::Impl {
       options.executor = resources_->executor.get();
       HPS_ASSIGN_OR_RETURN(persistent_store, OpenRocksDbStore(options));
     }
+    if (options_.adapt_store && volatile_store) volatile_store = options_.adapt_store("volatile", volatile_store);
+    if (options_.adapt_store && persistent_store)
+      persistent_store = options_.adapt_store("persistent", persistent_store);
+    if (volatile_store) {
+      resources_->volatile_tier = CommonTier("volatile", *volatile_store, cache.timeout_ms, cache.when_unavailable,
+                                             &resources_->volatile_breaker);
+      // Without a lower tier there is nothing to go on to (configurations made in code may say so all the same).
+      if (!persistent_store && cache.when_unavailable == WhenUnavailable::kNextTier) {
+        resources_->volatile_tier.when_unavailable = WhenUnavailable::kFail;
+      }
+    }
+    if (persistent_store) {
+      resources_->persistent_tier = CommonTier("persistent", *persistent_store, database.timeout_ms,
+                                               database.when_unavailable, &resources_->persistent_breaker);
+    }
     std::lock_guard lock(slots_mutex_);
     if (closed_) return ClosedStatus();
     resources_->volatile_store = std::move(volatile_store);
     resources_->persistent_store = std::move(persistent_store);
     return OkStatus();
+  }
+
+  // What all tables of a store have in common, and the store's circuit breaker.
+  Tier CommonTier(const std::string& name, const TableStore& store, uint32_t timeout_ms, WhenUnavailable policy,
+                  std::unique_ptr<CircuitBreaker>* breaker) {
+    *breaker = std::make_unique<CircuitBreaker>(name, std::string(store.kind()), resources_->metrics);
+    Tier tier;
+    tier.addressable = store.capabilities().addressable;
+    tier.timeout = std::chrono::milliseconds(timeout_ms);
+    tier.when_unavailable = policy;
+    tier.breaker = breaker->get();
+    tier.option = name == "volatile" ? "volatile_db" : "persistent_db";
+    return tier;
   }
 
   void WarnWithoutGpu() const {
@@ -287,6 +425,7 @@ class ParameterServer::Impl {
   std::mutex load_mutex_;
   mutable std::mutex slots_mutex_;
   std::map<std::string, std::shared_ptr<ModelSlot>, std::less<>> slots_;
+  std::atomic<bool> started_{false};  // the configuration's models are loaded
   std::atomic<bool> closed_{false};
 };
 
@@ -299,6 +438,7 @@ ParameterServer::~ParameterServer() {
 
 Result<std::shared_ptr<ParameterServer>> ParameterServer::Open(const ServerConfig& config,
                                                                const ServerOptions& options) {
+  HPS_RETURN_IF_ERROR(CheckBuilt(config));
   std::shared_ptr<ParameterServer> server(new ParameterServer(std::make_unique<Impl>(config, options)));
   {
     auto& live = ProcessInstance<LiveServers>();
@@ -317,8 +457,12 @@ Result<std::shared_ptr<ParameterServer>> ParameterServer::Open(const std::string
 }
 
 Result<LookupSession> ParameterServer::NewSession(std::string_view model) const { return impl_->NewSession(model); }
-Status ParameterServer::LoadModel(const ModelConfig& model) { return impl_->Load(model, /*replace=*/false); }
-Status ParameterServer::ReplaceModel(const ModelConfig& model) { return impl_->Load(model, /*replace=*/true); }
+Status ParameterServer::LoadModel(const ModelConfig& model, const std::atomic<bool>* cancelled) {
+  return impl_->Load(model, /*replace=*/false, cancelled);
+}
+Status ParameterServer::ReplaceModel(const ModelConfig& model, const std::atomic<bool>* cancelled) {
+  return impl_->Load(model, /*replace=*/true, cancelled);
+}
 Status ParameterServer::UnloadModel(std::string_view model) { return impl_->Unload(model); }
 std::vector<std::string> ParameterServer::ModelNames() const { return impl_->ModelNames(); }
 
@@ -338,11 +482,20 @@ Status ParameterServer::CloseAll() {
   return status;
 }
 
+Readiness ParameterServer::CheckReadiness() const { return impl_->CheckReadiness(); }
 std::string ParameterServer::StatsJson() const {
   return ServerStatsJson(impl_->config(), impl_->resources(), impl_->Slots());
 }
 std::string ParameterServer::PrometheusText() const {
   return impl_->CheckProcess().ok() ? impl_->resources().metrics.PrometheusText() : "";
+}
+std::string ParameterServer::PrometheusText(std::span<const std::shared_ptr<ParameterServer>> servers) {
+  std::vector<std::pair<MetricLabels, const MetricsRegistry*>> registries;
+  for (const auto& server : servers) {
+    if (!server->impl_->CheckProcess().ok()) continue;
+    registries.push_back({{{"server", ConfigHash(server->config())}}, &server->impl_->resources().metrics});
+  }
+  return MetricsRegistry::PrometheusText(registries);
 }
 const ServerConfig& ParameterServer::config() const { return impl_->config(); }
 Status ParameterServer::Close() { return impl_->Close(); }

@@ -36,7 +36,7 @@ Registry& Instance() { return ProcessInstance<Registry>(); }
 
 }  // namespace
 
-Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& config) {
+Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& config, const ServerOptions& options) {
   Registry& registry = Instance();
   std::shared_ptr<Entry> entry;
   {
@@ -48,16 +48,20 @@ Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& co
   std::lock_guard lock(entry->mutex);
   std::shared_ptr<ParameterServer> server = entry->server.lock();
   if (server && !server->closed()) return server;
-  HPS_ASSIGN_OR_RETURN(server, ParameterServer::Open(config));
+  HPS_ASSIGN_OR_RETURN(server, ParameterServer::Open(config, options));
   entry->server = server;
   return server;
 }
 
-Status InitDefaultServer(const std::string& config_path) {
+Status InitDefaultServer(const std::string& config_path, const ServerOptions& options) {
   HPS_ASSIGN_OR_RETURN(ServerConfig config, LoadConfig(config_path));
   Registry& registry = Instance();
   auto check = [&](const std::shared_ptr<ParameterServer>& current) -> Status {
     if (ConfigHash(current->config()) == ConfigHash(config)) return OkStatus();
+    if (current->config().origin == config.origin) {
+      return FailedPrecondition("the process is initialised with " + config.origin +
+                                ", and what that file says has changed since; call hps.shutdown() first to use it");
+    }
     return FailedPrecondition(
         "the process is initialised with the configuration " + current->config().origin +
         " and cannot be initialised again with another one, " + config.origin +
@@ -68,7 +72,7 @@ Status InitDefaultServer(const std::string& config_path) {
     std::shared_lock lock(registry.mutex);
     if (is_open()) return check(registry.default_server);
   }
-  HPS_ASSIGN_OR_RETURN(std::shared_ptr<ParameterServer> server, OpenSharedServer(config));
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<ParameterServer> server, OpenSharedServer(config, options));
   std::lock_guard lock(registry.mutex);
   if (is_open()) return check(registry.default_server);
   registry.default_server.swap(server);

@@ -7,13 +7,42 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json TierJson(const Table& table) {
-  auto stats = table.Stats();
-  if (!stats.ok()) return {{"error", stats.status().ToString()}};
-  return {{"rows", stats->rows},
-          {"rows_estimated", stats->rows_estimated},
-          {"memory_bytes", stats->memory_bytes},
-          {"disk_bytes", stats->disk_bytes}};
+Json LatencyJson(const Histogram& histogram) {
+  return {{"count", histogram.count()},
+          {"mean_us", histogram.count() ? static_cast<double>(histogram.sum_nanoseconds()) * 1e-3 /
+                                              static_cast<double>(histogram.count())
+                                        : 0.0},
+          {"p50_us", histogram.Quantile(0.5) * 1e-3},
+          {"p99_us", histogram.Quantile(0.99) * 1e-3}};
+}
+
+Json TierJson(const Tier& tier) {
+  Json json = Json::object();
+  // A store that does not answer would keep whoever asks for statistics waiting.
+  if (tier.breaker != nullptr && !tier.breaker->closed()) {
+    json["error"] = "the " + tier.breaker->name() + " does not answer";
+  } else if (auto stats = tier.table->Stats(); stats.ok()) {
+    json = {{"rows", stats->rows},
+            {"rows_estimated", stats->rows_estimated},
+            {"memory_bytes", stats->memory_bytes},
+            {"disk_bytes", stats->disk_bytes},
+            {"evicted_rows", stats->evicted_rows}};
+  } else {
+    json["error"] = stats.status().ToString();
+  }
+  json["rows_skipped"] = tier.rows_skipped->value();
+  json["fetches_failed"] = tier.fetches_failed->value();
+  json["fetch_latency"] = LatencyJson(*tier.fetch_seconds);
+  return json;
+}
+
+Json StateJson(const TableStore& store, const CircuitBreaker* breaker) {
+  Json json = {{"store", std::string(store.kind())}};
+  if (breaker == nullptr) return json;
+  constexpr const char* kNames[] = {"closed", "open", "half_open"};
+  json["breaker"] = kNames[static_cast<int>(breaker->state())];
+  json["openings"] = breaker->openings();
+  return json;
 }
 
 Json TableJson(const ModelTable& table) {
@@ -23,9 +52,10 @@ Json TableJson(const ModelTable& table) {
                {"lookups", metrics.lookups->value()},
                {"keys", metrics.keys->value()},
                {"rows_served",
-                {{"volatile", metrics.rows_from_volatile->value()},
-                 {"persistent", metrics.rows_from_persistent->value()},
+                {{"volatile", table.stack.volatile_tier.rows_served->value()},
+                 {"persistent", table.stack.persistent_tier.rows_served->value()},
                  {"default", metrics.rows_from_default->value()}}},
+               {"rows_unavailable", metrics.rows_unavailable->value()},
                {"load",
                 {{"source", table.source},
                  {"rows_read", table.load.rows_read},
@@ -34,18 +64,17 @@ Json TableJson(const ModelTable& table) {
                  {"seconds", table.load.seconds},
                  {"rows_per_second", table.load.rows_per_second()}}}};
   if (table.load.duplicate_keys) json["load"]["duplicate_keys"] = *table.load.duplicate_keys;
-  if (table.stack.volatile_table) json["volatile"] = TierJson(*table.stack.volatile_table);
-  if (table.stack.persistent_table) json["persistent"] = TierJson(*table.stack.persistent_table);
+  const PromotionCounters& promotions = table.stack.promotions;
+  for (const auto& [name, tier] :
+       {std::pair("volatile", &table.stack.volatile_tier), std::pair("persistent", &table.stack.persistent_tier)}) {
+    if (tier->table) json[name] = TierJson(*tier);
+  }
+  if (table.stack.volatile_tier.table && promotions.promoted != nullptr) {
+    json["volatile"]["rows_promoted"] = promotions.promoted->value();
+    json["volatile"]["rows_promotion_dropped"] = promotions.dropped->value();
+    json["volatile"]["rows_promotion_repeated"] = promotions.repeated->value();
+  }
   return json;
-}
-
-Json LatencyJson(const Histogram& histogram) {
-  return {{"count", histogram.count()},
-          {"mean_us", histogram.count() ? static_cast<double>(histogram.sum_nanoseconds()) * 1e-3 /
-                                              static_cast<double>(histogram.count())
-                                        : 0.0},
-          {"p50_us", histogram.Quantile(0.5) * 1e-3},
-          {"p99_us", histogram.Quantile(0.99) * 1e-3}};
 }
 
 }  // namespace
@@ -61,8 +90,15 @@ std::string ServerStatsJson(const ServerConfig& config, const ServerResources& r
   json["tiers"] = Json::object();
   if (resources.volatile_store) json["tiers"]["volatile"] = std::string(resources.volatile_store->kind());
   if (resources.persistent_store) json["tiers"]["persistent"] = std::string(resources.persistent_store->kind());
-  json["rows_promoted"] = resources.metrics.FindCounter("hps_rows_promoted_total", {})->value();
-  json["rows_promotion_dropped"] = resources.metrics.FindCounter("hps_rows_promotion_dropped_total", {})->value();
+  json["tier_states"] = Json::object();
+  if (resources.volatile_store) {
+    json["tier_states"]["volatile"] = StateJson(*resources.volatile_store, resources.volatile_breaker.get());
+  }
+  if (resources.persistent_store) {
+    json["tier_states"]["persistent"] = StateJson(*resources.persistent_store, resources.persistent_breaker.get());
+  }
+  json["rows_promoted"] = resources.metrics.SumOfCounters("hps_rows_promoted_total");
+  json["rows_promotion_dropped"] = resources.metrics.SumOfCounters("hps_rows_promotion_dropped_total");
   json["models"] = Json::array();
   for (const auto& slot : slots) {
     auto model = slot->Current();

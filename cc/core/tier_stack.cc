@@ -1,10 +1,9 @@
-// Invariant: `missing` of a walk holds, after each stage, exactly the positions that no tier so far has found,
-// ascending.
+// Invariant: `missing` of a walk holds, after each stage, exactly the positions that no tier so far has found and that
+// a lower tier may still give, ascending; `unavailable` those that have been given up for the default value.
 
 #include "cc/core/tier_stack.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -14,45 +13,116 @@
 namespace hps {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 class Stopwatch {
  public:
+  Clock::time_point start() const { return start_; }
   uint64_t nanoseconds() const {
-    return static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count());
+    return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count());
   }
 
  private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  Clock::time_point start_ = Clock::now();
 };
 
+void Count(Counter* counter, uint64_t n) {
+  if (counter != nullptr && n > 0) counter->Add(n);
+}
+
+// How long a lookup waits for the tier. A tier that something else can stand in for leaves time for that.
+Deadline TierDeadline(const Tier& tier, Clock::time_point now, Deadline deadline) {
+  if (tier.addressable) return deadline;
+  Deadline result = deadline;
+  if (deadline != kNoDeadline && tier.when_unavailable != WhenUnavailable::kFail && deadline > now) {
+    const auto left = deadline - now;
+    result = now + (tier.when_unavailable == WhenUnavailable::kNextTier ? left / 2 : left / 10 * 9);
+  }
+  if (tier.timeout.count() > 0) result = std::min<Deadline>(result, now + tier.timeout);
+  return result;
+}
+
+Status AskTable(const Tier& tier, const FetchRequest& request, const LookupLimits& limits,
+                std::vector<uint32_t>* misses) {
+  if (tier.breaker == nullptr) return tier.table->Fetch(request, misses);
+  HPS_RETURN_IF_ERROR(tier.breaker->Admit());
+  Status status = tier.table->Fetch(request, misses);
+  if (status.ok()) {
+    tier.breaker->Succeeded();
+    return status;
+  }
+  Count(tier.fetches_failed, 1);
+  if (!IsUnavailable(tier, status, limits)) {
+    tier.breaker->Undecided();
+  } else if (status.code() == StatusCode::kDataLoss) {
+    tier.breaker->Succeeded();  // it answers
+    tier.breaker->Damaged(status);
+  } else {
+    tier.breaker->Failed(status);
+  }
+  return status;
+}
+
+// What the lookup is told where it may not go on without the tier.
+Status Explain(const Tier& tier, const Status& error, const LookupLimits& limits) {
+  if (!IsUnavailable(tier, error, limits)) return error;
+  const std::string name = tier.breaker != nullptr ? tier.breaker->name() : std::string(tier.option);
+  const std::string option(tier.option);
+  return Status(error.code(), "the " + name + " cannot be asked: " + error.message() + "; repair it, raise " + option +
+                                  ".timeout_ms if it is only slow, or let lookups do "
+                                  "without it by " +
+                                  option + ".when_unavailable");
+}
+
+// Of a tier that failed with `error`: what becomes of the positions [first, last) of a walk. With kNextTier they go
+// into *missing, with kDefault into *unavailable; else the lookup fails.
+template <typename Iterator>
+Status SkipTier(const Tier& tier, const Status& error, const LookupLimits& limits, Iterator first, Iterator last,
+                std::vector<uint32_t>* missing, std::vector<uint32_t>* unavailable, uint64_t* skipped) {
+  if (tier.when_unavailable == WhenUnavailable::kFail || !IsUnavailable(tier, error, limits)) {
+    return Explain(tier, error, limits);
+  }
+  HPS_RETURN_IF_ERROR(CheckLimits(limits));
+  std::vector<uint32_t>* to = tier.when_unavailable == WhenUnavailable::kNextTier ? missing : unavailable;
+  to->insert(to->end(), first, last);
+  *skipped += static_cast<uint64_t>(std::distance(first, last));
+  return OkStatus();
+}
+
+// ---- tables in this process's memory, in pieces -----------------------------------------------------------------
+
+bool InPieces(const TierWalk& walk) {
+  return walk.stack->volatile_tier.table && walk.stack->volatile_tier.addressable && !walk.skip_volatile;
+}
+
 // Asks the volatile table for keys [first, last) of one walk.
-Status FetchVolatilePiece(TierWalk& walk, size_t first, size_t last, Deadline deadline, std::mutex& mutex) {
+Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits& limits, std::mutex& mutex) {
   thread_local std::vector<uint32_t> misses;
   misses.clear();
+  if (limits.cancelled != nullptr) HPS_RETURN_IF_ERROR(CheckLimits({.cancelled = limits.cancelled}));
   const size_t row_bytes = walk.stack->row_bytes();
   FetchRequest request;
   request.keys = walk.keys.subspan(first, last - first);
   request.rows = {walk.rows + first * row_bytes, row_bytes};
   request.output_bytes = walk.keys.size() * row_bytes;
-  request.deadline = deadline;
-  HPS_RETURN_IF_ERROR(walk.stack->volatile_table->Fetch(request, &misses));
-  if (misses.empty()) return OkStatus();
+  request.deadline = limits.deadline;
+  request.cancelled = limits.cancelled;
+  Status status = AskTable(walk.stack->volatile_tier, request, limits, &misses);
+  if (status.ok() && misses.empty()) return status;
   std::lock_guard lock(mutex);
-  for (uint32_t position : misses) walk.missing.push_back(static_cast<uint32_t>(first) + position);
-  return OkStatus();
+  if (status.ok()) {
+    for (uint32_t position : misses) walk.missing.push_back(static_cast<uint32_t>(first) + position);
+    return status;
+  }
+  std::vector<uint32_t> positions(last - first);
+  std::iota(positions.begin(), positions.end(), static_cast<uint32_t>(first));
+  return SkipTier(walk.stack->volatile_tier, status, limits, positions.begin(), positions.end(), &walk.missing,
+                  &walk.unavailable, &walk.rows_skipped_volatile);
 }
 
-Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Deadline deadline) {
+Status FetchPieces(std::span<TierWalk> walks, Executor& executor, const LookupLimits& limits) {
   size_t total = 0;
-  for (TierWalk& walk : walks) {
-    walk.missing.clear();
-    if (walk.stack->volatile_table && !walk.skip_volatile) {
-      total += walk.keys.size();
-    } else {
-      walk.missing.resize(walk.keys.size());
-      std::iota(walk.missing.begin(), walk.missing.end(), 0u);
-    }
-  }
+  for (const TierWalk& walk : walks) total += InPieces(walk) ? walk.keys.size() : 0;
   if (total == 0) return OkStatus();
   FirstError error;
   std::mutex mutex;
@@ -60,10 +130,10 @@ Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Deadline dea
   executor.ParallelFor(total, kKeysPerPiece, [&](size_t first, size_t last) {
     size_t base = 0;
     for (TierWalk& walk : walks) {
-      if (!walk.stack->volatile_table || walk.skip_volatile) continue;
+      if (!InPieces(walk)) continue;
       const size_t end = base + walk.keys.size();
       if (first < end && last > base && !error.failed()) {
-        error.Set(FetchVolatilePiece(walk, std::max(first, base) - base, std::min(last, end) - base, deadline, mutex));
+        error.Set(FetchPiece(walk, std::max(first, base) - base, std::min(last, end) - base, limits, mutex));
       }
       base = end;
       if (base >= last) break;
@@ -76,11 +146,15 @@ Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Deadline dea
   return OkStatus();
 }
 
+// ---- tables that are waited for -----------------------------------------------------------------------------------
+
 // `before` and `after` are ascending, after is a subset: what the persistent table found goes up.
 void Promote(const TierWalk& walk, const std::vector<uint32_t>& before, const std::vector<uint32_t>& after) {
   const size_t row_bytes = walk.stack->row_bytes();
   PromotionBatch batch;
-  batch.table = walk.stack->volatile_table;
+  batch.table = walk.stack->volatile_tier.table;
+  batch.breaker = walk.stack->volatile_tier.breaker;
+  batch.counters = walk.stack->promotions;
   auto still_missing = after.begin();
   for (uint32_t position : before) {
     if (still_missing != after.end() && *still_missing == position) {
@@ -94,67 +168,182 @@ void Promote(const TierWalk& walk, const std::vector<uint32_t>& before, const st
   if (!batch.keys.empty()) walk.stack->promoter->Enqueue(std::move(batch));
 }
 
-Status FetchPersistent(TierWalk& walk, Deadline deadline, LookupReport* counts) {
-  const TierStack& stack = *walk.stack;
-  const size_t row_bytes = stack.row_bytes();
+// Asks the tier for the missing positions of one walk.
+Status AskTier(const Tier& tier, TierWalk& walk, Deadline deadline, const LookupLimits& limits, uint64_t* found,
+               uint64_t* skipped) {
+  const size_t row_bytes = walk.stack->row_bytes();
+  const bool all = walk.missing.size() == walk.keys.size();
   std::vector<uint32_t> still_missing;
   FetchRequest request;
   request.keys = walk.keys;
-  request.positions = walk.missing;
+  if (!all) request.positions = walk.missing;
   request.rows = {walk.rows, row_bytes};
   request.deadline = deadline;
-  HPS_RETURN_IF_ERROR(stack.persistent_table->Fetch(request, &still_missing));
-  counts->rows_from_persistent = walk.missing.size() - still_missing.size();
-  if (stack.promoter != nullptr && stack.volatile_table) Promote(walk, walk.missing, still_missing);
+  request.cancelled = limits.cancelled;
+  Status status = AskTable(tier, request, limits, &still_missing);
+  if (status.ok()) {
+    *found = walk.missing.size() - still_missing.size();
+    const bool from_below = &tier == &walk.stack->persistent_tier;
+    // A row that the volatile tier was not asked for is not known to be missing there.
+    if (from_below && walk.stack->promoter != nullptr && walk.stack->volatile_tier.table &&
+        walk.rows_skipped_volatile == 0) {
+      Promote(walk, walk.missing, still_missing);
+    }
+    walk.missing.swap(still_missing);
+    return status;
+  }
+  still_missing.clear();
+  HPS_RETURN_IF_ERROR(SkipTier(tier, status, limits, walk.missing.begin(), walk.missing.end(), &still_missing,
+                               &walk.unavailable, skipped));
   walk.missing.swap(still_missing);
+  return OkStatus();
+}
+
+// Runs ask(walk) for the chosen walks side by side.
+template <typename Choose, typename Ask>
+Status AskSideBySide(std::span<TierWalk> walks, Executor& io_executor, Choose&& choose, Ask&& ask) {
+  std::vector<size_t> chosen;
+  for (size_t i = 0; i < walks.size(); ++i) {
+    if (choose(walks[i])) chosen.push_back(i);
+  }
+  FirstError error;
+  io_executor.ParallelFor(chosen.size(), 1, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last && !error.failed(); ++i) error.Set(ask(walks[chosen[i]]));
+  });
+  return error.status();
+}
+
+bool WaitsForVolatile(const TierWalk& walk) {
+  const Tier& tier = walk.stack->volatile_tier;
+  return tier.table && !tier.addressable && !walk.skip_volatile && !walk.keys.empty();
+}
+bool GoesOn(const TierWalk& walk) { return !walk.missing.empty() && walk.stack->persistent_tier.table; }
+
+Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, Clock::time_point now,
+                     const LookupLimits& limits) {
+  bool waits = false;
+  for (TierWalk& walk : walks) {
+    walk.missing.clear();
+    walk.unavailable.clear();
+    walk.rows_from_volatile = walk.rows_from_persistent = 0;
+    walk.rows_skipped_volatile = walk.rows_skipped_persistent = 0;
+    if (!InPieces(walk)) {
+      walk.missing.resize(walk.keys.size());
+      std::iota(walk.missing.begin(), walk.missing.end(), 0u);
+      waits |= WaitsForVolatile(walk);
+    }
+  }
+  HPS_RETURN_IF_ERROR(FetchPieces(walks, executor, limits));
+  if (waits) {
+    HPS_RETURN_IF_ERROR(AskSideBySide(walks, io_executor, WaitsForVolatile, [&](TierWalk& walk) {
+      const Tier& tier = walk.stack->volatile_tier;
+      return AskTier(tier, walk, TierDeadline(tier, now, limits.deadline), limits, &walk.rows_from_volatile,
+                     &walk.rows_skipped_volatile);
+    }));
+  }
+  for (TierWalk& walk : walks) {
+    if (InPieces(walk)) walk.rows_from_volatile = walk.keys.size() - walk.missing.size() - walk.unavailable.size();
+  }
   return OkStatus();
 }
 
 void FillDefaults(const TierWalk& walk) {
   const size_t row_bytes = walk.stack->row_bytes();
-  for (uint32_t position : walk.missing) {
-    std::memcpy(walk.rows + position * row_bytes, walk.stack->default_row.data(), row_bytes);
+  if (walk.found != nullptr) std::fill(walk.found, walk.found + walk.keys.size(), true);
+  for (const auto* positions : {&walk.missing, &walk.unavailable}) {
+    for (uint32_t position : *positions) {
+      std::memcpy(walk.rows + position * row_bytes, walk.stack->default_row.data(), row_bytes);
+      if (walk.found != nullptr) walk.found[position] = false;
+    }
   }
-  if (walk.found == nullptr) return;
-  std::fill(walk.found, walk.found + walk.keys.size(), true);
-  for (uint32_t position : walk.missing) walk.found[position] = false;
+}
+
+void CountRows(const TierWalk& walk, LookupReport* report) {
+  const TierStack& stack = *walk.stack;
+  const uint64_t from_default = walk.missing.size() + walk.unavailable.size();
+  Count(stack.volatile_tier.rows_served, walk.rows_from_volatile);
+  Count(stack.volatile_tier.rows_skipped, walk.rows_skipped_volatile);
+  Count(stack.persistent_tier.rows_served, walk.rows_from_persistent);
+  Count(stack.persistent_tier.rows_skipped, walk.rows_skipped_persistent);
+  Count(stack.metrics.rows_from_default, from_default);
+  Count(stack.metrics.rows_unavailable, walk.unavailable.size());
+  report->rows_from_volatile += walk.rows_from_volatile;
+  report->rows_from_persistent += walk.rows_from_persistent;
+  report->rows_from_default += from_default;
+  report->rows_unavailable += walk.unavailable.size();
+  report->rows_skipped_volatile += walk.rows_skipped_volatile;
+  report->rows_skipped_persistent += walk.rows_skipped_persistent;
+}
+
+void RecordTime(const Tier& tier, uint64_t nanoseconds) {
+  if (tier.fetch_seconds != nullptr) tier.fetch_seconds->Record(nanoseconds);
 }
 
 }  // namespace
 
-Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, Deadline deadline,
+Status CheckLimits(const LookupLimits& limits) {
+  if (limits.cancelled != nullptr && limits.cancelled->load(std::memory_order_relaxed)) {
+    return Cancelled("the caller gave the lookup up");
+  }
+  if (limits.deadline != kNoDeadline && Clock::now() >= limits.deadline) {
+    return DeadlineExceeded("the lookup's deadline (lookup_timeout_ms, or the caller's) has passed");
+  }
+  return OkStatus();
+}
+
+bool IsUnavailable(const Tier& tier, const Status& error, const LookupLimits& limits) {
+  switch (error.code()) {
+    case StatusCode::kUnavailable: return true;
+    case StatusCode::kDeadlineExceeded: return limits.deadline == kNoDeadline || Clock::now() < limits.deadline;
+    case StatusCode::kDataLoss: return tier.when_unavailable == WhenUnavailable::kNextTier;
+    default: return false;
+  }
+}
+
+Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest) {
+  const auto timeout = tier.timeout.count() > 0 ? std::min(tier.timeout, longest) : longest;
+  const Key key = 0;
+  std::vector<std::byte> row(tier.table->spec().row_bytes);
+  std::vector<uint32_t> misses;
+  FetchRequest request;
+  request.keys = std::span(&key, 1);
+  request.rows = {row.data(), row.size()};
+  request.deadline = Clock::now() + timeout;
+  return Explain(tier, AskTable(tier, request, {}, &misses), {});
+}
+
+Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, const LookupLimits& limits,
                  LookupReport* report) {
   Stopwatch volatile_watch;
-  HPS_RETURN_IF_ERROR(FetchVolatile(walks, executor, deadline));
-  report->volatile_nanoseconds += volatile_watch.nanoseconds();
+  HPS_RETURN_IF_ERROR(FetchVolatile(walks, executor, io_executor, volatile_watch.start(), limits));
+  const uint64_t volatile_nanoseconds = volatile_watch.nanoseconds();
+  report->volatile_nanoseconds += volatile_nanoseconds;
 
-  std::vector<LookupReport> counts(walks.size());
-  std::vector<size_t> lower;  // walks that go on to their persistent table
-  for (size_t i = 0; i < walks.size(); ++i) {
-    if (!walks[i].skip_volatile) counts[i].rows_from_volatile = walks[i].keys.size() - walks[i].missing.size();
-    if (!walks[i].missing.empty() && walks[i].stack->persistent_table) lower.push_back(i);
+  bool go_on = false;
+  for (const TierWalk& walk : walks) {
+    if (walk.stack->volatile_tier.table && !walk.skip_volatile) {
+      RecordTime(walk.stack->volatile_tier, volatile_nanoseconds);
+    }
+    go_on |= GoesOn(walk);
   }
-  if (!lower.empty()) {
+  if (go_on) {
+    HPS_RETURN_IF_ERROR(CheckLimits(limits));
     Stopwatch persistent_watch;
-    FirstError error;
-    io_executor.ParallelFor(lower.size(), 1, [&](size_t first, size_t last) {
-      for (size_t i = first; i < last && !error.failed(); ++i) {
-        error.Set(FetchPersistent(walks[lower[i]], deadline, &counts[lower[i]]));
-      }
-    });
-    HPS_RETURN_IF_ERROR(error.status());
+    HPS_RETURN_IF_ERROR(AskSideBySide(walks, io_executor, GoesOn, [&](TierWalk& walk) {
+      const Tier& tier = walk.stack->persistent_tier;
+      Stopwatch watch;
+      Status status = AskTier(tier, walk, TierDeadline(tier, persistent_watch.start(), limits.deadline), limits,
+                              &walk.rows_from_persistent, &walk.rows_skipped_persistent);
+      RecordTime(tier, watch.nanoseconds());
+      return status;
+    }));
     report->persistent_nanoseconds += persistent_watch.nanoseconds();
   }
+  if (limits.cancelled != nullptr) HPS_RETURN_IF_ERROR(CheckLimits({.cancelled = limits.cancelled}));
 
-  for (size_t i = 0; i < walks.size(); ++i) {
-    FillDefaults(walks[i]);
-    const TierMetrics& metrics = walks[i].stack->metrics;
-    metrics.rows_from_volatile->Add(counts[i].rows_from_volatile);
-    metrics.rows_from_persistent->Add(counts[i].rows_from_persistent);
-    metrics.rows_from_default->Add(walks[i].missing.size());
-    report->rows_from_volatile += counts[i].rows_from_volatile;
-    report->rows_from_persistent += counts[i].rows_from_persistent;
-    report->rows_from_default += walks[i].missing.size();
+  for (const TierWalk& walk : walks) {
+    FillDefaults(walk);
+    CountRows(walk, report);
   }
   return OkStatus();
 }

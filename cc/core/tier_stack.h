@@ -3,55 +3,100 @@
 // volatile table (if any), then persistent table (if any), then the table's default value. Only rows that a lower tier
 // really found are promoted into the volatile table.
 //
+// A tier that cannot be asked (IsUnavailable) does what its when_unavailable says: fail the lookup, leave its rows to
+// the next tier, or give them the default value. docs/design/0006-when-tiers-fail.md has the table of cases.
+//
 // Thread safety: immutable once built; FetchRows may run on any number of threads.
 
 #ifndef HPS_CORE_TIER_STACK_H_
 #define HPS_CORE_TIER_STACK_H_
 
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
+#include "cc/core/circuit_breaker.h"
 #include "cc/core/promoter.h"
+#include "hps/config.h"
 #include "hps/lookup_session.h"
 #include "hps/metrics.h"
 #include "hps/table_store.h"
 
 namespace hps {
 
+struct Tier {
+  std::shared_ptr<Table> table;  // nullptr: the stack has no such tier
+  // Rows lie in this process's memory: Table::Locate works, and reading never waits, so that `timeout` has no meaning.
+  bool addressable = false;
+  std::chrono::milliseconds timeout{0};  // one lookup's wait for this tier; 0: none but the lookup's own
+  WhenUnavailable when_unavailable = WhenUnavailable::kFail;
+  CircuitBreaker* breaker = nullptr;   // the store's; outlives the stack
+  std::string_view option;             // "volatile_db" or "persistent_db", for messages
+  Counter* rows_served = nullptr;      // counters and histogram may be absent
+  Counter* rows_skipped = nullptr;     // not obtained because the tier could not be asked
+  Counter* fetches_failed = nullptr;   // refusals of an open circuit breaker not included
+  Histogram* fetch_seconds = nullptr;  // the stage's time, once a table and call
+};
+
 struct TierMetrics {
   Counter* lookups = nullptr;
   Counter* keys = nullptr;
-  Counter* rows_from_volatile = nullptr;
-  Counter* rows_from_persistent = nullptr;
   Counter* rows_from_default = nullptr;
+  Counter* rows_unavailable = nullptr;  // of those: a tier that may hold the row could not be asked
 };
 
 struct TierStack {
-  std::shared_ptr<Table> volatile_table;    // or nullptr
-  bool volatile_addressable = false;        // Table::Locate works there
-  std::shared_ptr<Table> persistent_table;  // or nullptr
-  std::vector<float> default_row;           // (width)
-  Promoter* promoter = nullptr;             // set where cache_missed_embeddings is on; outlives the stack
+  Tier volatile_tier;
+  Tier persistent_tier;
+  std::vector<float> default_row;  // (width)
+  Promoter* promoter = nullptr;    // set where cache_missed_embeddings is on; outlives the stack
+  PromotionCounters promotions;
   TierMetrics metrics;
 
   size_t row_bytes() const { return default_row.size() * sizeof(float); }
 };
 
+struct LookupLimits {
+  Deadline deadline = kNoDeadline;
+  const std::atomic<bool>* cancelled = nullptr;
+};
+
 // One table's part of a call.
 struct TierWalk {
   const TierStack* stack = nullptr;
-  std::span<const Key> keys;      // (n)
-  std::byte* rows = nullptr;      // (n, row_bytes), packed
-  bool* found = nullptr;          // (n) or nullptr
-  bool skip_volatile = false;     // the caller has asked that tier already
-  std::vector<uint32_t> missing;  // working space: positions not found so far
+  std::span<const Key> keys;   // (n)
+  std::byte* rows = nullptr;   // (n, row_bytes), packed
+  bool* found = nullptr;       // (n) or nullptr
+  bool skip_volatile = false;  // the caller has asked that tier already
+  // Working space, positions of keys: not found so far; and given up for the default value, because the tier that
+  // might hold them cannot be asked.
+  std::vector<uint32_t> missing;
+  std::vector<uint32_t> unavailable;
+  uint64_t rows_from_volatile = 0;
+  uint64_t rows_from_persistent = 0;
+  uint64_t rows_skipped_volatile = 0;
+  uint64_t rows_skipped_persistent = 0;
 };
 
-// Fills the rows of all walks: volatile tiers in parallel pieces over all tables, persistent tiers table beside table,
-// defaults last. CPU work runs on `executor`, waiting for databases on `io_executor`. Adds to *report what happened.
-Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, Deadline deadline,
+// Fills the rows of all walks: volatile tiers in memory in parallel pieces over all tables, others table beside table,
+// defaults last. CPU work runs on `executor`, waiting for stores on `io_executor`. Adds to *report what happened.
+Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, const LookupLimits& limits,
                  LookupReport* report);
+
+// kCancelled or kDeadlineExceeded where the lookup should end.
+Status CheckLimits(const LookupLimits& limits);
+
+// Whether `error` of a tier means that it cannot be asked now, as opposed to a mistake or a limit of the lookup itself:
+// kUnavailable; kDeadlineExceeded before the lookup's own deadline; and kDataLoss where the next tier, which has every
+// row, answers instead.
+bool IsUnavailable(const Tier& tier, const Status& error, const LookupLimits& limits);
+
+// Asks the tier for one key, as a lookup would.
+Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest);
 
 // Keys in one piece of parallel work: below this everything is done inline on the caller's thread.
 inline constexpr size_t kKeysPerPiece = 2048;

@@ -67,7 +67,8 @@ Status SystemError(const std::string& path, int error) {
 }
 
 Result<File> File::Open(std::string path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // O_NONBLOCK: to open a pipe that lies in a file's place would wait for its writer.
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) return SystemError(path, errno);
   File file(std::move(path), descriptor);
   struct stat info;

@@ -55,6 +55,11 @@ class ProgressMeter {
   double last_seconds_ = 0.0;
 };
 
+Status CheckWanted(const LoadOptions& options) {
+  if (options.cancelled == nullptr || !options.cancelled->load(std::memory_order_relaxed)) return OkStatus();
+  return Cancelled(Named(options) + ": the load was cancelled");
+}
+
 Status CheckKeys(std::span<const Key> keys, uint64_t first_row, const LoadOptions& options) {
   if (options.long_keys) return OkStatus();
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -113,7 +118,7 @@ Status CheckTargets(size_t row_bytes, std::span<Table* const> targets, const Loa
 
 std::optional<uint64_t> ExactRows(const Table& table) {
   const Result<TableStats> stats = table.Stats();
-  if (!stats.ok() || stats->rows_estimated) return std::nullopt;
+  if (!stats.ok() || stats->rows_estimated || stats->evicted_rows > 0) return std::nullopt;
   return stats->rows;
 }
 
@@ -137,6 +142,7 @@ Status LoadRows(ModelReader& reader, std::span<Table* const> targets, const Load
   while (report->rows_read < rows_wanted) {
     HPS_ASSIGN_OR_RETURN(const RowChunk chunk, reader.Next());
     if (chunk.keys.empty()) break;
+    HPS_RETURN_IF_ERROR(CheckWanted(options));
     HPS_RETURN_IF_ERROR(CheckKeys(chunk.keys, report->rows_read, options));
     for (size_t i = 0; i < targets.size(); ++i) {
       const uint64_t left = RowLimit(options, i) - report->rows_written[i];
@@ -171,6 +177,7 @@ Status CopyRows(const Table& from, Table& to, const LoadOptions& options, LoadRe
   ProgressMeter meter(options.progress, std::min(stats.rows, limit));
   bool full = limit == 0;
   Status status = full ? OkStatus() : from.Scan([&](std::span<const Key> keys, ConstRowBuffer rows) -> Status {
+    HPS_RETURN_IF_ERROR(CheckWanted(options));
     keys = keys.first(std::min<uint64_t>(limit - report->rows_written[0], keys.size()));
     HPS_RETURN_IF_ERROR(CheckKeys(keys, report->rows_read, options));
     HPS_RETURN_IF_ERROR(to.Upsert(keys, rows, {.only_absent = true, .bulk = true}));

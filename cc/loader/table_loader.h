@@ -8,6 +8,7 @@
 #ifndef HPS_LOADER_TABLE_LOADER_H_
 #define HPS_LOADER_TABLE_LOADER_H_
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -42,6 +43,7 @@ struct LoadOptions {
   bool long_keys = true;             // false: a key outside int32 is kOutOfRange
   std::vector<uint64_t> row_limits;  // per target, its first so many rows; empty: all rows
   LoadProgressCallback progress;     // may be empty
+  const std::atomic<bool>* cancelled = nullptr;  // true: the load ends soon, with kCancelled
 };
 
 struct LoadReport {

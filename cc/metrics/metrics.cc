@@ -1,5 +1,6 @@
 #include "hps/metrics.h"
 
+#include <algorithm>
 #include <cstdio>
 
 namespace hps {
@@ -34,6 +35,13 @@ Counter* MetricsRegistry::FindCounter(const std::string& name, const MetricLabel
   return metric.counter.get();
 }
 
+Gauge* MetricsRegistry::FindGauge(const std::string& name, const MetricLabels& labels) {
+  std::lock_guard lock(mutex_);
+  Metric& metric = metrics_[{name, labels}];
+  if (!metric.gauge) metric.gauge = std::make_unique<Gauge>();
+  return metric.gauge.get();
+}
+
 Histogram* MetricsRegistry::FindHistogram(const std::string& name, const MetricLabels& labels) {
   std::lock_guard lock(mutex_);
   Metric& metric = metrics_[{name, labels}];
@@ -41,11 +49,20 @@ Histogram* MetricsRegistry::FindHistogram(const std::string& name, const MetricL
   return metric.histogram.get();
 }
 
+uint64_t MetricsRegistry::SumOfCounters(const std::string& name) const {
+  std::lock_guard lock(mutex_);
+  uint64_t sum = 0;
+  for (auto it = metrics_.lower_bound({name, {}}); it != metrics_.end() && it->first.first == name; ++it) {
+    if (it->second.counter) sum += it->second.counter->value();
+  }
+  return sum;
+}
+
 std::vector<MetricsRegistry::Sample> MetricsRegistry::Samples() const {
   std::lock_guard lock(mutex_);
   std::vector<Sample> samples;
   for (const auto& [key, metric] : metrics_) {
-    samples.push_back({key.first, key.second, metric.counter.get(), metric.histogram.get()});
+    samples.push_back({key.first, key.second, metric.counter.get(), metric.gauge.get(), metric.histogram.get()});
   }
   return samples;
 }
@@ -69,15 +86,34 @@ std::string Seconds(uint64_t nanoseconds) {
 }  // namespace
 
 std::string MetricsRegistry::PrometheusText() const {
+  const std::pair<MetricLabels, const MetricsRegistry*> alone = {{}, this};
+  return PrometheusText(std::span(&alone, 1));
+}
+
+std::string MetricsRegistry::PrometheusText(
+    std::span<const std::pair<MetricLabels, const MetricsRegistry*>> registries) {
+  std::vector<Sample> samples;
+  for (const auto& [labels, registry] : registries) {
+    for (Sample& sample : registry->Samples()) {
+      sample.labels.insert(sample.labels.begin(), labels.begin(), labels.end());
+      samples.push_back(std::move(sample));
+    }
+  }
+  // All lines of a metric stand together.
+  std::stable_sort(samples.begin(), samples.end(), [](const Sample& a, const Sample& b) { return a.name < b.name; });
   std::string out;
   std::string last_name;
-  for (const Sample& sample : Samples()) {
+  for (const Sample& sample : samples) {
     if (sample.name != last_name) {
-      out += "# TYPE " + sample.name + (sample.counter ? " counter\n" : " histogram\n");
+      out += "# TYPE " + sample.name + (sample.counter ? " counter\n" : sample.gauge ? " gauge\n" : " histogram\n");
       last_name = sample.name;
     }
     if (sample.counter) {
       out += sample.name + LabelText(sample.labels) + " " + std::to_string(sample.counter->value()) + "\n";
+      continue;
+    }
+    if (sample.gauge) {
+      out += sample.name + LabelText(sample.labels) + " " + std::to_string(sample.gauge->value()) + "\n";
       continue;
     }
     // From a microsecond to half a minute, whatever was recorded: a scraper wants the same buckets each time.

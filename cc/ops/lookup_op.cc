@@ -90,6 +90,8 @@ class LookupOp : public tf::OpKernel {
     TensorFlowExecutor executor(context);
     LookupOptions options;
     options.executor = &executor;
+    const OpCancellation cancellation(context);
+    options.cancelled = cancellation.flag();
     OP_REQUIRES_OK(context, ToTensorFlow(session->Lookup(lookups, options)));
   }
 

@@ -1,5 +1,8 @@
 // HierarchicalParameterServer>LookupSparse: probe, gather, weight and combine in one op, several tables in one call.
 
+#include <algorithm>
+#include <limits>
+
 #include "cc/ops/lookup_kernel.h"
 #include "tensorflow/core/framework/op.h"
 
@@ -71,9 +74,10 @@ combined: per table, float32 [rows, width]; an output row without keys is zero.
 combiners: per table.
 )doc");
 
-// Output row of each key -> offsets [rows + 1]. Checks every index against the shape.
-absl::Status SplitsFromIndices(const tf::Tensor& indices, const tf::Tensor& dense_shape, int64_t keys,
-                               std::vector<int64_t>* splits) {
+// Output row of each key -> offsets [rows + 1]. Checks every index against the shape. The number of rows is whatever
+// the caller says, so the memory is TensorFlow's, which refuses what is too much.
+absl::Status SplitsFromIndices(tf::OpKernelContext* context, const tf::Tensor& indices, const tf::Tensor& dense_shape,
+                               int64_t keys, tf::Tensor* splits_tensor) {
   if (indices.dims() != 2 || indices.dim_size(0) != keys) {
     return absl::InvalidArgumentError("sparse ids: indices must have the shape [" + std::to_string(keys) +
                                       ", rank], one line per id, but have " + indices.shape().DebugString());
@@ -88,7 +92,12 @@ absl::Status SplitsFromIndices(const tf::Tensor& indices, const tf::Tensor& dens
   const int64_t* bound = dense_shape.flat<int64_t>().data();
   const int64_t rows = bound[0];
   if (rows < 0) return absl::InvalidArgumentError("sparse ids: dense_shape[0] is negative: " + std::to_string(rows));
-  splits->assign(static_cast<size_t>(rows) + 1, keys);
+  tf::TensorShape shape;
+  if (rows == std::numeric_limits<int64_t>::max() || !tf::TensorShape::BuildTensorShape({rows + 1}, &shape).ok()) {
+    return absl::InvalidArgumentError("sparse ids: dense_shape[0] is too large: " + std::to_string(rows));
+  }
+  TF_RETURN_IF_ERROR(context->allocate_temp(tf::DT_INT64, shape, splits_tensor));
+  int64_t* splits = reinterpret_cast<int64_t*>(splits_tensor->flat<int64_t>().data());
   int64_t row = -1;  // the output row whose keys are being counted
   for (int64_t i = 0; i < keys; ++i, index += rank) {
     for (int64_t j = 0; j < rank; ++j) {
@@ -102,8 +111,9 @@ absl::Status SplitsFromIndices(const tf::Tensor& indices, const tf::Tensor& dens
                                         ", 0] = " + std::to_string(index[0]) + " follows " + std::to_string(row) +
                                         "; use tf.sparse.reorder");
     }
-    while (row < index[0]) (*splits)[++row] = i;
+    while (row < index[0]) splits[++row] = i;
   }
+  std::fill(splits + row + 1, splits + rows + 1, keys);
   return absl::OkStatus();
 }
 
@@ -139,7 +149,7 @@ class LookupSparseOp : public tf::OpKernel {
     const int tables = static_cast<int>(attributes_.widths.size());
     std::vector<SparseLookup> lookups(tables);
     std::vector<tf::Tensor> wide_keys(tables);
-    std::vector<std::vector<int64_t>> splits(tables);
+    std::vector<tf::Tensor> splits(tables);
     for (int i = 0; i < tables; ++i) {
       SparseLookup& lookup = lookups[i];
       const tf::Tensor& keys = context->input(1 + i);
@@ -160,9 +170,10 @@ class LookupSparseOp : public tf::OpKernel {
         lookup.row_splits = std::span(reinterpret_cast<const int64_t*>(segments.flat<int64_t>().data()),
                                       static_cast<size_t>(segments.NumElements()));
       } else {
-        OP_REQUIRES_OK(context,
-                       SplitsFromIndices(segments, context->input(1 + 2 * tables + i), keys.NumElements(), &splits[i]));
-        lookup.row_splits = splits[i];
+        OP_REQUIRES_OK(context, SplitsFromIndices(context, segments, context->input(1 + 2 * tables + i),
+                                                  keys.NumElements(), &splits[i]));
+        lookup.row_splits = std::span(reinterpret_cast<const int64_t*>(splits[i].flat<int64_t>().data()),
+                                      static_cast<size_t>(splits[i].NumElements()));
       }
       if (weight_count_ > 0) {
         const tf::Tensor& weights = context->input(1 + 3 * tables + i);
@@ -173,13 +184,17 @@ class LookupSparseOp : public tf::OpKernel {
         lookup.weights = std::span(weights.flat<float>().data(), static_cast<size_t>(weights.NumElements()));
       }
       tf::Tensor* output = nullptr;
-      tf::TensorShape shape({static_cast<int64_t>(lookup.row_splits.size()) - 1, attributes_.widths[i]});
+      tf::TensorShape shape;
+      OP_REQUIRES_OK(context, tf::TensorShape::BuildTensorShape(
+                                  {static_cast<int64_t>(lookup.row_splits.size()) - 1, attributes_.widths[i]}, &shape));
       OP_REQUIRES_OK(context, context->allocate_output(i, shape, &output));
       lookup.output = output->flat<float>().data();
     }
     TensorFlowExecutor executor(context);
     LookupOptions options;
     options.executor = &executor;
+    const OpCancellation cancellation(context);
+    options.cancelled = cancellation.flag();
     OP_REQUIRES_OK(context, ToTensorFlow(session->LookupSparse(lookups, options)));
   }
 

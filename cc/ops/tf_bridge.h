@@ -4,12 +4,14 @@
 #define HPS_OPS_TF_BRIDGE_H_
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <memory>
 
 #include "cc/base/shared_work.h"
 #include "hps/executor.h"
 #include "hps/status.h"
+#include "tensorflow/core/framework/cancellation.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 
@@ -36,6 +38,32 @@ inline absl::Status ToTensorFlow(const Status& status) {
   };
   return absl::Status(code(), status.message());
 }
+
+// Whether the step or function that an op belongs to was cancelled, as a flag for LookupOptions. Lives as long as the
+// lookup.
+class OpCancellation {
+ public:
+  explicit OpCancellation(tensorflow::OpKernelContext* context) : manager_(context->cancellation_manager()) {
+    if (manager_ == nullptr) return;
+    token_ = manager_->get_cancellation_token();
+    registered_ = manager_->RegisterCallback(token_, [this] { cancelled_.store(true, std::memory_order_relaxed); });
+    if (!registered_) cancelled_ = true;  // it was cancelled before
+  }
+  ~OpCancellation() {
+    // Waits for the callback where it is running just now.
+    if (registered_) manager_->DeregisterCallback(token_);
+  }
+  OpCancellation(const OpCancellation&) = delete;
+  OpCancellation& operator=(const OpCancellation&) = delete;
+
+  const std::atomic<bool>* flag() const { return manager_ != nullptr ? &cancelled_ : nullptr; }
+
+ private:
+  tensorflow::CancellationManager* const manager_;
+  tensorflow::CancellationToken token_ = tensorflow::CancellationManager::kInvalidToken;
+  bool registered_ = false;
+  std::atomic<bool> cancelled_{false};
+};
 
 // Runs a lookup's CPU work on the calling thread and on the thread pool of the device that runs the op, together as
 // many threads as the pool has. (The pool's own parallel loops leave large work to the pool alone, and their caller

@@ -10,14 +10,17 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <future>
 #include <mutex>
 #include <string>
 #include <variant>
 #include <vector>
 
 #include "cc/base/fork_guard.h"
+#include "cc/core/host_memory.h"
 #include "hps/config.h"
 #include "hps/log.h"
+#include "hps/model_reader.h"
 #include "hps/parameter_server.h"
 #include "hps/server_registry.h"
 
@@ -89,6 +92,27 @@ auto Unlocked(Body body) {
   return body();
 }
 
+// Runs `body(cancelled)`, which may take long, on a thread of its own, so that an interrupt (Ctrl-C) is seen at once: it
+// then becomes *cancelled, and the exception that Python makes of it once the body has ended.
+template <typename Body>
+auto Interruptible(Body body) {
+  std::atomic<bool> cancelled{false};
+  if (!Calls().allowed()) return body(&cancelled);
+  auto done = std::async(std::launch::async, [&] { return body(&cancelled); });
+  const auto ended = [&](std::chrono::milliseconds wait) {
+    return Unlocked([&] { return done.wait_for(wait) == std::future_status::ready; });
+  };
+  while (!ended(std::chrono::milliseconds(100))) {
+    if (PyErr_CheckSignals() == 0) continue;
+    py::error_already_set interrupt;
+    cancelled = true;
+    while (!ended(std::chrono::hours(1))) {
+    }
+    throw interrupt;
+  }
+  return done.get();
+}
+
 // An element of "models" as LoadModel wants it.
 hps::ModelConfig ParseModel(const std::string& json) {
   std::vector<std::string> warnings;
@@ -128,6 +152,9 @@ py::dict ReportDict(const hps::LookupReport& report) {
   dict["rows_from_volatile"] = report.rows_from_volatile;
   dict["rows_from_persistent"] = report.rows_from_persistent;
   dict["rows_from_default"] = report.rows_from_default;
+  dict["rows_unavailable"] = report.rows_unavailable;
+  dict["rows_skipped_volatile"] = report.rows_skipped_volatile;
+  dict["rows_skipped_persistent"] = report.rows_skipped_persistent;
   dict["volatile_nanoseconds"] = report.volatile_nanoseconds;
   dict["persistent_nanoseconds"] = report.persistent_nanoseconds;
   return dict;
@@ -153,6 +180,25 @@ py::tuple Lookup(const hps::ParameterServer& server, const py::array& key_array,
   return py::make_tuple(rows, found, ReportDict(report));
 }
 
+py::dict ReadinessDict(const hps::ParameterServer& server) {
+  const hps::Readiness readiness = Unlocked([&] { return server.CheckReadiness(); });
+  py::dict tiers;
+  for (const auto& tier : readiness.tiers) {
+    py::dict state;
+    state["store"] = tier.store;
+    state["needed"] = tier.needed;
+    state["reachable"] = tier.reachable;
+    state["error"] = tier.error;
+    tiers[py::str(tier.tier)] = state;
+  }
+  py::dict dict;
+  dict["ready"] = readiness.ready;
+  dict["reason"] = readiness.reason;
+  dict["tiers"] = tiers;
+  dict["models"] = readiness.models;
+  return dict;
+}
+
 std::vector<std::pair<std::string, uint32_t>> Tables(const hps::ParameterServer& server, const std::string& model) {
   std::vector<std::pair<std::string, uint32_t>> tables;
   for (const auto& table : Unwrap(Unwrap(server.NewSession(model)).Tables())) {
@@ -173,15 +219,16 @@ PYBIND11_MODULE(_hps, m) {
       .def("load_model",
            [](hps::ParameterServer& server, const std::string& json) {
              const hps::ModelConfig model = ParseModel(json);
-             Check(Unlocked([&] { return server.LoadModel(model); }));
+             Check(Interruptible([&](const auto* cancelled) { return server.LoadModel(model, cancelled); }));
            })
       .def("replace_model",
            [](hps::ParameterServer& server, const std::string& json) {
              const hps::ModelConfig model = ParseModel(json);
-             Check(Unlocked([&] { return server.ReplaceModel(model); }));
+             Check(Interruptible([&](const auto* cancelled) { return server.ReplaceModel(model, cancelled); }));
            })
       .def("unload_model", [](hps::ParameterServer& server,
                               const std::string& name) { Check(Unlocked([&] { return server.UnloadModel(name); })); })
+      .def("readiness", &ReadinessDict)
       .def("stats_json",
            [](const hps::ParameterServer& server) { return Unlocked([&] { return server.StatsJson(); }); })
       .def("prometheus_text",
@@ -190,16 +237,28 @@ PYBIND11_MODULE(_hps, m) {
       .def_property_readonly("closed", &hps::ParameterServer::closed);
 
   m.def("open_server",
-        [](const std::string& path) { return Unwrap(Unlocked([&] { return hps::ParameterServer::Open(path); })); });
+        [](const std::string& path) {
+          return Unwrap(Interruptible([&](const auto* cancelled) {
+            return hps::ParameterServer::Open(path, hps::ServerOptions{.cancelled = cancelled});
+          }));
+        });
   m.def("open_server_from_json", [](const std::string& json) {
     hps::ServerConfig config = Unwrap(hps::ParseConfig(json));
     Check(hps::MakePathsAbsolute("", &config));
-    return Unwrap(Unlocked([&] { return hps::ParameterServer::Open(config); }));
+    return Unwrap(Interruptible([&](const auto* cancelled) {
+      return hps::ParameterServer::Open(config, hps::ServerOptions{.cancelled = cancelled});
+    }));
   });
   m.def("init_default_server",
-        [](const std::string& path) { Check(Unlocked([&] { return hps::InitDefaultServer(path); })); });
-  m.def("default_server", [] { return Unwrap(hps::DefaultServer()); });
+        [](const std::string& path) {
+          Check(Interruptible([&](const auto* cancelled) {
+            return hps::InitDefaultServer(path, hps::ServerOptions{.cancelled = cancelled});
+          }));
+        });
   m.def("open_servers", &hps::OpenServers);
+  m.def("prometheus_text", [] {
+    return Unlocked([] { return hps::ParameterServer::PrometheusText(hps::OpenServers()); });
+  });
   m.def("shutdown_servers", [] { Check(Unlocked([] { return hps::ShutdownServers(); })); });
   // For atexit: closes every server, then waits for the calls of other threads.
   m.def("close_at_exit", [] { Calls().EndAll(); });
@@ -216,6 +275,11 @@ PYBIND11_MODULE(_hps, m) {
     return hps::CanonicalJson(Unwrap(hps::ParseConfig(json, origin)));
   });
   m.def("load_config", [](const std::string& path) { return hps::CanonicalJson(Unwrap(hps::LoadConfig(path))); });
+  // Makes the checks of a load.
+  m.def("fingerprint_table_folder", [](const std::string& path, uint32_t width) {
+    return Unwrap(Unlocked([&] { return hps::FingerprintTableFolder(path, width); }));
+  });
+  m.def("available_memory_bytes", &hps::AvailableMemoryBytes, py::arg("root") = "");
   m.def("config_hash", [](const std::string& path) { return hps::ConfigHash(Unwrap(hps::LoadConfig(path))); });
   m.def("config_json_schema", &hps::ConfigJsonSchema);
   m.def("config_reference", &hps::ConfigReferenceMarkdown);

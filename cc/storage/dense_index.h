@@ -9,6 +9,7 @@
 #ifndef HPS_STORAGE_DENSE_INDEX_H_
 #define HPS_STORAGE_DENSE_INDEX_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <utility>
@@ -23,15 +24,23 @@ class DenseIndex {
  public:
   DenseIndex() = default;  // covers no key
 
-  static Result<DenseIndex> Create(uint64_t num_keys) {
+  // Keys are dealt out to partitions in blocks of 2^block_bits neighbours, so that writers share no cache lines.
+  static constexpr int kBlockBits = 8;
+  // For bounded tables: one cache line, so that all partitions hold nearly the same number of rows.
+  static constexpr int kSmallBlockBits = 4;
+
+  static Result<DenseIndex> Create(uint64_t num_keys, int block_bits = kBlockBits) {
     const size_t bytes = num_keys * sizeof(uint32_t);
     DenseIndex index;
     HPS_ASSIGN_OR_RETURN(index.memory_, AnonymousMemory::Allocate(bytes, bytes >= AnonymousMemory::kHugePageBytes));
     index.num_keys_ = num_keys;
+    index.block_bits_ = block_bits;
     return index;
   }
 
   uint64_t num_keys() const { return num_keys_; }
+  uint64_t BlockOf(Key key) const { return static_cast<uint64_t>(key) >> block_bits_; }
+  uint64_t num_blocks() const { return (num_keys_ + (uint64_t{1} << block_bits_) - 1) >> block_bits_; }
   uint64_t memory_bytes() const { return num_keys_ * sizeof(uint32_t); }
   bool Covers(Key key) const { return static_cast<uint64_t>(key) < num_keys_; }
   const uint32_t* Home(Key key) const { return Place(key); }  // to be prefetched
@@ -42,6 +51,14 @@ class DenseIndex {
   void Publish(Key key, uint32_t slot) {
     std::atomic_ref<uint32_t>(*Place(key)).store(slot + 1, std::memory_order_release);
   }
+  // Calls visit(key, slot) for every row of a block.
+  template <typename Visit>
+  void VisitBlock(uint64_t block, Visit visit) const {
+    const uint64_t last = std::min(num_keys_, (block + 1) << block_bits_);
+    for (uint64_t key = block << block_bits_; key < last; ++key) {
+      if (const uint32_t entry = Find(static_cast<Key>(key)); entry != 0) visit(static_cast<Key>(key), entry - 1);
+    }
+  }
   void Erase(Key key) { std::atomic_ref<uint32_t>(*Place(key)).store(0, std::memory_order_release); }
 
  private:
@@ -49,6 +66,7 @@ class DenseIndex {
 
   AnonymousMemory memory_;
   uint64_t num_keys_ = 0;
+  int block_bits_ = kBlockBits;
 };
 
 }  // namespace hps

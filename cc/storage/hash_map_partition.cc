@@ -8,6 +8,8 @@
 
 #include "cc/storage/hash_map_partition.h"
 
+#include <algorithm>
+#include <thread>
 #include <utility>
 
 #include "cc/storage/row_copy.h"
@@ -15,15 +17,39 @@
 
 namespace hps {
 
-HashMapPartition::HashMapPartition(uint32_t num_partitions, RowSlab* slab, DenseIndex* dense_index,
-                                   std::shared_ptr<HashMapIndex> index, PublishedIndex* published_index)
+HashMapPartition::HashMapPartition(uint32_t number, uint32_t num_partitions, const OverflowOptions& overflow,
+                                   RowSlab* slab, DenseIndex* dense_index, std::shared_ptr<HashMapIndex> index,
+                                   PublishedIndex* published_index)
     : num_partitions_(num_partitions),
       slab_(slab),
       dense_index_(dense_index),
       published_index_(published_index),
+      margin_(overflow.margin),
+      target_rows_(overflow.target_rows()),
       index_(std::move(index)),
-      slots_(slab) {
+      slots_(slab),
+      sweep_(overflow.bounded() ? std::make_unique<EvictionSweep>(slab, dense_index, &slots_, number, num_partitions)
+                                : nullptr) {
   published_index_->store(index_.get(), std::memory_order_release);
+}
+
+std::unique_lock<std::mutex> HashMapPartition::Lock() {
+  waiting_.fetch_add(1, std::memory_order_relaxed);
+  std::unique_lock lock(mutex_);
+  waiting_.fetch_sub(1, std::memory_order_relaxed);
+  turns_.fetch_add(1, std::memory_order_relaxed);
+  return lock;
+}
+
+// A mutex goes to whoever asks first, which would be the caller again; so wait until a waiting writer has had it.
+void HashMapPartition::LetOthersIn(std::unique_lock<std::mutex>& lock) {
+  if (waiting_.load(std::memory_order_relaxed) == 0) return;
+  const uint32_t turns = turns_.load(std::memory_order_relaxed);
+  lock.unlock();
+  while (turns_.load(std::memory_order_relaxed) == turns && waiting_.load(std::memory_order_relaxed) != 0) {
+    std::this_thread::yield();
+  }
+  lock = Lock();
 }
 
 std::shared_ptr<const HashMapIndex> HashMapPartition::SharedIndex() const {
@@ -33,7 +59,8 @@ std::shared_ptr<const HashMapIndex> HashMapPartition::SharedIndex() const {
 
 uint64_t HashMapPartition::memory_bytes() const {
   const std::lock_guard lock(mutex_);
-  return (index_->claimed() > 0 ? index_->memory_bytes() : 0) + slots_.list_bytes();
+  return (index_->claimed() > 0 ? index_->memory_bytes() : 0) + slots_.list_bytes() +
+         (sweep_ != nullptr ? sizeof(EvictionSweep) : 0);
 }
 
 // Calls body(i) for each i in order until it returns false, with the key's index line and prefetch(i) asked for before.
@@ -53,20 +80,26 @@ void HashMapPartition::ForEachPrefetched(std::span<const uint32_t> order, std::s
 }
 
 Status HashMapPartition::Upsert(std::span<const uint32_t> order, std::span<const Key> keys, ConstRowBuffer rows,
-                                bool only_absent) {
-  const std::lock_guard lock(mutex_);
-  const auto row = [&](uint32_t i) { return rows.data + i * rows.stride_bytes; };
+                                bool only_absent, uint32_t now) {
+  std::unique_lock lock = Lock();
+  const Batch batch = {order, keys, rows, only_absent, now};
   Status status;
   ForEachPrefetched(
-      order, keys, [&](uint32_t i) { PrefetchRow(row(i), slab_->row_bytes()); },
+      order, keys, [&](uint32_t i) { PrefetchRow(rows.data + i * rows.stride_bytes, slab_->row_bytes()); },
       [&](uint32_t i) {
-        status = UpsertOne(keys[i], row(i), only_absent);
+        status = UpsertOne(batch, i, lock);
         return status.ok();
       });
   return status;
 }
 
-Status HashMapPartition::UpsertOne(Key key, const std::byte* row, bool only_absent) {
+uint32_t HashMapPartition::RowEntry(Key key) const {
+  return dense_index_->Covers(key) ? dense_index_->Find(key) : index_->Find(key, Home(key));
+}
+
+Status HashMapPartition::UpsertOne(const Batch& batch, uint32_t i, std::unique_lock<std::mutex>& lock) {
+  const Key key = batch.keys[i];
+  if (rows() >= margin_ && RowEntry(key) == 0) MakeRoom(batch, lock);
   const bool dense = dense_index_->Covers(key);
   HashMapIndex::Way way;
   if (!dense) {
@@ -74,10 +107,11 @@ Status HashMapPartition::UpsertOne(Key key, const std::byte* row, bool only_abse
     way = index_->FindOrReserve(key, Home(key));
   }
   const uint32_t entry = dense ? dense_index_->Find(key) : way.row_entry();
-  if (entry != 0 && only_absent) return OkStatus();
+  if (entry != 0 && batch.only_absent) return OkStatus();
   uint32_t slot;
   HPS_RETURN_IF_ERROR(slots_.Take(rows(), &slot));
-  CopyRow(slab_->Row(slot), row, slab_->row_bytes());
+  CopyRow(slab_->Row(slot), batch.rows.data + i * batch.rows.stride_bytes, slab_->row_bytes());
+  MarkWritten(slot, entry, batch.now);
   if (dense) {
     dense_index_->Publish(key, slot);
     wrote_dense_.store(true, std::memory_order_relaxed);
@@ -92,8 +126,40 @@ Status HashMapPartition::UpsertOne(Key key, const std::byte* row, bool only_abse
   return OkStatus();
 }
 
+void HashMapPartition::MarkWritten(uint32_t slot, uint32_t old_entry, uint32_t now) {
+  switch (slab_->mark()) {
+    case RowMark::kNone: return;
+    case RowMark::kTime: RowMarks::SetTime(slab_->Mark(slot), now); return;
+    case RowMark::kUses: {
+      RowMarks::SetUses(slab_->Mark(slot), old_entry == 0 ? 0 : RowMarks::GetUses(slab_->Mark(old_entry - 1)));
+      uint64_t random = slot * 0x9E3779B97F4A7C15ull + now;
+      RowMarks::AddUse(slab_->Mark(slot), &random);
+    }
+  }
+}
+
+// Leaves at most target_rows_ - 1 rows, so that with the one that comes the target is met; less only if other writers
+// come in between, and never as many as margin_. May release the lock: whatever was looked up before is stale.
+void HashMapPartition::MakeRoom(const Batch& batch, std::unique_lock<std::mutex>& lock) {
+  // The rows that this batch has written, and those that it is about to write or (only_absent) to leave alone.
+  SparedSlots spared;
+  for (const uint32_t i : batch.order) {
+    if (const uint32_t entry = RowEntry(batch.keys[i]); entry != 0) spared.Add(entry - 1);
+  }
+  spared.Seal();
+  sweep_->Begin(rows());
+  while (rows() >= target_rows_) {
+    const uint64_t evicted =
+        sweep_->Step(index_.get(), rows(), rows() - target_rows_ + 1, batch.now, wrote_dense(), spared);
+    AddRows(-static_cast<int64_t>(evicted));
+    evicted_rows_.store(evicted_rows() + evicted, std::memory_order_relaxed);
+    if (rows() >= target_rows_) LetOthersIn(lock);
+  }
+  sweep_->Rest();
+}
+
 uint64_t HashMapPartition::Erase(std::span<const uint32_t> order, std::span<const Key> keys) {
-  const std::lock_guard lock(mutex_);
+  const std::unique_lock lock = Lock();
   uint64_t erased = 0;
   ForEachPrefetched(
       order, keys, [](uint32_t) {},
@@ -122,10 +188,12 @@ bool HashMapPartition::EraseOne(Key key) {
 }
 
 Status HashMapPartition::Rebuild() {
-  // Room for half as many rows again; erased keys are left behind, so a table that shrank gets a smaller array.
+  // Room for half as many rows again, up to what the partition may hold; erased keys are left behind, so a table that
+  // shrank gets a smaller array.
   uint64_t rows = 0;
   index_->ForEach([&](Key, uint32_t) { ++rows; });
-  HPS_ASSIGN_OR_RETURN(auto created, HashMapIndex::Create(HashMapIndex::BucketsFor(rows + rows / 2 + 8), 1));
+  const uint64_t room = std::min(rows + rows / 2 + 8, std::max(margin_, rows));
+  HPS_ASSIGN_OR_RETURN(auto created, HashMapIndex::Create(HashMapIndex::BucketsFor(room), 1));
   std::shared_ptr<HashMapIndex> next = std::move(created.front());
   // Keys keep their order from array to array (both map the same fraction), so both are walked from front to back.
   index_->ForEach([&](Key key, uint32_t slot) {

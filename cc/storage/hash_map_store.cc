@@ -23,7 +23,12 @@ class HashMapStore final : public TableStore {
   ~HashMapStore() override { (void)Close(); }
 
   std::string_view kind() const override { return "hash_map"; }
-  StoreCapabilities capabilities() const override { return {.addressable = true}; }
+  StoreCapabilities capabilities() const override {
+    return {.bounded = options_.overflow.bounded(),
+            .capacity_rows =
+                CapacityRows(options_.overflow, options_.num_partitions, uint64_t{1} << DenseIndex::kSmallBlockBits),
+            .addressable = true};
+  }
 
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {
     const std::lock_guard lock(mutex_);
@@ -125,6 +130,17 @@ Result<std::unique_ptr<TableStore>> OpenHashMapStore(const HashMapOptions& optio
   }
   if (options.allocation_rate_bytes == 0) {
     return InvalidArgument("hash_map: allocation_rate is 0; choose the bytes to commit at a time, such as 268435456");
+  }
+  if (options.max_get_batch_size == 0 || options.max_set_batch_size == 0) {
+    return InvalidArgument("hash_map: max_get_batch_size and max_set_batch_size must be at least 1, such as 10000");
+  }
+  if (options.overflow.margin == 0) {
+    return InvalidArgument("hash_map: overflow_margin is 0 rows; choose the rows that one partition may hold");
+  }
+  if (!(options.overflow.resolution_target > 0 && options.overflow.resolution_target < 1)) {
+    return InvalidArgument("hash_map: overflow_resolution_target is " +
+                           std::to_string(options.overflow.resolution_target) +
+                           "; choose the part of overflow_margin that stays, between 0 and 1, such as 0.8");
   }
   HashMapOptions complete = options;
   if (complete.executor == nullptr) complete.executor = &InlineExecutor();

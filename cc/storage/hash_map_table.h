@@ -40,37 +40,46 @@ class HashMapTable final : public Table {
   // What readers may still look at when the table itself is gone.
   struct Contents {
     Contents(const TableSpec& spec, const HashMapOptions& options)
-        : slab(spec.row_bytes, spec.expected_rows, options.allocation_rate_bytes), indexes(options.num_partitions) {}
+        : overflow(options.overflow),
+          slab(spec.row_bytes, PlannedRows(spec, options), options.allocation_rate_bytes, KeptMark(overflow)),
+          indexes(options.num_partitions) {}
 
     uint32_t num_partitions() const { return static_cast<uint32_t>(indexes.size()); }
     // The partition that writes a key. Neighbours in the dense index stay together, so that writers do not share its
     // cache lines.
     uint32_t PartitionOf(Key key) const {
-      return dense_index.Covers(key) ? static_cast<uint32_t>(key >> 8) % num_partitions()
+      return dense_index.Covers(key) ? static_cast<uint32_t>(dense_index.BlockOf(key)) % num_partitions()
                                      : PlaceOf(key, num_partitions()).partition;
     }
 
+    const OverflowOptions overflow;
+    MarkClock clock;
     RowSlab slab;
     DenseIndex dense_index;
     std::vector<PublishedIndex> indexes;      // one a partition
     std::deque<HashMapPartition> partitions;  // for writers
   };
 
-  HashMapTable(const TableSpec& spec, Executor* executor, std::shared_ptr<const std::atomic<bool>> closed,
+  HashMapTable(const TableSpec& spec, const HashMapOptions& options, std::shared_ptr<const std::atomic<bool>> closed,
                std::shared_ptr<Contents> contents);
+
+  // The rows that a table sets memory aside for: no more than it may hold.
+  static uint64_t PlannedRows(const TableSpec& spec, const HashMapOptions& options);
 
   Status CheckOpen() const;
   Status CheckStride(size_t stride_bytes) const;
-  template <typename KeyAt, typename Prefetch, typename Use>
+  Status CheckWanted(const FetchRequest& request) const;
+  // kMark: what reading a row notes beside it.
+  template <RowMark kMark, typename KeyAt, typename Prefetch, typename Use>
   void ForEachRow(size_t count, KeyAt key_at, Prefetch prefetch, Use use) const;
-  template <size_t kRowBytes, bool kStream>
-  void FetchRows(const FetchRequest& request, size_t count, std::vector<uint32_t>* misses) const;
-  // Calls body(partition number, positions of its keys in input order) for each partition that has some.
-  template <typename Body>
-  void ForEachPartition(std::span<const Key> keys, Body body) const;
+  // Fetches keys, or positions, [first, last).
+  template <RowMark kMark, size_t kRowBytes, bool kStream>
+  void FetchRows(const FetchRequest& request, size_t first, size_t last, std::vector<uint32_t>* misses) const;
+  template <RowMark kMark>
+  Status FetchPieces(const FetchRequest& request, std::vector<uint32_t>* misses) const;
 
   const TableSpec spec_;
-  Executor* const executor_;
+  const HashMapOptions options_;
   const std::shared_ptr<const std::atomic<bool>> closed_;
   std::shared_ptr<Contents> contents_;
 };

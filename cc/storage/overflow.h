@@ -12,6 +12,8 @@
 #ifndef HPS_STORAGE_OVERFLOW_H_
 #define HPS_STORAGE_OVERFLOW_H_
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -32,6 +34,19 @@ struct OverflowOptions {
     return rows > 0 ? rows : 1;
   }
 };
+
+// How many rows of a table can be loaded without an eviction, whatever their keys are. Keys fall into partitions by
+// their hash, so rows are counted up to five standard deviations below the margin (one load in a million meets a fuller
+// partition, and loses the rows beyond). `block_rows`: keys that a store deals out to partitions in blocks.
+inline uint64_t CapacityRows(const OverflowOptions& options, uint32_t num_partitions, uint64_t block_rows = 1) {
+  if (!options.bounded()) return std::numeric_limits<uint64_t>::max();
+  if (num_partitions == 1) return options.margin;
+  const double margin = static_cast<double>(options.margin);
+  const double root = (std::sqrt(25 + 4 * margin) - 5) / 2;  // x + 5 sqrt(x) = margin
+  const double rows = std::min(root * root, margin - static_cast<double>(block_rows - 1)) * num_partitions;
+  if (rows >= 0x1p63) return uint64_t{1} << 63;
+  return rows < 1 ? 1 : static_cast<uint64_t>(rows);
+}
 
 }  // namespace hps
 

@@ -379,6 +379,10 @@ Result<std::shared_ptr<RocksDbFamily>> Database::Create(const std::string& name)
 Status Database::Drop(std::string_view name) {
   HPS_RETURN_IF_ERROR(RequireWritable());
   std::shared_ptr<Family> family;  // outlives the lock: releasing it locks again
+  // Who holds the table goes on reading it, so the rows that still wait to be written must get there first.
+  if (std::shared_ptr<RocksDbFamily> held = Find(name); held != nullptr && held.use_count() > 2) {
+    if (Status written = FinishBulk(*held); !written.ok()) Log(LogLevel::kWarning, written.ToString());
+  }
   std::lock_guard lock(mutex_);
   auto found = families_.find(name);
   if (found == families_.end()) return NotFound(Where(name) + ": no such table");

@@ -23,11 +23,14 @@ uint64_t FirstRegionSlots(size_t row_bytes, uint64_t expected_rows) {
 
 }  // namespace
 
-RowSlab::RowSlab(size_t row_bytes, uint64_t expected_rows, uint64_t allocation_rate_bytes)
+RowSlab::RowSlab(size_t row_bytes, uint64_t expected_rows, uint64_t allocation_rate_bytes, RowMark mark)
     : row_bytes_(row_bytes),
       expected_rows_(expected_rows),
       allocation_rate_bytes_(allocation_rate_bytes),
-      first_region_bits_(std::bit_width(FirstRegionSlots(row_bytes, expected_rows)) - 1) {}
+      mark_(mark),
+      mark_bytes_(MarkBytes(mark)),
+      first_region_bits_(std::bit_width(FirstRegionSlots(row_bytes, expected_rows)) - 1),
+      mark_regions_(mark == RowMark::kNone ? 0 : kMaxRegions) {}
 
 Status RowSlab::TakeRun(uint32_t wanted, SlotRun* run) {
   const std::lock_guard lock(mutex_);
@@ -40,6 +43,13 @@ Status RowSlab::TakeRun(uint32_t wanted, SlotRun* run) {
   AnonymousMemory& memory = regions_[region];
   if (memory.data() == nullptr) {
     const uint64_t region_bytes = (RegionLast(region) - first) * row_bytes_;
+    if (mark_bytes_ > 0) {
+      const uint64_t marks_bytes = (RegionLast(region) - first) * mark_bytes_;
+      AnonymousMemory& marks = mark_regions_[region];
+      HPS_ASSIGN_OR_RETURN(marks, AnonymousMemory::Reserve(marks_bytes, region_bytes >= kHugePageRegionBytes));
+      mark_origins_[region].store(reinterpret_cast<uintptr_t>(marks.data()) - first * mark_bytes_,
+                                  std::memory_order_relaxed);
+    }
     HPS_ASSIGN_OR_RETURN(memory, AnonymousMemory::Reserve(region_bytes, region_bytes >= kHugePageRegionBytes));
     origins_[region].store(reinterpret_cast<uintptr_t>(memory.data()) - first * row_bytes_, std::memory_order_relaxed);
   }
@@ -52,6 +62,11 @@ Status RowSlab::TakeRun(uint32_t wanted, SlotRun* run) {
     if (region == 0 && needed_bytes <= expected_bytes) target_bytes = std::min(target_bytes, expected_bytes);
     HPS_RETURN_IF_ERROR(memory.Commit(std::max(target_bytes, needed_bytes)));
   }
+  if (mark_bytes_ > 0) {
+    AnonymousMemory& marks = mark_regions_[region];
+    const uint64_t committed_slots = memory.committed_bytes() / row_bytes_;
+    HPS_RETURN_IF_ERROR(marks.Commit(std::min<uint64_t>(committed_slots * mark_bytes_, marks.bytes())));
+  }
   *run = {static_cast<uint32_t>(next_slot_), static_cast<uint32_t>(last)};
   next_slot_ = last;
   return OkStatus();
@@ -61,8 +76,10 @@ uint64_t RowSlab::touched_bytes() const {
   const std::lock_guard lock(mutex_);
   uint64_t bytes = 0;
   for (size_t region = 0; region < kMaxRegions && RegionFirst(region) < next_slot_; ++region) {
-    const uint64_t used = (std::min(next_slot_, RegionLast(region)) - RegionFirst(region)) * row_bytes_;
-    bytes += (used + kPageBytes - 1) / kPageBytes * kPageBytes;
+    const uint64_t used = std::min(next_slot_, RegionLast(region)) - RegionFirst(region);
+    for (const size_t slot_bytes : {row_bytes_, mark_bytes_}) {
+      bytes += (used * slot_bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+    }
   }
   return bytes;
 }

@@ -2,7 +2,8 @@
 //
 // Slots lie in regions: the first holds the expected rows, each further one as many as all before it together, so a
 // row's address is one table look-up and one multiplication, and no row ever moves. A region is address space only;
-// its memory is committed in steps of at most allocation_rate_bytes and touched when rows are written.
+// its memory is committed in steps of at most allocation_rate_bytes and touched when rows are written. Where marks are
+// kept (row_marks.h), they lie in an array beside the rows of each region.
 //
 // Thread safety: Row may be called by any thread for slots it has learnt of through an acquire load; TakeRun and
 // touched_bytes lock.
@@ -16,8 +17,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <vector>
 
 #include "cc/storage/anonymous_memory.h"
+#include "cc/storage/row_marks.h"
 #include "hps/status.h"
 
 namespace hps {
@@ -32,13 +35,20 @@ class RowSlab {
  public:
   static constexpr uint32_t kMaxSlots = 0xFFFFFFFE;
 
-  RowSlab(size_t row_bytes, uint64_t expected_rows, uint64_t allocation_rate_bytes);
+  RowSlab(size_t row_bytes, uint64_t expected_rows, uint64_t allocation_rate_bytes, RowMark mark = RowMark::kNone);
 
   size_t row_bytes() const { return row_bytes_; }
 
   std::byte* Row(uint32_t slot) const {
     const size_t region = std::bit_width(uint64_t{slot} >> first_region_bits_);
     return reinterpret_cast<std::byte*>(origins_[region].load(std::memory_order_relaxed) + slot * row_bytes_);
+  }
+
+  RowMark mark() const { return mark_; }
+  // The mark of a slot. REQUIRES mark() != kNone.
+  std::byte* Mark(uint32_t slot) const {
+    const size_t region = std::bit_width(uint64_t{slot} >> first_region_bits_);
+    return reinterpret_cast<std::byte*>(mark_origins_[region].load(std::memory_order_relaxed) + slot * mark_bytes_);
   }
 
   // Hands out between 1 and `wanted` slots that were never used. kResourceExhausted if memory or slot numbers end.
@@ -58,12 +68,16 @@ class RowSlab {
   const size_t row_bytes_;
   const uint64_t expected_rows_;
   const uint64_t allocation_rate_bytes_;
+  const RowMark mark_;
+  const size_t mark_bytes_;
   const int first_region_bits_;  // the first region has 2^bits slots
   // Where slot 0 would lie if the region reached down to it. Written once, before a slot of the region is handed out.
   std::array<std::atomic<uintptr_t>, kMaxRegions> origins_{};
+  std::array<std::atomic<uintptr_t>, kMaxRegions> mark_origins_{};
 
   mutable std::mutex mutex_;
   std::array<AnonymousMemory, kMaxRegions> regions_;  // guarded by mutex_
+  std::vector<AnonymousMemory> mark_regions_;         // guarded by mutex_; empty without marks
   uint64_t next_slot_ = 0;                            // guarded by mutex_
 };
 

@@ -1,6 +1,9 @@
 // Status, log, metrics and the thread pool.
 
 #include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -135,6 +138,26 @@ TEST(MetricsTest, ExtremeDurationsAreCounted) {
   EXPECT_EQ(histogram.bucket(Histogram::kBuckets - 1), 1u);
 }
 
+TEST(MetricsTest, GaugesGoUpAndDown) {
+  MetricsRegistry registry;
+  Gauge* gauge = registry.FindGauge("hps_tier_reachable_state", {{"tier", "volatile"}});
+  EXPECT_EQ(gauge, registry.FindGauge("hps_tier_reachable_state", {{"tier", "volatile"}}));
+  gauge->Set(3);
+  gauge->Set(-1);
+  EXPECT_EQ(registry.PrometheusText(),
+            "# TYPE hps_tier_reachable_state gauge\nhps_tier_reachable_state{tier=\"volatile\"} -1\n");
+}
+
+TEST(MetricsTest, SumsAreOverAllLabels) {
+  MetricsRegistry registry;
+  EXPECT_EQ(registry.SumOfCounters("rows"), 0u);
+  registry.FindCounter("rows", {{"model", "a"}})->Add(2);
+  registry.FindCounter("rows", {{"model", "b"}, {"table", "t"}})->Add(3);
+  registry.FindCounter("rows_too", {})->Add(100);
+  registry.FindCounter("row", {})->Add(100);
+  EXPECT_EQ(registry.SumOfCounters("rows"), 5u);
+}
+
 TEST(MetricsTest, PrometheusTextIsCumulativeAndComplete) {
   MetricsRegistry registry;
   registry.FindCounter("hps_rows_served_total", {{"model", "m"}, {"tier", "volatile"}})->Add(7);
@@ -182,6 +205,34 @@ TEST(ThreadPoolTest, EveryIndexIsVisitedOnceInRangesOfTheGrain) {
       }
     }
   }
+}
+
+TEST(ThreadPoolTest, BackgroundThreadsLeaveProcessorsAndTheCallerItsOwn) {
+  cpu_set_t before;
+  ASSERT_EQ(::sched_getaffinity(0, sizeof(before), &before), 0);
+  const int nice_before = ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()));
+  auto pool = NewBackgroundPool(2);
+  const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<int> helped{0};
+  // Each of the two pieces waits for the other, so one of them is the helper's.
+  std::atomic<int> begun{0};
+  pool->ParallelFor(2, 1, [&](size_t, size_t) {
+    ++begun;
+    while (begun < 2) std::this_thread::yield();
+    cpu_set_t now;
+    ASSERT_EQ(::sched_getaffinity(0, sizeof(now), &now), 0);
+    const int nice_now = ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()));
+    if (std::this_thread::get_id() == caller) {
+      EXPECT_EQ(CPU_COUNT(&now), CPU_COUNT(&before));
+      EXPECT_EQ(nice_now, nice_before);
+      return;
+    }
+    ++helped;
+    EXPECT_EQ(CPU_COUNT(&now), std::max(1, CPU_COUNT(&before) / 2));
+    EXPECT_EQ(nice_now, std::min(19, nice_before + 10));
+    EXPECT_EQ(::sched_getscheduler(0), SCHED_BATCH);
+  });
+  EXPECT_EQ(helped, 1);
 }
 
 TEST(ThreadPoolTest, SmallWorkRunsOnTheCallersThread) {

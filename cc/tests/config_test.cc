@@ -134,6 +134,7 @@ std::vector<KeyCase> KeyCases() {
   const auto u = &C::update_source;
   using Strings = std::vector<std::string>;
   return {
+      {"", "$schema", "\"ps.schema.json\"", [](const C&) { return true; }},
       {"", "supportlonglong", "false", [](const C& c) { return !c.long_keys; }},
       {"", "fuse_embedding_table", "true", [](const C& c) { return c.fuse_embedding_table; }},
       {"", "lookup_timeout_ms", "250", [](const C& c) { return c.lookup_timeout_ms == 250; }},
@@ -355,6 +356,7 @@ TEST(ConfigDefaults, SectionsWithoutType) {
   EXPECT_EQ(Parsed(With("/persistent_db", "")).persistent_db.type, PersistentType::kRocksDb);
   EXPECT_EQ(Parsed(With("/update_source", "")).update_source.type, UpdateSourceType::kKafka);
   EXPECT_EQ(Parsed(With("/volatile_db", R"("type": "redis")")).volatile_db.num_partitions, 8u);
+  EXPECT_EQ(Parsed(With("/volatile_db", R"("type": "multi_process_hash_map")")).volatile_db.num_partitions, 16u);
 }
 
 TEST(ConfigDefaults, ShortListOfDefaultValuesIsPaddedWithAWarning) {
@@ -658,19 +660,18 @@ TEST(ConfigBuilt, RefusesOnlyWhatIsReallyNeeded) {
            R"("volatile_db": {"type": "hash_map", "overflow_margin": 18446744073709551615, "enable_tls": true})",
            R"("volatile_db": {"type": "disabled", "overflow_margin": 5}, "persistent_db": {})",
            R"("volatile_db": {"initial_cache_rate": 0.5}, "persistent_db": {"path": "/x"})",
+           R"("volatile_db": {"overflow_margin": 1000})",
            R"("persistent_db": {"read_only": true, "initialize_after_startup": false})",
+           R"("persistent_db": {"initialize_after_startup": false})",
+           R"("volatile_db": {"initialize_after_startup": false})",
            R"("update_source": {"type": "null"})",
+           R"("volatile_db": {"type": "multi_process_hash_map", "overflow_margin": 1000})",
+           R"("volatile_db": {"type": "redis", "overflow_margin": 5})",
        }) {
     EXPECT_EQ(check(accepted).ToString(), "OK") << accepted;
   }
   const std::pair<std::string, std::string> refused[] = {
-      {R"("volatile_db": {"type": "redis"})", "/volatile_db/type: not built yet: redis_cluster"},
-      {R"("volatile_db": {"type": "multi_process_hash_map"})", "/volatile_db/type: not built yet: multi_process"},
       {R"("volatile_db": {"type": "disabled"})", "/volatile_db/type: not built yet: a server without any database"},
-      {R"("volatile_db": {"overflow_margin": 1000})", "/volatile_db/overflow_margin: not built yet"},
-      {R"("volatile_db": {"initialize_after_startup": false})", "/volatile_db/initialize_after_startup: not built yet"},
-      {R"("persistent_db": {"initialize_after_startup": false})",
-       "/persistent_db/initialize_after_startup: not built yet"},
       {R"("update_source": {})", "/update_source/type: not built yet: kafka_message_queue"},
   };
   for (const auto& [members, message] : refused) {
@@ -818,7 +819,7 @@ TEST(ConfigHash, IsThatOfTheMeaning) {
   for (const KeyCase& key : KeyCases()) {
     ServerConfig config = Parsed(With(key.section, "\"" + key.key + "\": " + key.value));
     bool is_default = key.section + "/" + key.key == "/volatile_db/initial_cache_rate" || key.value == "\"disabled\"" ||
-                      key.value == "\"null\"";
+                      key.value == "\"null\"" || key.key == "$schema";  // for editors
     bool sets_type = key.section == "/persistent_db" || key.section == "/update_source";
     EXPECT_EQ(ConfigHash(config) != base, (key.is_taken && !is_default) || (sets_type && !is_default)) << key.key;
   }
@@ -941,6 +942,14 @@ TEST_F(ConfigFiles, TlsFilesFollowTheRuleWhereTlsIsUsed) {
   std::string redis = R"("volatile_db": {"type": "redis", "tls_ca_certificate": "ca.crt", "enable_tls": )";
   EXPECT_EQ(Load("t", redis + "true}")->volatile_db.tls_ca_certificate, (there() / "ca.crt").string());
   EXPECT_EQ(Load("t", redis + "false}")->volatile_db.tls_ca_certificate, "ca.crt");
+}
+
+TEST_F(ConfigFiles, PasswordFileFollowsTheRule) {
+  fs::create_directories(here() / "t");
+  WriteFile(there() / "secret", "");
+  EXPECT_EQ(Load("t", R"("volatile_db": {"type": "redis", "password_file": "secret"})")->volatile_db.password_file,
+            (there() / "secret").string());
+  EXPECT_EQ(Load("t", R"("volatile_db": {"type": "redis"})")->volatile_db.password_file, "");
 }
 
 TEST_F(ConfigFiles, ModelsGivenAsTextFollowTheRule) {

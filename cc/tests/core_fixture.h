@@ -23,6 +23,7 @@
 
 #include "cc/base/hash.h"
 #include "cc/core/model.h"
+#include "cc/tests/temp_folder.h"
 #include "hps/log.h"
 #include "hps/parameter_server.h"
 
@@ -62,22 +63,6 @@ inline void WaitUntil(const std::function<bool()>& done, const std::string& what
     std::this_thread::yield();
   }
 }
-
-class TempFolder {
- public:
-  TempFolder() {
-    std::string pattern = (fs::temp_directory_path() / "hps_core_XXXXXX").string();
-    path_ = ::mkdtemp(pattern.data());
-  }
-  ~TempFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  fs::path path_;
-};
 
 inline std::vector<Key> KeyRange(Key first, size_t count) {
   std::vector<Key> keys(count);
@@ -225,6 +210,11 @@ class ChildProcess {
     char line[256] = "";
     ASSERT_NE(std::fgets(line, sizeof(line), output_), nullptr) << "the child ended before it wrote " << expected;
     ASSERT_EQ(std::string(line), expected + "\n");
+  }
+  std::string ReadLine() {
+    char line[256] = "";
+    EXPECT_NE(std::fgets(line, sizeof(line), output_), nullptr) << "the child ended before it wrote a line";
+    return line;
   }
   void Kill() {
     ::kill(pid_, SIGKILL);

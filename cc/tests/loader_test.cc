@@ -191,6 +191,9 @@ TEST_F(Loader, FoldersAndFilesThatAreMissingAreNotFound) {
   ExpectError(status(), StatusCode::kNotFound, {(folder_ / "emb_vector").string()});
   fs::create_directory(folder_ / "emb_vector");
   ExpectError(status(), StatusCode::kInvalidArgument, {(folder_ / "emb_vector").string(), "not a file"});
+  fs::remove(folder_ / "emb_vector");
+  ASSERT_EQ(::mkfifo((folder_ / "emb_vector").c_str(), 0600), 0);  // opening it must not wait for a writer
+  ExpectError(status(), StatusCode::kInvalidArgument, {(folder_ / "emb_vector").string(), "not a file"});
 }
 
 TEST_F(Loader, SizesThatDoNotMatchAreRefused) {

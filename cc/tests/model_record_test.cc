@@ -12,10 +12,10 @@ namespace {
 TEST(ModelRecordTest, NamesOfGenerations) {
   EXPECT_EQ(StoredTableName("m", "t", 0), "hps_et.m.t");
   EXPECT_EQ(StoredTableName("m", "t", 12), "hps_et.m.t@12");
-  EXPECT_TRUE(IsGenerationOf("hps_et.m.t", "m", "t"));
-  EXPECT_TRUE(IsGenerationOf("hps_et.m.t@12", "m", "t"));
+  EXPECT_EQ(GenerationOf("hps_et.m.t", "m", "t"), 0u);
+  EXPECT_EQ(GenerationOf("hps_et.m.t@12", "m", "t"), 12u);
   for (const char* other : {"hps_et.m.t2", "hps_et.m.t@", "hps_et.m.t@1x", "hps_et.m.t@-1", "hps_et.m2.t", "t", ""}) {
-    EXPECT_FALSE(IsGenerationOf(other, "m", "t")) << other;
+    EXPECT_EQ(GenerationOf(other, "m", "t"), std::nullopt) << other;
   }
 }
 

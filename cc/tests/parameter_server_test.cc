@@ -11,6 +11,7 @@
 
 #include "cc/core/model_builder.h"
 #include "cc/core/model_record.h"
+#include "cc/core/volatile_share.h"
 #include "cc/storage/hash_map_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "cc/tests/core_fixture.h"
@@ -137,6 +138,45 @@ TEST_F(ParameterServerTest, MissedRowsMoveUpWhereAskedTo) {
     ExpectRows(Lookup(*server, "m", 0, kWidth, {500, 999}), {500, 999}, 1);
     ExpectRows(Lookup(*server, "m", 0, kWidth, {1000, 1499}), {1000, 1499}, 0);
   }
+}
+
+TEST_F(ParameterServerTest, ALoadFillsABoundedTierUpToItsMarginAndEvictsNothing) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  WriteTable(folder_ / "large", keys, kWidth, 1);
+  ServerConfig config = Config(Tiers::kBoth, {OneTable("large")});
+  config.volatile_db.overflow_margin = 1'000;  // times 4 partitions
+  config.volatile_db.cache_missed_embeddings = true;
+  for (const char* source : {"folder", "persistent"}) {
+    auto server = Open(config);
+    EXPECT_EQ(Source(*server), source);
+    const auto tier = [&] { return Stats(*server)["models"][0]["tables"][0]["volatile"]; };
+    EXPECT_EQ(tier()["evicted_rows"], 0);
+    EXPECT_GT(tier()["rows"], 3'300);
+    ExpectRows(Lookup(*server, "m", 0, kWidth, keys), keys, 1);
+    WaitUntil([&] { return tier()["evicted_rows"] > 0; }, "promoted rows that make others leave");
+    EXPECT_LE(tier()["rows"], 4'000);
+    ExpectRows(Lookup(*server, "m", 0, kWidth, keys), keys, 1);
+    ASSERT_OK(server->Close());
+  }
+}
+
+TEST_F(ParameterServerTest, RowsThatNoTierCouldServeAreRefused) {
+  ServerConfig config = Config(Tiers::kVolatile, {OneTable()});
+  config.volatile_db.overflow_margin = 200;  // times 4 partitions: fewer than the 1000 rows
+  ExpectError(ParameterServer::Open(config).status(), StatusCode::kResourceExhausted,
+              {"model 'm'", "table 't'", "1000 rows", "overflow_margin", "persistent_db"});
+  config.volatile_db.overflow_margin = 400;
+  auto server = Open(config);
+  ExpectRows(Lookup(*server, "m", 0, kWidth, kKeys), kKeys, 1);
+
+  // A model whose keys chance has put into one partition: seen after the load.
+  const auto store = Value(OpenHashMapStore({.num_partitions = 1, .overflow = {.margin = 100}}));
+  const auto table = Value(store->CreateTable({.name = "t", .row_bytes = kRowBytes}));
+  const std::vector<std::byte> rows(101 * kRowBytes);
+  ASSERT_OK(table->Upsert(std::span(kKeys).first(100), {rows.data(), kRowBytes}));
+  EXPECT_TRUE(CheckNothingEvicted(*table).ok());
+  ASSERT_OK(table->Upsert(std::span(kKeys).first(101), {rows.data(), kRowBytes}));
+  ExpectError(CheckNothingEvicted(*table), StatusCode::kResourceExhausted, {"rows were evicted", "overflow_margin"});
 }
 
 TEST_F(ParameterServerTest, DamagedFoldersAreNamedAndNothingIsLeftBehind) {
@@ -493,7 +533,8 @@ TEST_F(ParameterServerTest, UnloadingAndReplacingFreeTheMemory) {
     ASSERT_OK(server->ReplaceModel(OneTable("big2", kWideWidth)));
     EXPECT_LE(AnonymousMemoryBytes(), loaded + kTableBytes / 10);
     ASSERT_OK(server->UnloadModel("m"));
-    EXPECT_LE(AnonymousMemoryBytes(), before + kTableBytes / 10);
+    // What the loading thread had for its buffers may be kept for the next one.
+    EXPECT_LE(AnonymousMemoryBytes(), before + kTableBytes / 3);
   }
 }
 

@@ -3,6 +3,7 @@
 #include "cc/tests/store_conformance.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <limits>
@@ -137,6 +138,8 @@ void StoreConformance::Reopen() {
   store_.reset();
   Open();
 }
+
+bool StoreConformance::Reopens() const { return store_->capabilities().persistent || GetParam().reopens; }
 
 std::shared_ptr<Table> StoreConformance::Create(const std::string& name, size_t row_bytes) {
   Result<std::shared_ptr<Table>> table = store_->CreateTable({.name = name, .row_bytes = row_bytes});
@@ -475,7 +478,7 @@ TEST_P(StoreConformance, RecordsAreKept) {
   EXPECT_EQ(*store_->ReadRecord("fingerprint"), binary);
   EXPECT_EQ(*store_->ReadRecord("other"), "");
   EXPECT_TRUE(store_->ListTables()->empty()) << "records are no tables";
-  if (store_->capabilities().persistent) {
+  if (Reopens()) {
     ASSERT_NO_FATAL_FAILURE(Reopen());
     EXPECT_EQ(*store_->ReadRecord("fingerprint"), binary);
   }
@@ -488,7 +491,7 @@ TEST_P(StoreConformance, RecordsAreKept) {
 // Life of the store --------------------------------------------------------------------------------------------------
 
 TEST_P(StoreConformance, ReopenedStoreHoldsItsRows) {
-  if (!store_->capabilities().persistent) GTEST_SKIP() << "the store is volatile by contract";
+  if (!Reopens()) GTEST_SKIP() << "the store is volatile by contract";
   const std::vector<Key> keys = KeyRange(-500, 1000);
   ASSERT_OK(Put(*Create("hps_et.m.t"), keys, 1));
   ASSERT_OK(Put(*Create("hps_et.m.bulk", 28), keys, 2, {.bulk = true}));
@@ -812,7 +815,7 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
         break;
       }
       case 2: {
-        ASSERT_OK(Put(*table, keys, step, {.only_absent = true}));
+        ASSERT_OK(Put(*table, keys, step, {.only_absent = true, .bulk = random() % 2 == 0}));
         for (const Key key : keys) model.emplace(key, step);
         break;
       }
@@ -825,13 +828,24 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
         break;
       }
       case 4: {
-        if (random() % 8 == 0 && store_->capabilities().persistent) {
+        if (random() % 8 == 0 && Reopens()) {
           ASSERT_OK(store_->Flush());
           table.reset();
           ASSERT_NO_FATAL_FAILURE(Reopen());
           const auto reopened = store_->OpenTable(spec);
           ASSERT_OK(reopened.status());
           table = *reopened;
+        }
+        if (random() % 16 == 0) {
+          const std::shared_ptr<Table> dropped = std::move(table);
+          ASSERT_OK(store_->DropTable(spec.name));
+          const auto renewed = store_->CreateTable(spec);
+          ASSERT_OK(renewed.status());
+          table = *renewed;
+          std::map<Key, uint32_t> scanned;
+          ASSERT_NO_FATAL_FAILURE(ScanVersions(*dropped, &scanned));
+          ASSERT_EQ(scanned, model) << "of the table dropped in step " << step << ", while it is held";
+          model.clear();
         }
         if (random() % 4 == 0) {
           std::map<Key, uint32_t> scanned;
@@ -854,6 +868,302 @@ TEST_P(StoreConformance, RandomOperationsAgreeWithAMap) {
   ASSERT_NO_FATAL_FAILURE(ScanVersions(*table, &scanned));
   EXPECT_EQ(scanned, model);
   ExpectRowCount(*table, model.size());
+}
+
+// Bounded stores -----------------------------------------------------------------------------------------------------
+
+namespace {
+
+uint64_t RowCount(const Table& table) {
+  const Result<TableStats> stats = table.Stats();
+  EXPECT_CODE(stats.status(), StatusCode::kOk);
+  return stats.ok() ? stats->rows : 0;
+}
+
+std::vector<Key> PresentOf(const Table& table, const std::vector<Key>& keys) {
+  std::vector<uint32_t> versions;
+  FetchVersions(table, keys, &versions);
+  std::vector<Key> present;
+  for (size_t i = 0; i < versions.size(); ++i) {
+    if (versions[i] != 0) present.push_back(keys[i]);
+  }
+  return present;
+}
+
+// Keys from all over int64; no two calls with different `first` share one.
+std::vector<Key> ScatteredKeys(size_t first, size_t count) {
+  std::vector<Key> keys(count);
+  for (size_t i = 0; i < count; ++i) keys[i] = static_cast<Key>((first + i + 1) * 0x9E3779B97F4A7C15ull);
+  return keys;
+}
+
+}  // namespace
+
+void BoundedStoreConformance::SetUp() {
+  std::string pattern = (std::filesystem::temp_directory_path() / "hps_store_XXXXXX").string();
+  ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
+  directory_ = pattern;
+}
+
+void BoundedStoreConformance::CloseStore() {
+  if (store_ != nullptr) EXPECT_CODE(store_->Close(), StatusCode::kOk);
+  store_.reset();
+}
+
+void BoundedStoreConformance::TearDown() {
+  CloseStore();
+  std::filesystem::remove_all(directory_);
+}
+
+std::shared_ptr<Table> BoundedStoreConformance::Create(uint64_t margin, uint32_t num_partitions, bool refresh,
+                                                       uint64_t expected_rows) {
+  CloseStore();
+  Result<std::unique_ptr<TableStore>> store = GetParam().open(
+      directory_, num_partitions, {.margin = margin, .policy = policy(), .refresh_time_after_fetch = refresh});
+  EXPECT_CODE(store.status(), StatusCode::kOk);
+  store_ = std::move(store).value();
+  Result<std::shared_ptr<Table>> table = store_->CreateTable(
+      {.name = "hps_et.m.t" + std::to_string(++tables_), .row_bytes = kRowBytes, .expected_rows = expected_rows});
+  EXPECT_CODE(table.status(), StatusCode::kOk);
+  return table.ok() ? std::move(table).value() : nullptr;
+}
+
+TEST_P(BoundedStoreConformance, SaysThatItIsBoundedAndHowManyRowsALoadMayBring) {
+  for (const uint32_t partitions : {1, 4}) {
+    for (const uint64_t margin : {uint64_t{1}, uint64_t{40}, uint64_t{3'000}}) {
+      auto table = Create(margin, partitions);
+      EXPECT_TRUE(store_->capabilities().bounded);
+      const uint64_t capacity = store_->capabilities().capacity_rows;
+      EXPECT_GE(capacity, 1u);
+      EXPECT_LE(capacity, margin * partitions);
+      if (partitions == 1) EXPECT_EQ(capacity, margin);
+      if (margin == 3'000) EXPECT_GE(capacity, margin * partitions * 8 / 10);
+      for (const bool scattered : {false, true}) {
+        table = Create(margin, partitions, false, capacity);
+        const std::vector<Key> keys = scattered ? ScatteredKeys(0, capacity) : KeyRange(0, capacity);
+        for (size_t first = 0; first < keys.size(); first += 700) {
+          const size_t count = std::min<size_t>(700, keys.size() - first);
+          ASSERT_OK(Put(*table, {keys.begin() + first, keys.begin() + first + count}, 1, {.bulk = true}));
+        }
+        ExpectVersions(*table, keys, 1);
+        EXPECT_EQ(table->Stats()->evicted_rows, 0u);
+      }
+    }
+  }
+}
+
+TEST_P(BoundedStoreConformance, OverflowShrinksThePartitionToItsTarget) {
+  constexpr uint64_t kMargin = 500;
+  for (const uint64_t hint : {uint64_t{0}, kMargin}) {
+    const auto table = Create(kMargin, 1, false, hint);
+    const std::vector<Key> old = KeyRange(0, kMargin);
+    ASSERT_OK(Put(*table, old, 1));
+    EXPECT_EQ(RowCount(*table), kMargin) << "a margin is no overflow";
+    EXPECT_EQ(table->Stats()->evicted_rows, 0u);
+    ASSERT_OK(Put(*table, {100'000}, 2));
+    const uint64_t rows = RowCount(*table);
+    EXPECT_GE(rows, 400u);
+    EXPECT_LE(rows, 401u);
+    EXPECT_EQ(table->Stats()->evicted_rows, kMargin + 1 - rows);
+    ExpectVersions(*table, {100'000}, 2);
+    EXPECT_EQ(PresentOf(*table, old).size(), rows - 1);
+  }
+}
+
+TEST_P(BoundedStoreConformance, MarginHoldsAfterEveryUpsertAndSurvivorsAreWhole) {
+  constexpr uint64_t kMargin = 300;
+  for (const bool scattered : {false, true}) {
+    const auto table = Create(kMargin, 1, false, scattered ? 0 : 200);
+    size_t written = 0;
+    for (const size_t count : {1, 299, 1, 7, 240, 1, 100, 61, 299, 300, 301, 750, 2, 1'000}) {
+      const std::vector<Key> keys = scattered ? ScatteredKeys(written, count) : KeyRange(written, count);
+      ASSERT_OK(Put(*table, keys, static_cast<uint32_t>(written) + 1));
+      written += count;
+      const uint64_t rows = RowCount(*table);
+      ASSERT_LE(rows, kMargin) << "after " << written << " keys";
+      if (written > kMargin) ASSERT_GE(rows, 240u) << "emptied beyond the target, after " << written << " keys";
+      ASSERT_EQ(table->Stats()->evicted_rows, written - rows);
+      if (count <= 240) {
+        ExpectVersions(*table, keys, static_cast<uint32_t>(written - count) + 1);
+      } else {
+        EXPECT_GE(PresentOf(*table, keys).size(), 240u) << "rows of the upsert leave last";
+      }
+      std::map<Key, uint32_t> scanned;
+      ASSERT_NO_FATAL_FAILURE(ScanVersions(*table, &scanned));
+      ASSERT_EQ(scanned.size(), rows);
+    }
+  }
+}
+
+TEST_P(BoundedStoreConformance, PresentKeysNeedNoRoom) {
+  const auto table = Create(100);
+  const std::vector<Key> keys = KeyRange(0, 100);
+  ASSERT_OK(Put(*table, keys, 1));
+  for (uint32_t version = 2; version < 10; ++version) {
+    ASSERT_OK(Put(*table, keys, version));
+    ASSERT_OK(Put(*table, keys, 77, {.only_absent = true}));
+    ExpectVersions(*table, keys, version);
+  }
+  ASSERT_OK(table->Erase(KeyRange(0, 30)));
+  ASSERT_OK(Put(*table, KeyRange(1'000, 30), 1));
+  EXPECT_EQ(table->Stats()->evicted_rows, 0u) << "erasing makes room";
+  ExpectVersions(*table, KeyRange(30, 70), 9);
+}
+
+TEST_P(BoundedStoreConformance, PromotionEvictsAndLeavesPresentRows) {
+  const auto table = Create(100);
+  ASSERT_OK(Put(*table, KeyRange(0, 100), 1));
+  LetTimePass();
+  std::vector<Key> promoted = KeyRange(1'000, 20);
+  for (Key key = 0; key < 100; key += 10) promoted.push_back(key);  // of the rows that would go first, too
+  ASSERT_OK(Put(*table, promoted, 2, {.only_absent = true}));
+  EXPECT_LE(RowCount(*table), 100u);
+  EXPECT_GE(RowCount(*table), 80u);
+  ExpectVersions(*table, KeyRange(1'000, 20), 2);
+  ExpectVersions(*table, KeyRange(0, 10, 10), 1);
+}
+
+TEST_P(BoundedStoreConformance, TheTableGrowsToItsMarginAgain) {
+  const auto table = Create(100);
+  for (Key first = 0; first < 3'000; first += 10) ASSERT_OK(Put(*table, KeyRange(first, 10), 1));
+  const uint64_t evicted = table->Stats()->evicted_rows;
+  const uint64_t room = 100 - RowCount(*table);
+  ASSERT_OK(Put(*table, KeyRange(10'000, room), 1));
+  EXPECT_EQ(RowCount(*table), 100u);
+  EXPECT_EQ(table->Stats()->evicted_rows, evicted);
+}
+
+TEST_P(BoundedStoreConformance, ThePolicyDecidesWhoLeaves) {
+  constexpr uint64_t kMargin = 1'000;  // 200 rows leave, and one more for the row that comes
+  for (const bool scattered : {false, true}) {
+    for (const bool refresh : {false, true}) {
+      const auto table = Create(kMargin, 1, refresh, scattered ? 0 : kMargin);
+      const std::vector<Key> keys = scattered ? ScatteredKeys(0, kMargin) : KeyRange(0, kMargin);
+      const auto part = [&](size_t i) {
+        return std::vector<Key>(keys.begin() + i * 250, keys.begin() + (i + 1) * 250);
+      };
+      for (size_t i = 0; i < 4; ++i) {
+        ASSERT_OK(Put(*table, part(i), 1));
+        LetTimePass();
+      }
+      ASSERT_OK(Put(*table, part(0), 2));  // writes make younger, and are uses
+      LetTimePass();
+      for (int read = 0; read < 3; ++read) ExpectVersions(*table, part(1), 1);
+      LetTimePass();
+      ASSERT_OK(Put(*table, {-7}, 1));
+      std::array<size_t, 4> left;
+      for (size_t i = 0; i < 4; ++i) left[i] = PresentOf(*table, part(i)).size();
+      SCOPED_TRACE(::testing::PrintToString(left) + (refresh ? " refreshed" : "") + (scattered ? " scattered" : ""));
+      EXPECT_EQ(left[0] + left[1] + left[2] + left[3], 799u);
+      switch (policy()) {
+        case OverflowPolicy::kEvictOldest: {
+          const std::array<size_t, 4> expected = {250, refresh ? size_t{250} : 49, refresh ? size_t{49} : 250, 250};
+          EXPECT_EQ(left, expected);
+          break;
+        }
+        case OverflowPolicy::kEvictLeastUsed:
+          EXPECT_EQ(left[0], 250u);
+          EXPECT_EQ(left[1], 250u);
+          break;
+        case OverflowPolicy::kEvictRandom:
+          for (const size_t rows : left) {
+            EXPECT_GT(rows, 150u);
+            EXPECT_LT(rows, 249u);
+          }
+          break;
+      }
+    }
+  }
+}
+
+TEST_P(BoundedStoreConformance, OldFameFades) {
+  if (policy() != OverflowPolicy::kEvictLeastUsed) GTEST_SKIP() << "counts of uses are kept by evict_least_used alone";
+  const auto table = Create(100);
+  const std::vector<Key> famous = KeyRange(0, 20);
+  ASSERT_OK(Put(*table, famous, 1));
+  for (int read = 0; read < 100; ++read) ExpectVersions(*table, famous, 1);
+  Key next = 1'000;
+  const auto fill = [&] {  // until there has been an eviction more
+    for (const uint64_t before = table->Stats()->evicted_rows; table->Stats()->evicted_rows == before; ++next) {
+      EXPECT_CODE(Put(*table, {next}, 1), StatusCode::kOk);
+    }
+  };
+  for (int round = 0; round < 3; ++round) fill();
+  ExpectVersions(*table, famous, 1);
+  // 100 uses are halved away by ten evictions; rows that are used now outlive them.
+  for (int round = 0; round < 40; ++round) {
+    for (int read = 0; read < 3; ++read) PresentOf(*table, KeyRange(next - 60, 60));
+    fill();
+  }
+  EXPECT_LT(PresentOf(*table, famous).size(), famous.size());
+}
+
+TEST_P(BoundedStoreConformance, EveryPartitionHasItsMargin) {
+  const auto table = Create(200, 4);
+  for (size_t first = 0; first < 20'000; first += 500) ASSERT_OK(Put(*table, ScatteredKeys(first, 500), 1));
+  EXPECT_LE(RowCount(*table), 4 * 200u);
+  EXPECT_GE(RowCount(*table), 4 * 160u);
+  EXPECT_EQ(table->Stats()->evicted_rows, 20'000 - RowCount(*table));
+  std::map<Key, uint32_t> scanned;
+  ASSERT_NO_FATAL_FAILURE(ScanVersions(*table, &scanned));
+  EXPECT_EQ(scanned.size(), RowCount(*table));
+}
+
+TEST_P(BoundedStoreConformance, ReadersSeeWholeRowsWhileRowsLeave) {
+  const auto table = Create(400, 2, true);
+  const std::vector<Key> keys = KeyRange(0, 4'000);  // ten times what fits
+  std::atomic<bool> stop{false};
+  std::atomic<uint32_t> fetches{0};
+  std::vector<std::thread> readers;
+  for (int reader = 0; reader < 2; ++reader) {
+    readers.emplace_back([&] {
+      std::vector<uint32_t> last(keys.size(), 0);
+      std::vector<uint32_t> versions;
+      while (!stop && !HasFailure()) {
+        FetchVersions(*table, keys, &versions);  // whole, or missing and untouched
+        for (size_t i = 0; i < keys.size(); ++i) {
+          if (versions[i] == 0) continue;  // evicted
+          if (versions[i] < last[i]) ADD_FAILURE() << "key " << keys[i] << " went back to " << versions[i];
+          last[i] = versions[i];
+        }
+        ++fetches;
+      }
+    });
+  }
+  for (uint32_t round = 1; (round < 60 || fetches < 20) && !HasFailure(); ++round) {
+    for (size_t first = 0; first < keys.size(); first += 100) {
+      const std::vector<Key> written(keys.begin() + first, keys.begin() + first + 100);
+      EXPECT_CODE(Put(*table, written, round), StatusCode::kOk);
+      ExpectVersions(*table, written, round);  // nobody else writes: just written rows are there
+      EXPECT_LE(RowCount(*table), 800u);
+    }
+  }
+  stop = true;
+  for (std::thread& reader : readers) reader.join();
+}
+
+TEST_P(BoundedStoreConformance, WritersSideBySideKeepTheMargin) {
+  const auto table = Create(500, 1);
+  std::atomic<bool> done{false};
+  std::vector<std::thread> writers;
+  for (uint32_t writer = 0; writer < 3; ++writer) {
+    writers.emplace_back([&, writer] {
+      for (size_t round = 0; round < 150; ++round) {
+        const std::vector<Key> keys = ScatteredKeys(writer * 1'000'000 + round * 40, 50);  // ten from the last round
+        EXPECT_CODE(Put(*table, keys, 1, {.only_absent = writer == 1}), StatusCode::kOk);
+        if (writer == 2) EXPECT_CODE(table->Erase(ScatteredKeys(round * 40, 5)), StatusCode::kOk);
+      }
+    });
+  }
+  std::thread watcher([&] {
+    while (!done) EXPECT_LE(RowCount(*table), 500u);
+  });
+  for (std::thread& writer : writers) writer.join();
+  done = true;
+  watcher.join();
+  std::map<Key, uint32_t> scanned;
+  ASSERT_NO_FATAL_FAILURE(ScanVersions(*table, &scanned));
+  EXPECT_EQ(scanned.size(), RowCount(*table));
 }
 
 }  // namespace hps::testing

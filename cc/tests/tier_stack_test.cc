@@ -2,125 +2,14 @@
 
 #include "cc/core/tier_stack.h"
 
-#include <atomic>
-#include <condition_variable>
 #include <cstring>
 #include <map>
 
 #include "cc/tests/core_fixture.h"
+#include "cc/tests/fake_table.h"
 
 namespace hps::testing {
 namespace {
-
-constexpr uint32_t kWidth = 4;
-constexpr size_t kRowBytes = kWidth * sizeof(float);
-
-// A map with a lock that remembers which keys were asked and may fail or wait.
-class FakeTable final : public Table {
- public:
-  const TableSpec& spec() const override { return spec_; }
-
-  Status Fetch(const FetchRequest& request, std::vector<uint32_t>* misses) const override {
-    std::lock_guard lock(mutex_);
-    if (!failure_.ok()) return failure_;
-    deadline_ = request.deadline;
-    const auto visit = [&](uint32_t position) {
-      asked_.push_back(request.keys[position]);
-      const auto found = rows_.find(request.keys[position]);
-      if (found == rows_.end()) return misses->push_back(position);
-      std::memcpy(request.rows.data + position * request.rows.stride_bytes, found->second.data(), kRowBytes);
-    };
-    if (request.positions) {
-      EXPECT_TRUE(std::is_sorted(request.positions->begin(), request.positions->end()));
-      for (uint32_t position : *request.positions) visit(position);
-    } else {
-      for (uint32_t i = 0; i < request.keys.size(); ++i) visit(i);
-    }
-    return OkStatus();
-  }
-  Status Locate(std::span<const Key>, std::span<const std::byte*>) const override { return Unimplemented("fake"); }
-  Status Upsert(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) override {
-    std::unique_lock lock(mutex_);
-    ++upserts_begun_;
-    changed_.notify_all();
-    changed_.wait(lock, [&] { return !hold_; });
-    if (!failure_.ok()) return failure_;
-    for (size_t i = 0; i < keys.size(); ++i) {
-      const auto* row = reinterpret_cast<const float*>(rows.data + i * rows.stride_bytes);
-      if (options.only_absent && rows_.contains(keys[i])) continue;
-      rows_[keys[i]] = std::vector<float>(row, row + kWidth);
-    }
-    return OkStatus();
-  }
-  Status Erase(std::span<const Key>, uint64_t*) override { return Unimplemented("fake"); }
-  Status Scan(const ScanVisitor&) const override { return Unimplemented("fake"); }
-  Result<TableStats> Stats() const override { return TableStats(); }
-
-  void Put(Key key, uint32_t version) { rows_[key] = Row(key, version, kWidth); }
-  void Fail(Status status) { failure_ = std::move(status); }
-  void Hold(bool hold) {
-    std::lock_guard lock(mutex_);
-    hold_ = hold;
-    changed_.notify_all();
-  }
-  void WaitForUpsert() {
-    std::unique_lock lock(mutex_);
-    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::minutes(1), [&] { return upserts_begun_ > 0; }));
-  }
-  std::map<Key, std::vector<float>> rows() const {
-    std::lock_guard lock(mutex_);
-    return rows_;
-  }
-  std::vector<Key> asked() const { return asked_; }
-  Deadline deadline() const { return deadline_; }
-
- private:
-  TableSpec spec_{.name = "fake", .row_bytes = kRowBytes};
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  std::map<Key, std::vector<float>> rows_;
-  mutable std::vector<Key> asked_;
-  mutable Deadline deadline_{};
-  Status failure_;
-  bool hold_ = false;
-  int upserts_begun_ = 0;
-};
-
-class TierStackTest : public ::testing::Test {
- protected:
-  TierStackTest() { stack_ = MakeStack(volatile_, persistent_); }
-
-  TierStack MakeStack(std::shared_ptr<FakeTable> upper, std::shared_ptr<FakeTable> lower) {
-    TierStack stack;
-    stack.volatile_table = std::move(upper);
-    stack.persistent_table = std::move(lower);
-    stack.default_row.assign(kWidth, kDefault);
-    stack.metrics = {metrics_.FindCounter("lookups", {}), metrics_.FindCounter("keys", {}),
-                     metrics_.FindCounter("volatile", {}), metrics_.FindCounter("persistent", {}),
-                     metrics_.FindCounter("default", {})};
-    return stack;
-  }
-
-  Rows Fetch(const TierStack& stack, const std::vector<Key>& keys, Executor& executor = InlineExecutor(),
-             Deadline deadline = kNoDeadline) {
-    Rows rows;
-    rows.width = kWidth;
-    rows.values.assign(keys.size() * kWidth, 12345.0f);
-    rows.found.assign(keys.size(), 2);
-    TierWalk walk;
-    walk.stack = &stack;
-    walk.keys = keys;
-    walk.rows = reinterpret_cast<std::byte*>(rows.values.data());
-    walk.found = reinterpret_cast<bool*>(rows.found.data());
-    rows.status = FetchRows(std::span(&walk, 1), executor, executor, deadline, &rows.report);
-    return rows;
-  }
-
-  MetricsRegistry metrics_;
-  std::shared_ptr<FakeTable> volatile_ = std::make_shared<FakeTable>();
-  std::shared_ptr<FakeTable> persistent_ = std::make_shared<FakeTable>();
-  TierStack stack_;
-};
 
 TEST_F(TierStackTest, EachTierIsAskedOnlyForWhatTheOnesAboveDoNotHold) {
   volatile_->Put(1, 1);
@@ -139,9 +28,11 @@ TEST_F(TierStackTest, EachTierIsAskedOnlyForWhatTheOnesAboveDoNotHold) {
   EXPECT_EQ(rows.report.rows_from_volatile, 3u);
   EXPECT_EQ(rows.report.rows_from_persistent, 2u);
   EXPECT_EQ(rows.report.rows_from_default, 2u);
-  EXPECT_EQ(metrics_.FindCounter("volatile", {})->value(), 3u);
-  EXPECT_EQ(metrics_.FindCounter("persistent", {})->value(), 2u);
-  EXPECT_EQ(metrics_.FindCounter("default", {})->value(), 2u);
+  EXPECT_EQ(Counted("volatile"), 3u);
+  EXPECT_EQ(Counted("persistent"), 2u);
+  EXPECT_EQ(Counted("default"), 2u);
+  EXPECT_EQ(metrics_.FindHistogram("volatile seconds", {})->count(), 1u);
+  EXPECT_EQ(metrics_.FindHistogram("persistent seconds", {})->count(), 1u);
 }
 
 TEST_F(TierStackTest, AFullAnswerLeavesTheTierBelowAlone) {
@@ -165,12 +56,12 @@ TEST_F(TierStackTest, AnErrorOfATierFailsTheCall) {
   ExpectError(Fetch(stack_, {1, 2}).status, StatusCode::kDataLoss, {"block 7"});
   volatile_->Fail(ResourceExhausted("no memory"));
   ExpectError(Fetch(stack_, {1}).status, StatusCode::kResourceExhausted, {"no memory"});
-  EXPECT_EQ(metrics_.FindCounter("default", {})->value(), 0u);
+  EXPECT_EQ(Counted("default"), 0u);
 }
 
 TEST_F(TierStackTest, TheDeadlineReachesEachTier) {
   const Deadline deadline = std::chrono::steady_clock::now() + std::chrono::hours(1);
-  ASSERT_OK(Fetch(stack_, {1}, InlineExecutor(), deadline).status);
+  ASSERT_OK(Fetch(stack_, {1}, InlineExecutor(), {.deadline = deadline}).status);
   EXPECT_EQ(volatile_->deadline(), deadline);
   EXPECT_EQ(persistent_->deadline(), deadline);
 }
@@ -201,7 +92,7 @@ TEST_F(TierStackTest, ManyTablesInParallelPieces) {
     walks[t].rows = reinterpret_cast<std::byte*>(values[t].data());
   }
   LookupReport report;
-  ASSERT_OK(FetchRows(walks, *pool, *pool, kNoDeadline, &report));
+  ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report));
   uint64_t counted[3] = {};
   for (size_t t = 0; t < kTables; ++t) {
     for (size_t i = 0; i < keys[t].size(); ++i) {
@@ -221,14 +112,24 @@ TEST_F(TierStackTest, ManyTablesInParallelPieces) {
 
 class PromotionTest : public TierStackTest {
  protected:
-  PromotionTest() { stack_.promoter = &promoter_; }
-  uint64_t promoted() { return metrics_.FindCounter("promoted", {})->value(); }
-  uint64_t dropped() { return metrics_.FindCounter("dropped", {})->value(); }
+  PromotionTest() {
+    stack_.promoter = &promoter_;
+    stack_.promotions = counters_;
+  }
+  uint64_t promoted() { return Counted("promoted"); }
+  uint64_t dropped() { return Counted("dropped"); }
+  uint64_t repeated() { return Counted("repeated"); }
+  // Rows of new keys.
   PromotionBatch Batch(size_t rows) {
-    return {volatile_, std::vector<Key>(rows, 1), std::vector<std::byte>(rows * kRowBytes)};
+    const std::vector<Key> keys = KeyRange(next_key_, rows);
+    next_key_ += static_cast<Key>(rows);
+    return {volatile_, keys, std::vector<std::byte>(rows * kRowBytes), nullptr, counters_};
   }
 
-  Promoter promoter_{metrics_.FindCounter("promoted", {}), metrics_.FindCounter("dropped", {})};
+  Key next_key_ = 1'000;
+  PromotionCounters counters_{metrics_.FindCounter("promoted", {}), metrics_.FindCounter("dropped", {}),
+                              metrics_.FindCounter("repeated", {})};
+  Promoter promoter_;
 };
 
 TEST_F(PromotionTest, OnlyRowsThatTheLowerTierFoundGoUp) {
@@ -238,11 +139,48 @@ TEST_F(PromotionTest, OnlyRowsThatTheLowerTierFoundGoUp) {
   ASSERT_OK(Fetch(stack_, keys).status);
   promoter_.Drain();
   EXPECT_EQ(volatile_->rows(), (std::map<Key, std::vector<float>>{{1, Row(1, 2, kWidth)}, {5, Row(5, 2, kWidth)}}));
-  EXPECT_EQ(promoted(), 3u);  // key 1 was asked twice
+  EXPECT_EQ(promoted(), 2u);
+  EXPECT_EQ(repeated(), 1u);  // key 1 was asked twice
   EXPECT_EQ(dropped(), 0u);
   const Rows again = Fetch(stack_, keys);
   EXPECT_EQ(again.report.rows_from_volatile, 3u);
   EXPECT_EQ(again.report.rows_from_default, 3u);
+}
+
+TEST_F(PromotionTest, ARowThatWaitsInTheQueueIsNotQueuedAgain) {
+  for (Key key = 0; key < 50; ++key) persistent_->Put(key, 2);
+  volatile_->Hold(true);  // a slow store
+  ASSERT_OK(Fetch(stack_, KeyRange(0, 10)).status);
+  volatile_->WaitForUpsert();
+  for (int i = 0; i < 20; ++i) ASSERT_OK(Fetch(stack_, KeyRange(0, 50)).status);
+  EXPECT_EQ(repeated(), 20u * 50 - 40);
+  volatile_->Hold(false);
+  promoter_.Drain();
+  EXPECT_EQ(promoted(), 50u);
+  EXPECT_EQ(volatile_->rows().size(), 50u);
+  promoter_.Enqueue({volatile_, {3}, std::vector<std::byte>(kRowBytes), nullptr, counters_});  // forgotten by now
+  promoter_.Drain();
+  EXPECT_EQ(promoted(), 51u);
+}
+
+TEST_F(PromotionTest, AStoreThatDoesNotAnswerIsNotWaitedFor) {
+  CircuitBreaker breaker(
+      "volatile", "fake", metrics_,
+      {.failures_to_open = 2, .first_wait = std::chrono::hours(1), .longest_wait = std::chrono::hours(1)});
+  volatile_->Fail(Unavailable("gone"));
+  const auto send = [&] {
+    PromotionBatch batch = Batch(3);
+    batch.breaker = &breaker;
+    promoter_.Enqueue(std::move(batch));
+    promoter_.Drain();
+  };
+  send();
+  send();
+  EXPECT_FALSE(breaker.closed());
+  const int tried = volatile_->upserts();
+  send();
+  EXPECT_EQ(volatile_->upserts(), tried);
+  EXPECT_EQ(dropped(), 9u);
 }
 
 TEST_F(PromotionTest, ARowThatArrivedMeanwhileIsNotOverwritten) {

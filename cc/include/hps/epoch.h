@@ -31,7 +31,7 @@ uint64_t RetireEpoch();
 uint64_t SafeEpoch();
 
 // Keeps an object that was just made unreachable until no guard that may see it is left, then lets go of it: in this
-// call if there is no such guard, else when a later guard ends or the next object is retired.
+// call if there is no such guard or it ends within 20 ms, else when a later guard ends or the next object is retired.
 void RetireObject(std::shared_ptr<const void> object);
 
 }  // namespace hps

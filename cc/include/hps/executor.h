@@ -25,6 +25,9 @@ class Executor {
 Executor& InlineExecutor();
 // A pool of `threads` - 1 threads plus the caller. Bears nested calls.
 std::unique_ptr<Executor> NewThreadPool(int threads);
+// The same, of threads that use at most half of the processors and stand back for others there (the caller's thread
+// stays as it is).
+std::unique_ptr<Executor> NewBackgroundPool(int threads);
 
 }  // namespace hps
 

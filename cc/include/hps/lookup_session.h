@@ -53,13 +53,18 @@ struct LookupReport {
   uint64_t rows_from_volatile = 0;
   uint64_t rows_from_persistent = 0;
   uint64_t rows_from_default = 0;
+  // Of rows_from_default: a tier that may hold the row could not be asked (when_unavailable is "default").
+  uint64_t rows_unavailable = 0;
+  // Rows that were not asked of a tier, or not obtained, because it could not be asked.
+  uint64_t rows_skipped_volatile = 0;
+  uint64_t rows_skipped_persistent = 0;
   uint64_t volatile_nanoseconds = 0;
   uint64_t persistent_nanoseconds = 0;
 };
 
 struct LookupOptions {
-  Executor* executor = nullptr;  // absent: the server's own pool
-  Deadline deadline = kNoDeadline;
+  Executor* executor = nullptr;                  // absent: the server's own pool
+  Deadline deadline = kNoDeadline;               // absent: the configuration's lookup_timeout_ms from now on
   const std::atomic<bool>* cancelled = nullptr;  // becomes true when the caller gives up: kCancelled
 };
 
@@ -69,7 +74,8 @@ class LookupSession {
  public:
   // Errors of both: kInvalidArgument (no such table, another width, bad row_splits, weights of another length),
   // kOutOfRange (a key beyond 32 bits where supportlonglong is false), kNotFound (the model was unloaded),
-  // kFailedPrecondition (the server was closed), and what the tiers report.
+  // kFailedPrecondition (the server was closed), kDeadlineExceeded, kCancelled, and what the tiers report, where
+  // `when_unavailable` does not let the lookup go on without a tier that is down or too slow.
   Status Lookup(std::span<const DenseLookup> lookups, const LookupOptions& options = {},
                 LookupReport* report = nullptr) const;
   Status LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options = {},

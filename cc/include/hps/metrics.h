@@ -1,4 +1,4 @@
-// Metrics: counters and latency histograms that every stage of a lookup, load or update feeds.
+// Metrics: counters, gauges and latency histograms that every stage of a lookup, load or update feeds.
 //
 // Names are hps_<noun>_<verb>_<unit> with the labels model, table and tier. Reading is a snapshot: each value is right,
 // values of one snapshot may be a few operations apart.
@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,6 +29,16 @@ class Counter {
 
  private:
   std::atomic<uint64_t> value_{0};
+};
+
+// A value that goes up and down.
+class Gauge {
+ public:
+  void Set(int64_t value) { value_.store(value, std::memory_order_relaxed); }
+  int64_t value() const { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> value_{0};
 };
 
 // Durations in nanoseconds, in buckets of powers of two.
@@ -59,22 +70,29 @@ class MetricsRegistry {
  public:
   // The metric of that name and those labels, made at the first call. The pointer lives as long as the registry.
   Counter* FindCounter(const std::string& name, const MetricLabels& labels);
+  Gauge* FindGauge(const std::string& name, const MetricLabels& labels);
   Histogram* FindHistogram(const std::string& name, const MetricLabels& labels);
+  // Over all labels; 0 where there is no counter of that name.
+  uint64_t SumOfCounters(const std::string& name) const;
 
   struct Sample {
     std::string name;
     MetricLabels labels;
-    const Counter* counter = nullptr;  // one of the two is set
+    const Counter* counter = nullptr;  // one of the three is set
+    const Gauge* gauge = nullptr;
     const Histogram* histogram = nullptr;
   };
   // Sorted by name and labels.
   std::vector<Sample> Samples() const;
   // The text format that Prometheus scrapes.
   std::string PrometheusText() const;
+  // The same of several registries in one text, each with labels of its own put first.
+  static std::string PrometheusText(std::span<const std::pair<MetricLabels, const MetricsRegistry*>> registries);
 
  private:
   struct Metric {
     std::unique_ptr<Counter> counter;
+    std::unique_ptr<Gauge> gauge;
     std::unique_ptr<Histogram> histogram;
   };
   mutable std::mutex mutex_;

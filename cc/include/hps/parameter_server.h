@@ -7,7 +7,10 @@
 #ifndef HPS_PARAMETER_SERVER_H_
 #define HPS_PARAMETER_SERVER_H_
 
+#include <atomic>
+#include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,6 +23,25 @@ namespace hps {
 
 struct ServerOptions {
   bool show_progress = true;  // log lines while tables load
+  const std::atomic<bool>* cancelled = nullptr;  // looked at by Open alone: true ends it soon, with kCancelled
+  // Puts an adaptor around a store before it is used (to meter it, to let it fail in a test); `tier` is "volatile" or
+  // "persistent". Must not return nullptr.
+  std::function<std::shared_ptr<TableStore>(std::string_view tier, std::shared_ptr<TableStore> store)> adapt_store;
+};
+
+// For load balancers and people.
+struct Readiness {
+  bool ready = false;
+  std::string reason;  // one sentence: why not, or what works with restrictions; "ready" otherwise
+  struct TierState {
+    std::string tier;     // "volatile" or "persistent"
+    std::string store;    // its kind
+    bool needed = false;  // lookups fail without it
+    bool reachable = false;
+    std::string error = {};  // empty where it is reachable
+  };
+  std::vector<TierState> tiers = {};
+  std::vector<std::string> models = {};  // loaded ones
 };
 
 class ParameterServer {
@@ -36,21 +58,28 @@ class ParameterServer {
   // kNotFound lists the models there are.
   Result<LookupSession> NewSession(std::string_view model) const;
 
-  // kAlreadyExists if a model of that name is loaded; kResourceExhausted if it would not fit in memory.
-  Status LoadModel(const ModelConfig& model);
+  // kAlreadyExists if a model of that name is loaded; kResourceExhausted if it would not fit in memory. Once *cancelled,
+  // if given, is true the load ends soon with kCancelled and leaves nothing behind; so with ReplaceModel.
+  Status LoadModel(const ModelConfig& model, const std::atomic<bool>* cancelled = nullptr);
   // Stages the new version beside the old, then switches all its tables at once. On error the old version serves on.
   // Callers know tables by number and width, so the new version has the old one's tables in the same places
   // (kInvalidArgument), and may have more after them.
-  Status ReplaceModel(const ModelConfig& model);
+  Status ReplaceModel(const ModelConfig& model, const std::atomic<bool>* cancelled = nullptr);
   // Frees the model's memory once lookups that run have ended. Rows in a persistent store stay there. Sessions of the
   // model do not come back to life when one of that name is loaded again.
   Status UnloadModel(std::string_view model);
   std::vector<std::string> ModelNames() const;
 
+  // Ready: the server is open, every model of its configuration is loaded (unless it was unloaded on purpose), and each
+  // tier without which lookups fail answered just now. Asks each tier for one row and waits at most a second for it;
+  // while a tier is known not to answer it is asked as rarely as lookups ask it, so that recovery is noticed here too.
+  Readiness CheckReadiness() const;
+
   // A JSON object: configuration hash, models, tables, rows per tier, memory, load reports, counters, latencies.
   std::string StatsJson() const;
-  // The metrics in Prometheus' text format.
+  // The metrics in Prometheus' text format; of several servers, with the label `server`, their configuration hash.
   std::string PrometheusText() const;
+  static std::string PrometheusText(std::span<const std::shared_ptr<ParameterServer>> servers);
 
   const ServerConfig& config() const;
   // Idempotent. Lookups that run may fail, later ones do, with kFailedPrecondition, and so does a load that runs.

@@ -4,8 +4,7 @@
 // - Servers opened from a configuration are named by its hash: equal configurations share one server, different ones
 //   live side by side. The registry does not keep them alive, their users do.
 // - A handle is a name that a TensorFlow resource carries. Binding says which configuration stands behind it; the
-// server
-//   is opened by an explicit OpenHandle (a SavedModel being loaded) or by the first lookup through it.
+//   server is opened by an explicit OpenHandle (a SavedModel being loaded) or by the first lookup through it.
 //
 // Thread safety: all functions may be called from any thread. The registry is never destroyed; in a forked child it is
 // empty.
@@ -27,9 +26,10 @@ namespace hps {
 inline constexpr char kDefaultHandle[] = "hps_default";
 
 // Opens the server of a configuration, or shares the one that is open.
-Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& config);
+Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& config,
+                                                          const ServerOptions& options = {});
 
-Status InitDefaultServer(const std::string& config_path);
+Status InitDefaultServer(const std::string& config_path, const ServerOptions& options = {});
 // kFailedPrecondition, telling how to initialise, if there is none.
 Result<std::shared_ptr<ParameterServer>> DefaultServer();
 

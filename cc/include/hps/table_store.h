@@ -1,4 +1,4 @@
-// TableStore and Table: the contract of every storage tier (hash map, RocksDB, and later Redis).
+// TableStore and Table: the contract of every storage tier (hash map, Redis, RocksDB).
 //
 // A store holds named tables; a table maps 64-bit keys to rows of a fixed number of bytes. All operations are batched.
 // Every key value is legal (-1, 0, INT64_MIN, INT64_MAX included).
@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -72,6 +73,7 @@ struct TableStats {
   bool rows_estimated = false;
   uint64_t memory_bytes = 0;  // anonymous memory of this process held for the table (touched pages)
   uint64_t disk_bytes = 0;
+  uint64_t evicted_rows = 0;  // rows that a bounded store gave up by itself since the table was created or opened
 };
 
 class Table {
@@ -102,9 +104,11 @@ class Table {
 };
 
 struct StoreCapabilities {
-  bool persistent = false;   // rows outlive the process
-  bool shared = false;       // other processes see the same rows
-  bool bounded = false;      // may evict rows by itself
+  bool persistent = false;                                        // rows outlive the process
+  bool shared = false;                                            // other processes see the same rows
+  bool bounded = false;                                           // may evict rows by itself
+  uint64_t capacity_rows = std::numeric_limits<uint64_t>::max();  // bounded: rows of a table that a load may write
+                                                                  // without making it evict
   bool addressable = false;  // rows lie in this process's memory: Table::Locate works
   bool writable = true;      // false: opened read-only, every write is kFailedPrecondition
 };
@@ -113,13 +117,14 @@ class TableStore {
  public:
   virtual ~TableStore() = default;
 
-  // "hash_map", "rocks_db": the name used in configuration, reports and metrics.
+  // "hash_map", "redis_cluster", "rocks_db": the name used in configuration, reports and metrics.
   virtual std::string_view kind() const = 0;
   virtual StoreCapabilities capabilities() const = 0;
 
   // kNotFound if there is no such table; kFailedPrecondition if its stored rows have another size.
   virtual Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) = 0;
-  // kAlreadyExists if there is one of that name.
+  // kAlreadyExists if there is one of that name. Where several processes or threads create one name at once, exactly
+  // one of them succeeds, also in a shared store.
   virtual Result<std::shared_ptr<Table>> CreateTable(const TableSpec& spec) = 0;
   // kNotFound if there is no such table. Open Table pointers stay readable.
   virtual Status DropTable(std::string_view name) = 0;

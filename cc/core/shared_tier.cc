@@ -1,0 +1,163 @@
+// Order: tables are made and filled, the store is flushed, the record is read once more and switched in one write, then
+// old generations are dropped. Two nodes that switch at the same moment both keep what they serve: a generation is
+// dropped only when it is older than the one that was current before the switch, and generations count upwards.
+
+#include "cc/core/shared_tier.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <optional>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "hps/log.h"
+
+namespace hps {
+namespace {
+
+std::string NewOwner() {
+  char host[65] = "";
+  (void)::gethostname(host, sizeof(host) - 1);
+  std::random_device random;
+  return std::string(host) + ":" + std::to_string(::getpid()) + ":" + std::to_string(random());
+}
+
+bool Owns(const std::optional<std::string>& claim, const std::string& owner) {
+  return claim && claim->starts_with(owner + " ");
+}
+
+}  // namespace
+
+SharedTier::SharedTier(TableStore& store, std::string model, const ClaimOptions& options)
+    : store_(store),
+      model_(std::move(model)),
+      options_(options),
+      claim_name_("hps.load." + model_),
+      owner_(NewOwner()) {}
+
+SharedTier::~SharedTier() {
+  if (!claimed_) return;
+  const auto current = store_.ReadRecord(claim_name_);
+  if (!current.ok() || !Owns(*current, owner_)) return;  // closed, or taken over
+  if (Status erased = store_.EraseRecord(claim_name_); !erased.ok()) Log(LogLevel::kWarning, erased.ToString());
+}
+
+bool SharedTier::HoldsAll(const std::map<std::string, std::string>& wanted) const {
+  return std::all_of(wanted.begin(), wanted.end(), [&](const auto& entry) {
+    const auto found = record_.tables.find(entry.first);
+    return found != record_.tables.end() && found->second.fingerprint == entry.second;
+  });
+}
+
+Status SharedTier::Prepare(const std::map<std::string, std::string>& wanted) {
+  HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
+  if (HoldsAll(wanted)) return OkStatus();
+  HPS_RETURN_IF_ERROR(AcquireClaim());
+  HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
+  return OkStatus();
+}
+
+Status SharedTier::AcquireClaim() {
+  std::optional<std::string> seen;
+  Clock::time_point seen_since = Clock::now();
+  bool told = false;
+  for (;;) {
+    HPS_ASSIGN_OR_RETURN(std::optional<std::string> claim, store_.ReadRecord(claim_name_));
+    if (Owns(claim, owner_)) {
+      claimed_ = true;
+      renewed_ = Clock::now();
+      return OkStatus();
+    }
+    const Clock::time_point now = Clock::now();
+    if (claim != seen) {
+      seen = claim;
+      seen_since = now;
+    }
+    if (!claim || now - seen_since >= options_.stale_after) {
+      HPS_RETURN_IF_ERROR(store_.WriteRecord(claim_name_, owner_ + " " + std::to_string(++renewals_)));
+      // Whoever wrote last has it; the others see that when they read it again.
+    } else if (!told) {
+      told = true;
+      Log(LogLevel::kInfo,
+          "model '" + model_ + "' is being loaded by another node (" + claim->substr(0, 100) + "); waiting for it");
+    }
+    std::this_thread::sleep_for(options_.poll);
+  }
+}
+
+void SharedTier::KeepClaim() {
+  if (!claimed_ || Clock::now() - renewed_ < options_.renew) return;
+  renewed_ = Clock::now();
+  // A claim that was taken over, or cannot be renewed, only means that another node may do the same work.
+  const auto current = store_.ReadRecord(claim_name_);
+  if (!current.ok() || !Owns(*current, owner_)) return;
+  (void)store_.WriteRecord(claim_name_, owner_ + " " + std::to_string(++renewals_)).ok();
+}
+
+Result<std::shared_ptr<Table>> SharedTier::Open(const std::string& table, const TableSpec& wanted_spec,
+                                                const std::string& fingerprint, bool load, bool* fill) {
+  TableSpec spec = wanted_spec;
+  *fill = false;
+  const auto found = record_.tables.find(table);
+  const bool recorded = found != record_.tables.end();
+  if (recorded ? fingerprint.empty() || found->second.fingerprint == fingerprint : !load) {
+    spec.name = StoredTableName(model_, table, recorded ? found->second.generation : 0);
+    auto opened = store_.OpenTable(spec);
+    if (opened.ok() || opened.status().code() != StatusCode::kNotFound) return opened;
+    // The record outlived its table (the store was emptied), or there is none yet: make it.
+  }
+  for (uint64_t generation = recorded ? found->second.generation + 1 : 0;; ++generation) {
+    spec.name = StoredTableName(model_, table, generation);
+    auto created = store_.CreateTable(spec);
+    if (created.ok()) {
+      made_[table] = {spec.name, generation, fingerprint.empty() ? "not loaded from a folder" : fingerprint};
+      *fill = load;
+      return created;
+    }
+    if (created.status().code() != StatusCode::kAlreadyExists) return created;
+  }
+}
+
+Status SharedTier::Publish(const std::map<std::string, uint64_t>& rows) {
+  if (made_.empty()) return OkStatus();
+  HPS_RETURN_IF_ERROR(store_.Flush());
+  HPS_ASSIGN_OR_RETURN(ModelRecord record, ReadModelRecord(store_, model_));
+  std::map<std::string, uint64_t> oldest_kept;
+  for (const auto& [table, made] : made_) {
+    const auto before = record.tables.find(table);
+    // The one before may be the higher one, where two nodes have loaded at once.
+    oldest_kept[table] = before == record.tables.end() ? 0 : std::min(made.generation, before->second.generation);
+    const auto count = rows.find(table);
+    record.tables[table] = {made.generation, made.fingerprint, count == rows.end() ? 0 : count->second};
+  }
+  HPS_RETURN_IF_ERROR(WriteModelRecord(store_, model_, record));
+  made_.clear();
+  for (const auto& [table, generation] : oldest_kept) DropOlder(table, generation);
+  return OkStatus();
+}
+
+void SharedTier::DropOlder(const std::string& table, uint64_t oldest_kept) {
+  const Result<std::vector<std::string>> stored = store_.ListTables();
+  Status status = stored.status();
+  for (size_t i = 0; status.ok() && i < stored->size(); ++i) {
+    const std::optional<uint64_t> generation = GenerationOf((*stored)[i], model_, table);
+    if (!generation || *generation >= oldest_kept) continue;
+    status = store_.DropTable((*stored)[i]);
+    if (status.code() == StatusCode::kNotFound) status = OkStatus();  // another node was quicker
+  }
+  if (!status.ok()) Log(LogLevel::kWarning, "old versions of model '" + model_ + "': " + status.ToString());
+}
+
+void SharedTier::Undo() {
+  for (const auto& [table, made] : made_) {
+    Status dropped = store_.DropTable(made.stored_name);
+    if (!dropped.ok() && dropped.code() != StatusCode::kFailedPrecondition) {
+      Log(LogLevel::kWarning, "after a failed load: " + dropped.ToString());
+    }
+  }
+  made_.clear();
+}
+
+}  // namespace hps

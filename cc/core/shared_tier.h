@@ -1,0 +1,91 @@
+// SharedTier: one load of a model into a volatile store that other nodes use too (Redis, shared memory).
+//
+// The store's record of the model (model_record.h) says which generation of each table is current and which folder it
+// came from. A table that is there with the wanted fingerprint is opened and not loaded again. Everything else is
+// loaded into a generation of its own, which nobody serves before the record has been switched to it:
+// - CreateTable gives a name to one node only, so two nodes never write into one table: never a mixture.
+// - The generation that was current before stays, because other nodes may still serve it; older ones are dropped.
+// - Unloading and closing drop nothing.
+//
+// So that nodes which start together do not all load the same rows, the one that loads keeps a claim in the store
+// ("hps.load.<model>") and the others wait for it. The claim saves work only; if two nodes both believe to hold it, or
+// its owner dies, rows stay right.
+//
+// Thread safety: one thread at a time. Ownership: the store outlives it.
+
+#ifndef HPS_CORE_SHARED_TIER_H_
+#define HPS_CORE_SHARED_TIER_H_
+
+#include <chrono>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cc/core/model_record.h"
+#include "hps/status.h"
+#include "hps/table_store.h"
+
+namespace hps {
+
+struct ClaimOptions {
+  std::chrono::milliseconds poll{100};
+  std::chrono::milliseconds renew{1000};
+  std::chrono::milliseconds stale_after{30'000};  // a claim that is not renewed for so long is taken over
+};
+
+class SharedTier {
+ public:
+  SharedTier(TableStore& store, std::string model, const ClaimOptions& options);
+  ~SharedTier();  // gives the claim back
+  SharedTier(const SharedTier&) = delete;
+  SharedTier& operator=(const SharedTier&) = delete;
+
+  // Reads the record; where a table is not there with the wanted fingerprint, waits for the claim and reads again.
+  // `wanted`: by table name.
+  Status Prepare(const std::map<std::string, std::string>& wanted);
+
+  // The table for this version. *fill: it was made new and rows may be put in.
+  // An empty `fingerprint` takes whatever version is recorded. Without `load` a table that another program wrote (no
+  // record) is opened as it is.
+  Result<std::shared_ptr<Table>> Open(const std::string& table, const TableSpec& spec, const std::string& fingerprint,
+                                      bool load, bool* fill);
+
+  // Says that the load goes on; call it now and then.
+  void KeepClaim();
+
+  // Switches the record to the tables that Open made, then drops what is older than the generation before. Call it
+  // when all rows are in. `rows`: by table name.
+  Status Publish(const std::map<std::string, uint64_t>& rows);
+
+  // Drops the tables that Open made and that were not published.
+  void Undo();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  Status AcquireClaim();
+  bool HoldsAll(const std::map<std::string, std::string>& wanted) const;
+  void DropOlder(const std::string& table, uint64_t oldest_kept);
+
+  struct Made {
+    std::string stored_name;
+    uint64_t generation = 0;
+    std::string fingerprint;
+  };
+
+  TableStore& store_;
+  const std::string model_;
+  const ClaimOptions options_;
+  const std::string claim_name_;
+  const std::string owner_;
+  bool claimed_ = false;
+  uint64_t renewals_ = 0;
+  Clock::time_point renewed_{};
+  ModelRecord record_;
+  std::map<std::string, Made> made_;  // by table name
+};
+
+}  // namespace hps
+
+#endif  // HPS_CORE_SHARED_TIER_H_

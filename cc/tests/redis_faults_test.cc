@@ -1,0 +1,202 @@
+// The Redis store while the servers die, fall silent, fail over and move slots: no wrong row, no hang beyond the
+// deadline, and recovery without opening anything anew.
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "cc/storage/redis_layout.h"
+#include "cc/tests/redis_fixture.h"
+
+namespace hps::testing {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+using std::chrono::steady_clock;
+
+struct Served {
+  std::unique_ptr<RedisService> redis;
+  std::unique_ptr<TableStore> store;
+  std::shared_ptr<Table> table;
+};
+
+Served Serve(RedisOptions options, size_t rows) {
+  Served served;
+  served.redis = Value(RedisService::Start(std::move(options)));
+  served.store = Value(OpenRedisStore(OptionsFor(*served.redis)));
+  served.table = Value(served.store->CreateTable(kTable));
+  EXPECT_TRUE(Put(*served.table, KeyRange(0, rows), 1).ok());
+  return served;
+}
+
+// The slot of the partition that holds `key`.
+int SlotOf(Key key) {
+  const RedisLayout layout(RedisLayout::Version::kCurrent, kTable.name, 8, 8);
+  return RedisSlot(layout.ValuesKey(layout.PartitionOf(key)));
+}
+
+TEST(RedisFaults, SilentServerCostsTheDeadlineAndNoMore) {
+  const Served served = Serve({}, 1000);
+  const std::vector<Key> left = KeyRange(0, 500);
+  const std::vector<Key> right = KeyRange(500, 500);
+  ExpectAll(*served.table, left, 1);
+  served.redis->Stop(0);
+  const auto start = steady_clock::now();
+  ExpectError(Get(*served.table, left, start + milliseconds(150)).status, StatusCode::kDeadlineExceeded,
+              {served.redis->address(0)});
+  EXPECT_GE(steady_clock::now(), start + milliseconds(150));
+  std::atomic<bool> cancelled{false};
+  std::thread canceller([&] { cancelled = true; });
+  ExpectError(Get(*served.table, left, kNoDeadline, &cancelled).status, StatusCode::kCancelled);
+  canceller.join();
+  EXPECT_LT(steady_clock::now(), start + seconds(10));
+  served.redis->Continue(0);
+  // The replies to what was given up must reach nobody.
+  for (int i = 0; i < 20; ++i) ExpectAll(*served.table, right, 1);
+  ExpectAll(*served.table, left, 1);
+}
+
+TEST(RedisFaults, WithoutADeadlinePatienceEnds) {
+  const auto redis = Value(RedisService::Start());
+  RedisStoreOptions options = OptionsFor(*redis);
+  options.patience = milliseconds(300);
+  const auto store = Value(OpenRedisStore(options));
+  const auto table = Value(store->CreateTable(kTable));
+  redis->Stop(0);
+  EXPECT_EQ(Put(*table, {1}, 1).code(), StatusCode::kDeadlineExceeded);
+  redis->Kill(0);
+  ExpectError(Put(*table, {1}, 1), StatusCode::kUnavailable, {"refused"});
+}
+
+TEST(RedisFaults, DeadServerComesBack) {
+  const Served served = Serve({.appendonly = true, .directives = {"appendfsync always"}}, 1000);
+  served.redis->Kill(0);
+  const auto start = steady_clock::now();
+  ExpectError(Get(*served.table, {1}, start + milliseconds(200)).status, StatusCode::kUnavailable, {"refused"});
+  // A lookup that began while it was down gets its rows as soon as it is back.
+  std::thread starter([&] { EXPECT_TRUE(served.redis->Restart(0).ok()); });
+  ExpectAll(*served.table, KeyRange(0, 1000), 1);
+  starter.join();
+}
+
+TEST(RedisFaults, SlotsMoveUnderReadersAndWriters) {
+  const Served served = Serve({.masters = 3}, 4000);
+  const std::vector<Key> still = KeyRange(0, 2000);
+  const std::vector<Key> written = KeyRange(2000, 2000);
+  std::atomic<bool> stop{false};
+  std::atomic<int> reads{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 2; ++i) {
+    threads.emplace_back([&] {
+      while (!stop && !::testing::Test::HasFailure()) {
+        ExpectAll(*served.table, still, 1);
+        ++reads;
+      }
+    });
+  }
+  threads.emplace_back([&] {
+    for (uint32_t version = 2; !stop && !::testing::Test::HasFailure(); ++version) {
+      const Status status = Put(*served.table, written, version);
+      EXPECT_TRUE(status.ok()) << status.ToString();
+      ExpectAll(*served.table, written, version);
+      EXPECT_EQ(RowsOf(*served.table), 4000u);
+    }
+  });
+  for (int round = 0; round < 2; ++round) {
+    for (const Key key : {Key{0}, Key{1}, Key{2}}) {
+      const int slot = SlotOf(key);
+      const int from = served.redis->MasterOf(slot);
+      const Status moved = served.redis->MigrateSlots(slot, slot, from, (from + 1 + round) % 3);
+      EXPECT_TRUE(moved.ok()) << moved.ToString();
+    }
+  }
+  const int seen = reads;
+  WaitUntil([&] { return reads > seen + 2 || ::testing::Test::HasFailure(); }, "reads after the slots had moved");
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST(RedisFaults, HalfMovedSlotIsAskedFor) {
+  const Served served = Serve({.masters = 3}, 100);
+  const int slot = SlotOf(5);
+  const int from = served.redis->MasterOf(slot);
+  const int to = (from + 1) % 3;
+  const std::string from_id = Ask(*served.redis, {"CLUSTER", "MYID"}, from);
+  const std::string to_id = Ask(*served.redis, {"CLUSTER", "MYID"}, to);
+  Ask(*served.redis, {"CLUSTER", "SETSLOT", std::to_string(slot), "IMPORTING", from_id}, to);
+  Ask(*served.redis, {"CLUSTER", "SETSLOT", std::to_string(slot), "MIGRATING", to_id}, from);
+  ExpectAll(*served.table, KeyRange(0, 100), 1);  // the partition has not moved yet
+  ASSERT_OK(Put(*served.table, {5}, 2));
+  const RedisLayout layout(RedisLayout::Version::kCurrent, kTable.name, 8, 8);
+  Ask(*served.redis,
+      {"MIGRATE", "127.0.0.1", std::to_string(served.redis->real_port(to)), layout.ValuesKey(layout.PartitionOf(5)),
+       "0", "5000"},
+      from);
+  // It has moved, and the slot still belongs to the old node: ASK, for commands of one and of many parts.
+  ExpectAll(*served.table, {5}, 2);
+  ASSERT_OK(Put(*served.table, {5}, 3));
+  const std::vector<Key> absent = KeyRange(1000, 200);
+  ASSERT_OK(Put(*served.table, absent, 4, {.only_absent = true}));
+  ExpectAll(*served.table, absent, 4);
+  ExpectAll(*served.table, {5}, 3);
+  uint64_t erased = 0;
+  ASSERT_OK(served.table->Erase(absent, &erased));
+  EXPECT_EQ(erased, absent.size());
+  EXPECT_EQ(RowsOf(*served.table), 100u);
+}
+
+TEST(RedisFaults, ReplicaTakesOver) {
+  const Served served = Serve({.masters = 3, .replicas_per_master = 1, .cluster_node_timeout_ms = 800}, 2000);
+  const std::vector<Key> keys = KeyRange(0, 2000);
+  ASSERT_OK(served.redis->WaitUntilReplicated());  // what was acknowledged reaches the replicas before one is killed
+  // One dies; then another falls silent while its connections live.
+  served.redis->Kill(0);
+  ExpectAll(*served.table, keys, 1);  // waits for the fail-over, with no deadline of its own
+  ASSERT_OK(served.redis->Restart(0));
+  ASSERT_OK(served.redis->WaitUntilHealthy());
+  ASSERT_OK(Put(*served.table, keys, 2));
+  ASSERT_OK(served.redis->WaitUntilReplicated());
+  ExpectAll(*served.table, keys, 2);
+  served.redis->Stop(1);
+  ExpectAll(*served.table, keys, 2);
+  ASSERT_OK(Put(*served.table, keys, 3));
+  served.redis->Continue(1);
+  ExpectAll(*served.table, keys, 3);
+}
+
+TEST(RedisFaults, WholeClusterDiesAndComesBack) {
+  const Served served = Serve({.masters = 3, .appendonly = true, .directives = {"appendfsync always"}}, 2000);
+  for (int node = 0; node < 3; ++node) served.redis->Kill(node);
+  const auto start = steady_clock::now();
+  for (int i = 0; i < 3; ++i) {
+    ExpectError(Get(*served.table, {1, 2, 3}, steady_clock::now() + milliseconds(100)).status,
+                StatusCode::kUnavailable);
+  }
+  EXPECT_LT(steady_clock::now(), start + seconds(10));
+  ExpectError(OpenRedisStore(OptionsFor(*served.redis)).status(), StatusCode::kUnavailable);
+  for (int node = 0; node < 3; ++node) ASSERT_OK(served.redis->Restart(node));
+  ExpectAll(*served.table, KeyRange(0, 2000), 1);
+  ASSERT_OK(Put(*served.table, KeyRange(0, 2000), 2));
+  ExpectAll(*served.table, KeyRange(0, 2000), 2);
+}
+
+TEST(RedisFaults, ScanGoesOnAfterARestart) {
+  const Served served = Serve({.appendonly = true, .directives = {"appendfsync always"}}, 20'000);
+  std::vector<Key> seen;
+  bool restarted = false;
+  ASSERT_OK(served.table->Scan([&](std::span<const Key> keys, ConstRowBuffer) {
+    seen.insert(seen.end(), keys.begin(), keys.end());
+    if (!std::exchange(restarted, true)) {
+      served.redis->Kill(0);
+      return served.redis->Restart(0);
+    }
+    return OkStatus();
+  }));
+  std::sort(seen.begin(), seen.end());
+  EXPECT_EQ(seen, KeyRange(0, 20'000)) << "each row once, though cursors of the old process mean nothing";
+}
+
+}  // namespace
+}  // namespace hps::testing

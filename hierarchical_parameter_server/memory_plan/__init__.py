@@ -1,0 +1,203 @@
+"""What a configuration will need on the host, on each GPU, in Redis and on disk, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import _native
+from ..config import ParameterServerConfig
+from . import machine, sizes
+from .keys import look_at_keys
+from .placement import propose
+from .plan import MemoryPlan, Resource, TablePlan
+
+__all__ = ["MemoryPlan", "memory_plan"]
+
+
+def memory_plan(
+    config: str | os.PathLike | dict | ParameterServerConfig,
+    host_memory: int | None = None,
+    gpu_memory: int | None = None,
+) -> MemoryPlan:
+    """Plans a server out of the sizes of its table folders and a look at their keys. Nothing is loaded or opened.
+
+    Args:
+        config: path of a ps.json, a dict or a ParameterServerConfig.
+        host_memory: bytes to spare on the host; without it those of this machine and its control group.
+        gpu_memory: bytes to spare on each GPU; without it those of this machine's GPUs.
+
+    Raises:
+        hps.errors.HpsError: the configuration is wrong, or a table's folder is missing or damaged.
+    """
+    canonical, origin = _canonical(config)
+    volatile, persistent = canonical["volatile_db"], canonical["persistent_db"]
+    tables = [table for model in canonical["models"] for table in _tables(model, canonical)]
+    host = Resource("host memory", available=machine.available_host_bytes() if host_memory is None else host_memory)
+    plan = MemoryPlan(origin, volatile["type"], persistent["type"], tables, host)
+    if volatile["type"] != "disabled" or persistent["type"] != "disabled":
+        host.temporary["buffers of the loader, some of which the allocator may keep"] = min(
+            sizes.LOADER_BUFFERS, 2 * max(table.rows * (8 + table.row_bytes) for table in tables)
+        )
+    largest_model = _largest_model(tables, "volatile_bytes")
+    in_process = volatile["type"] == "hash_map"
+    if in_process:
+        host.items["tables in the hash map"] = sum(table.volatile_bytes for table in tables)
+        host.temporary["a model's next version beside it"] = largest_model
+    if volatile["type"] == "redis_cluster":
+        plan.redis = Resource(f"Redis {volatile['address']}, all masters together")
+        plan.redis.items["tables"] = sum(table.volatile_bytes for table in tables)
+        plan.redis.temporary["a model's version before, kept for nodes that still serve it"] = largest_model
+    if volatile["type"] == "multi_process_hash_map":
+        title = f"shared memory {volatile['shared_memory_name']}"
+        plan.shared = Resource(title, available=volatile["shared_memory_size"])
+        plan.shared.items["tables"] = sum(table.volatile_bytes for table in tables)
+        plan.shared.temporary["a model's next version beside it"] = largest_model
+        host.items["shared memory, once for all processes"] = plan.shared.need
+    if persistent["type"] == "rocks_db":
+        _add_rocksdb(plan, persistent)
+    if volatile["cache_missed_embeddings"] and persistent["type"] != "disabled":
+        host.temporary["rows on their way up (cache_missed_embeddings)"] = sizes.PROMOTION_QUEUE
+        if in_process and any(table.volatile_rows < _most_rows(table, volatile) for table in tables):
+            most = sum(sizes.hash_map_limit_bytes(_most_rows(table, volatile), table.row_bytes) for table in tables)
+            host.temporary["rows that cache_missed_embeddings brings up, in time"] = max(0, most - host.items[
+                "tables in the hash map"])  # fmt: skip
+    _add_gpus(plan, canonical, gpu_memory)
+    gpu_available = min((gpu.available for gpu in plan.gpus.values() if gpu.available is not None), default=gpu_memory)
+    plan.notes += propose(
+        tables,
+        gpu_available,
+        host.available,
+        volatile["num_partitions"],
+        redis=volatile["type"] == "redis_cluster",
+        rocksdb=persistent["type"] == "rocks_db",
+    )
+    plan.notes.append("the program around the server is not counted: interpreter, TensorFlow, the dense model")
+    return plan
+
+
+def _canonical(config) -> tuple[dict[str, Any], str]:
+    if isinstance(config, (str, os.PathLike)):
+        return json.loads(_native.load_config(os.fspath(config))), os.fspath(config)
+    if isinstance(config, dict):
+        text = json.dumps(config)
+    elif isinstance(config, ParameterServerConfig):
+        text = config.to_json()
+    else:
+        raise TypeError(
+            f"config must be the path of a ps.json file, a dict or a ParameterServerConfig, not {type(config).__name__}"
+        )
+    return json.loads(_native.parse_config(text, "<config>")), "<config>"
+
+
+def _most_rows(table: TablePlan, volatile: dict[str, Any]) -> int:
+    """What overflow_margin leaves of a table's rows in the volatile tier."""
+    return min(table.rows, volatile["overflow_margin"] * volatile["num_partitions"])
+
+
+def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
+    volatile, persistent = config["volatile_db"], config["persistent_db"]
+    key_bytes = 8 if config["supportlonglong"] else 4
+    plans = []
+    for folder, name, width, keys_per_sample in zip(
+        model["sparse_files"],
+        model["embedding_table_names"],
+        model["embedding_vecsize_per_table"],
+        model["maxnum_catfeature_query_per_table_per_sample"],
+        strict=True,
+    ):
+        _native.fingerprint_table_folder(folder, width)  # makes the checks of a load
+        rows = (Path(folder) / "key").stat().st_size // 8
+        plan = TablePlan(model["model"], name, folder, rows, width, key_bytes, keys_per_sample, "", False)
+        cached = min(_most_rows(plan, volatile), math.ceil(rows * volatile["initial_cache_rate"]))
+        keys = look_at_keys(Path(folder), cached or rows)
+        plan.keys = {keys.rows: "0..n-1", 0: "scattered"}.get(keys.dense_rows, "mixed")
+        plan.keys_sampled = keys.sampled
+        if volatile["type"] in ("hash_map", "multi_process_hash_map"):
+            dense = keys.dense_rows if cached else 0
+            plan.volatile_rows = cached
+            plan.volatile_bytes = sizes.hash_map_bytes(cached, plan.row_bytes, volatile["num_partitions"], dense)
+        elif volatile["type"] == "redis_cluster":
+            plan.volatile_rows = cached
+            plan.volatile_bytes = sizes.redis_bytes(
+                cached, plan.row_bytes, key_bytes, volatile["num_partitions"], _redis_keeps_access(volatile)
+            )
+        if persistent["type"] == "rocks_db":
+            plan.persistent_bytes = sizes.rocksdb_disk_bytes(rows, plan.row_bytes, key_bytes)
+        if model["gpucache"] and model["deployed_device_list"]:
+            whole = model["embedding_cache_type"] == "static"
+            plan.gpu_rows = rows if whole else math.ceil(rows * model["gpucacheper"])
+            row_bytes = width + 4 if whole and model["fp8_quant"] else plan.row_bytes
+            plan.gpu_bytes = sizes.gpu_cache_bytes(plan.gpu_rows, row_bytes, key_bytes)
+        plans.append(plan)
+    return plans
+
+
+def _redis_keeps_access(volatile: dict[str, Any]) -> bool:
+    """When or how often a row is used is kept where rows may have to leave by it."""
+    return volatile["overflow_margin"] < 2**64 - 1 and volatile["overflow_policy"] != "evict_random"
+
+
+def _largest_model(tables: list[TablePlan], name: str) -> int:
+    sums: dict[str, int] = {}
+    for table in tables:
+        sums[table.model] = sums.get(table.model, 0) + getattr(table, name)
+    return max(sums.values(), default=0)
+
+
+def _add_rocksdb(plan: MemoryPlan, persistent: dict[str, Any]) -> None:
+    on_disk = sum(table.persistent_bytes for table in plan.tables)
+    plan.host.items["RocksDB: filters and indexes of its files"] = sum(
+        sizes.rocksdb_filter_bytes(table.rows, table.row_bytes) for table in plan.tables
+    )
+    if not persistent["read_only"]:
+        plan.host.temporary["RocksDB: rows that are being written, at most"] = min(sizes.ROCKSDB_WRITES, 2 * on_disk)
+    plan.notes.append("RocksDB reads through the system's page cache: memory that is left over makes it faster")
+    plan.disk = Resource(f"disk at {persistent['path']}", available=machine.free_disk_bytes(persistent["path"]))
+    if persistent["read_only"]:
+        plan.notes.append("the database is read-only: what it takes on disk is there already")
+        return
+    if (Path(persistent["path"]) / "CURRENT").exists():
+        plan.notes.append("the database exists: a table that it holds already takes no further room")
+    plan.disk.items["tables"] = on_disk
+    plan.disk.temporary["a model's next version beside it, or files that are being merged"] = on_disk
+
+
+def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) -> None:
+    free = machine.gpu_free_bytes() if gpu_memory is None else {}
+    pinned = 0
+    for model in config["models"]:
+        if not model["gpucache"]:
+            continue
+        tables = [table for table in plan.tables if table.model == model["model"]]
+        staging = sum(
+            sizes.staging_bytes(
+                model["max_batch_size"],
+                table.keys_per_sample,
+                table.row_bytes,
+                table.key_bytes,
+                model["num_of_worker_buffer_in_pool"],
+            )
+            for table in tables
+        )
+        for device in model["deployed_device_list"]:
+            if device not in plan.gpus:
+                plan.gpus[device] = Resource(f"GPU {device}", available=free.get(device, gpu_memory), estimate=True)
+            items = plan.gpus[device].items
+            items["cached rows and their index"] = items.get("cached rows and their index", 0) + sum(
+                table.gpu_bytes for table in tables
+            )
+            items["buffers of whole batches"] = items.get("buffers of whole batches", 0) + staging
+            pinned += staging
+    if plan.gpus:
+        plan.host.items["pinned buffers of whole batches, for the GPUs"] = pinned
+        if gpu_memory is None and not free:
+            plan.notes.append("this machine has no GPU: the CPU serves, and nothing is needed for one; to plan for a "
+                              "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
+            plan.host.items.pop("pinned buffers of whole batches, for the GPUs")
+            plan.gpus.clear()
+        else:
+            plan.notes.append("the cache on the GPU is not built yet: its figures are bounds of its design (~)")
