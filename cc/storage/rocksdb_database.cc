@@ -318,7 +318,8 @@ Status Database::TryStart(const RocksDbOptions& options) {
   }
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
-  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(std::thread::hardware_concurrency(), 1u));
+  // Twice the cores: a thread waits while its file is synced.
+  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
   if (!read_only_) {
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
