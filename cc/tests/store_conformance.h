@@ -24,8 +24,8 @@ struct StoreFixture {
 
   std::string name;  // letters and digits; becomes part of the test's name
   Opener open;       // opens, or creates, the store that lives in `directory`; called again after Close to reopen
-  Opener open_read_only = {};         // the same, read-only; empty where the backend has no such mode
-  bool reopens = false;               // rows are there after reopening, though the store does not promise it
+  Opener open_read_only = {};  // the same, read-only; empty where the backend has no such mode
+  bool reopens = false;        // rows are there after reopening, though the store does not promise it
   // A reader sees the versions of a row in the order in which one writer wrote them. Not so where a writer writes two
   // tiers one after the other: who missed above may find below what is not above yet.
   bool one_writer_order = true;
