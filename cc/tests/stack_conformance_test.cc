@@ -217,4 +217,8 @@ INSTANTIATE_TEST_SUITE_P(Stacks, StoreConformance, ::testing::ValuesIn(AllFixtur
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace
+
+// Nothing here is bounded; those stores are in store_conformance_test.cc.
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(BoundedStoreConformance);
+
 }  // namespace hps::testing
