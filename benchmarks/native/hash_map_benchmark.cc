@@ -36,8 +36,7 @@ void Measure(size_t rows, size_t width, bool dense) {
   Table& table = **created;
   auto shared_store = OpenMultiProcessStore({.name = "hps_benchmark_" + std::to_string(getpid())});
   Check(shared_store.status());
-  auto shared_created =
-      (*shared_store)->CreateTable({.name = "t", .row_bytes = row_bytes, .expected_rows = rows});
+  auto shared_created = (*shared_store)->CreateTable({.name = "t", .row_bytes = row_bytes, .expected_rows = rows});
   Check(shared_created.status());
   Table& shared = **shared_created;
 
@@ -87,7 +86,7 @@ void Measure(size_t rows, size_t width, bool dense) {
       const auto fetch_from = [&](const Table& read, int thread, int batch) {
         misses[thread].clear();
         Check(read.Fetch({.keys = {asked.data() + batch * kBatch, kBatch}, .rows = {out[thread].data(), row_bytes}},
-                          &misses[thread]));
+                         &misses[thread]));
       };
       const auto fetch = [&](int thread, int batch) { fetch_from(table, thread, batch); };
       const auto shared_fetch = [&](int thread, int batch) { fetch_from(shared, thread, batch); };

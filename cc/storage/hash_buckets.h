@@ -76,9 +76,7 @@ class HashBuckets {
 
   uint64_t num_buckets() const { return num_buckets_; }
   Bucket* bucket(uint64_t i) const { return buckets_ + i; }
-  Way WayAt(uint64_t i, size_t number) const {
-    return {buckets_ + i, number, Load(buckets_[i].entries[number])};
-  }
+  Way WayAt(uint64_t i, size_t number) const { return {buckets_ + i, number, Load(buckets_[i].entries[number])}; }
 
   // Readers ----------------------------------------------------------------------------------------------------------
 

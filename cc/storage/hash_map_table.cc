@@ -256,17 +256,18 @@ Status HashMapTable::Upsert(std::span<const Key> keys, ConstRowBuffer rows, cons
   // Later pieces are younger.
   const uint32_t now = contents_->clock.Advance(static_cast<uint32_t>(keys.size() / piece_rows + 1));
   const auto partition_of = [this](Key key) { return contents_->PartitionOf(key); };
-  ForEachPartition(keys, contents_->num_partitions(), *options_.executor, partition_of, [&](uint32_t partition, std::span<const uint32_t> order) {
-    Status written;
-    for (size_t first = 0; first < order.size() && written.ok(); first += piece_rows) {
-      const auto piece = order.subspan(first, std::min(piece_rows, order.size() - first));
-      written = contents_->partitions[partition].Upsert(piece, keys, rows, options.only_absent,
-                                                        now + static_cast<uint32_t>(first / piece_rows));
-    }
-    if (written.ok()) return;
-    const std::lock_guard lock(mutex);
-    status = written;
-  });
+  ForEachPartition(keys, contents_->num_partitions(), *options_.executor, partition_of,
+                   [&](uint32_t partition, std::span<const uint32_t> order) {
+                     Status written;
+                     for (size_t first = 0; first < order.size() && written.ok(); first += piece_rows) {
+                       const auto piece = order.subspan(first, std::min(piece_rows, order.size() - first));
+                       written = contents_->partitions[partition].Upsert(
+                           piece, keys, rows, options.only_absent, now + static_cast<uint32_t>(first / piece_rows));
+                     }
+                     if (written.ok()) return;
+                     const std::lock_guard lock(mutex);
+                     status = written;
+                   });
   return status.WithContext("hash_map: table '" + spec_.name + "'");
 }
 

@@ -355,8 +355,7 @@ void MultiProcessPartition::Repair() {
 Status MultiProcessPartition::Check() {
   const auto lock = Lock();
   const auto wrong = [&](const std::string& what) {
-    return Internal("partition " + std::to_string(number_) + " of table '" + std::string(table_.name()) +
-                    "': " + what);
+    return Internal("partition " + std::to_string(number_) + " of table '" + std::string(table_.name()) + "': " + what);
   };
   Status status;
   uint64_t rows = 0;
@@ -419,7 +418,8 @@ void MultiProcessPartition::MakeRoom(std::span<const uint32_t> order, std::span<
     if (table_.meta_bytes != 0) {
       worth = LoadWord<uint32_t>(Meta(place.entry - 1));
       // Times are told by how long ago they were, so that the clock may wrap.
-      if (overflow_.policy == OverflowPolicy::kEvictOldest) worth = static_cast<uint32_t>(static_cast<uint32_t>(worth) - clock - 1);
+      if (overflow_.policy == OverflowPolicy::kEvictOldest)
+        worth = static_cast<uint32_t>(static_cast<uint32_t>(worth) - clock - 1);
     }
     candidates.push_back({std::binary_search(spared.begin(), spared.end(), key), worth, place});
   });

@@ -49,10 +49,10 @@ class MultiProcessPartition {
  private:
   // Where a key's entry is, or would be.
   struct Place {
-    HashBuckets::Way way;         // of a hashed key
-    DenseLine* line = nullptr;    // of a dense key
-    size_t number = 0;            // in the line
-    uint32_t entry = 0;           // slot + 1, 0: no row
+    HashBuckets::Way way;       // of a hashed key
+    DenseLine* line = nullptr;  // of a dense key
+    size_t number = 0;          // in the line
+    uint32_t entry = 0;         // slot + 1, 0: no row
 
     uint32_t* marks() const { return line != nullptr ? &line->marks : &way.bucket->marks; }
   };

@@ -212,8 +212,8 @@ class MultiProcessStore final : public TableStore {
     shape.first_slots = std::max<uint64_t>({held_rows, kUnitBytes / (shape.slot_bytes + shape.meta_bytes), 1});
     shape.first_bits = static_cast<uint32_t>(std::max<uint64_t>(std::bit_width(shape.first_slots - 1), 2));
     // An index that is planned at a load of 0.8 takes 0.875.
-    const double mean = std::min<double>(static_cast<double>(spec.expected_rows) / num_partitions,
-                                         static_cast<double>(held_rows));
+    const double mean =
+        std::min<double>(static_cast<double>(spec.expected_rows) / num_partitions, static_cast<double>(held_rows));
     shape.planned_rows = std::max(static_cast<uint64_t>(mean), held_rows * 32 / 35) + 1;
     shape.num_partitions = num_partitions;
     shape.dense_block_lines = overflow.bounded() ? 1 : DenseLine::kBlockLines;

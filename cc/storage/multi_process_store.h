@@ -42,8 +42,8 @@ struct MultiProcessOptions {
   Executor* executor = nullptr;  // for large writes; not owned; null: the caller's thread
 };
 
-// kInvalidArgument: an option out of range. kFailedPrecondition: there is shared memory of that name which is of another
-// layout, another user or another program. kResourceExhausted: /dev/shm is full, or 256 processes are attached.
+// kInvalidArgument: an option out of range. kFailedPrecondition: there is shared memory of that name which is of
+// another layout, another user or another program. kResourceExhausted: /dev/shm is full, or 256 processes are attached.
 // kUnavailable: a process that was opening or closing it has not moved on for half a minute.
 Result<std::unique_ptr<TableStore>> OpenMultiProcessStore(const MultiProcessOptions& options);
 

@@ -80,7 +80,7 @@ Status MultiProcessTable::CheckStride(size_t stride_bytes) const {
 
 uint32_t MultiProcessTable::PartitionOf(Key key) const {
   return Covers(key) ? DenseLine::PartitionOf(static_cast<uint64_t>(key) / DenseLine::kKeys, dense_block_lines_,
-                                             num_partitions_)
+                                              num_partitions_)
                      : PlaceOf(key, num_partitions_).partition;
 }
 
@@ -222,7 +222,8 @@ Status MultiProcessTable::FetchRows(const FetchRequest& request, size_t count, s
       }
     }
     if (step >= kAhead && step < count + kAhead) {
-      const std::byte* found = FindEntry(request.keys[position(step - kAhead)], &probes[(step - kAhead) % (2 * kAhead)]);
+      const std::byte* found =
+          FindEntry(request.keys[position(step - kAhead)], &probes[(step - kAhead) % (2 * kAhead)]);
       if (found != nullptr) PrefetchRow(found, row_bytes);
     }
     if (step < count) Begin(request.keys[position(step)], &probes[step % (2 * kAhead)]);

@@ -68,9 +68,7 @@ class MultiProcessTable final : public Table {
   struct Probe;
 
   Status CheckStride(size_t stride_bytes) const;
-  MultiProcessPartition Partition(uint32_t number) const {
-    return {state_->heap, table_, number, &state_->overflow};
-  }
+  MultiProcessPartition Partition(uint32_t number) const { return {state_->heap, table_, number, &state_->overflow}; }
   bool Covers(Key key) const { return static_cast<uint64_t>(key) < table_->expected_rows; }
   uint32_t PartitionOf(Key key) const;
 

@@ -5,7 +5,8 @@
 // They work between containers that share /dev/shm, where process numbers say nothing. A child made by fork() closes
 // its copy, so it does not keep its parent alive.
 //
-// Memory is taken from the system (posix_fallocate) before it is touched: a full /dev/shm is an error here, never SIGBUS.
+// Memory is taken from the system (posix_fallocate) before it is touched: a full /dev/shm is an error here, never
+// SIGBUS.
 //
 // Thread safety: none, but MemberLives and the accessors may be called by any thread.
 

@@ -54,8 +54,7 @@ std::string Differences(const SharedLayout& there, const SharedLayout& here) {
 
 }  // namespace
 
-SharedHeap::SharedHeap(const SharedHeapOptions& options)
-    : options_(options), fork_generation_(ForkGeneration()) {}
+SharedHeap::SharedHeap(const SharedHeapOptions& options) : options_(options), fork_generation_(ForkGeneration()) {}
 
 Result<std::shared_ptr<SharedHeap>> SharedHeap::Attach(const SharedHeapOptions& options) {
   const SharedLayout& layout = options.layout;
@@ -191,8 +190,8 @@ Result<uint64_t> SharedHeap::TryAllocate(uint64_t bytes) {
   const uint64_t count = UnitsFor(bytes);
   const uint64_t first = FindFree(count);
   if (first == header.num_units) {
-    return ResourceExhausted(path() + " has no room for " + std::to_string(bytes) + " bytes: " +
-                             std::to_string((header.num_units - header.used_units) * kUnitBytes) + " of " +
+    return ResourceExhausted(path() + " has no room for " + std::to_string(bytes) +
+                             " bytes: " + std::to_string((header.num_units - header.used_units) * kUnitBytes) + " of " +
                              std::to_string(layout().bytes) +
                              " are free; raise shared_memory_size, or keep fewer rows in memory");
   }
@@ -226,8 +225,8 @@ Status SharedHeap::CheckFree(uint64_t bytes) {
   const auto free_bytes = [&] { return (header.num_units - header.used_units) * kUnitBytes; };
   if (free_bytes() < bytes) Collect();
   if (free_bytes() < bytes) {
-    return ResourceExhausted(path() + " has no room for " + std::to_string(bytes) + " bytes: " +
-                             std::to_string(free_bytes()) + " of " + std::to_string(layout().bytes) +
+    return ResourceExhausted(path() + " has no room for " + std::to_string(bytes) +
+                             " bytes: " + std::to_string(free_bytes()) + " of " + std::to_string(layout().bytes) +
                              " are free; raise shared_memory_size, or keep fewer rows in memory");
   }
   const uint64_t taken_free = header.committed_bytes - std::min(header.committed_bytes, header.used_units * kUnitBytes);

@@ -1,4 +1,5 @@
-// SharedHeap: one process's attachment to a shared memory: its blocks, its list of tables and records, and who uses what.
+// SharedHeap: one process's attachment to a shared memory: its blocks, its list of tables and records, and who uses
+// what.
 //
 // All processes with the same layout see the same tables. A table that was dropped keeps its blocks while a member that
 // lives has it open (a pin); what dead members had open is let go of when memory is wanted, when somebody comes or goes

@@ -91,13 +91,13 @@ struct alignas(64) SharedPartition {
   std::atomic<uint32_t> regions[kMaxRegions];  // unit of the region, 0: none
   std::atomic<uint64_t> rows;
   std::atomic<uint64_t> evicted_rows;  // since the table was made
-  SharedIndex next;  // an index in the making; offset 0: none
+  SharedIndex next;                    // an index in the making; offset 0: none
 
-  RobustMutex mutex;        // guards what follows and the partition's contents
-  uint64_t claimed;         // ways of the index
-  uint64_t next_slot;       // slots from here on were never used
-  uint64_t free_slots;      // their number
-  uint32_t first_free;      // slot + 1, 0: none; each free slot begins with the next one
+  RobustMutex mutex;            // guards what follows and the partition's contents
+  uint64_t claimed;             // ways of the index
+  uint64_t next_slot;           // slots from here on were never used
+  uint64_t free_slots;          // their number
+  uint32_t first_free;          // slot + 1, 0: none; each free slot begins with the next one
   std::atomic<uint32_t> clock;  // counts upserts: the time of OverflowPolicy::kEvictOldest
 };
 
@@ -115,8 +115,8 @@ struct alignas(64) SharedTable {
   uint32_t num_partitions;
   uint64_t dense_block_lines;  // neighbours in one partition, so that writers do not share cache lines
   uint64_t name_bytes;
-  std::atomic<uint64_t> dense;                // atomic: offset of the dense index, 0: none yet
-  std::atomic<uint32_t> dropped;              // atomic
+  std::atomic<uint64_t> dense;                  // atomic: offset of the dense index, 0: none yet
+  std::atomic<uint32_t> dropped;                // atomic
   uint64_t pins[SharedFile::kMaxMembers / 64];  // members that have it open
 
   SharedPartition* partitions() { return reinterpret_cast<SharedPartition*>(this + 1); }

@@ -2,8 +2,8 @@
 //
 // What is read may be torn: the reader finds out afterwards (multi_process_table.h), before it uses or shows it. Reads
 // are wide moves where the machine has them, which no store of a writer can disturb in a way that matters, and atomic
-// words for the thread sanitizer and for other machines. Between reading and checking there is a fence, which no read is
-// moved across.
+// words for the thread sanitizer and for other machines. Between reading and checking there is a fence, which no read
+// is moved across.
 
 #ifndef HPS_STORAGE_SHARED_ROW_H_
 #define HPS_STORAGE_SHARED_ROW_H_

@@ -250,7 +250,8 @@ std::vector<Key> GroupKeys(size_t writer, size_t group) {
   return Keys((writer * kGroups + group) * kGroupKeys, kGroupKeys, group % 2 == 0);
 }
 
-// Goes on where the last one was killed: groups of rows in ascending versions, rows that come and go, tables and records.
+// Goes on where the last one was killed: groups of rows in ascending versions, rows that come and go, tables and
+// records.
 int RunStorm(size_t writer, const fs::path& folder) {
   Acknowledged& acknowledged = *MapAcknowledged(folder);
   const auto store = Open(folder.filename().string());

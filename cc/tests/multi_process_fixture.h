@@ -1,5 +1,5 @@
-// What the tests of the multi-process store share: shared memory of their own, rows that prove themselves, and the roles
-// that this test program plays as another process.
+// What the tests of the multi-process store share: shared memory of their own, rows that prove themselves, and the
+// roles that this test program plays as another process.
 
 #ifndef HPS_TESTS_MULTI_PROCESS_FIXTURE_H_
 #define HPS_TESTS_MULTI_PROCESS_FIXTURE_H_

@@ -55,8 +55,8 @@ TEST_F(MultiProcessTest, TablesOutOfRangeAreRefusedAndNotKept) {
   ExpectError(create({.name = "t", .row_bytes = (size_t{1} << 30) + 1}), StatusCode::kInvalidArgument, {"'t'"});
   ExpectError(create({.name = std::string(5000, 'n'), .row_bytes = 4}), StatusCode::kInvalidArgument, {"name"});
   ExpectError(create({.name = "t", .row_bytes = 4, .key_bytes = 4}), StatusCode::kInvalidArgument, {"keys of 4 bytes"});
-  ExpectError(create({.name = "t", .row_bytes = 4, .expected_rows = uint64_t{1} << 40}),
-              StatusCode::kResourceExhausted, {"the most is"});
+  ExpectError(create({.name = "t", .row_bytes = 4, .expected_rows = uint64_t{1} << 40}), StatusCode::kResourceExhausted,
+              {"the most is"});
   EXPECT_TRUE(store->ListTables()->empty());
   ASSERT_OK(CheckMultiProcessStore(*store));
 }

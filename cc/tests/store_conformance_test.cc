@@ -100,10 +100,8 @@ std::vector<BoundedStoreFixture> BoundedFixtures() {
   };
   const auto multi_process = [](const std::filesystem::path& directory, uint32_t num_partitions,
                                 const OverflowOptions& overflow) {
-    return OpenMultiProcessStore({.name = directory.filename(),
-                                  .bytes = 32 << 20,
-                                  .num_partitions = num_partitions,
-                                  .overflow = overflow});
+    return OpenMultiProcessStore(
+        {.name = directory.filename(), .bytes = 32 << 20, .num_partitions = num_partitions, .overflow = overflow});
   };
   return {{.name = "MultiProcessOldest", .policy = OverflowPolicy::kEvictOldest, .open = multi_process},
           {.name = "MultiProcessLeastUsed", .policy = OverflowPolicy::kEvictLeastUsed, .open = multi_process},
