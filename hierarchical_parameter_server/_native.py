@@ -23,6 +23,7 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     open_server_from_json,
     open_servers,
     parse_config,
+    prometheus_text,
     release_handle,
     shutdown_servers,
 )

@@ -284,9 +284,9 @@ def test_files(tmp_path):
 
 
 def test_what_is_not_built_is_refused_by_the_server():
-    config = server(volatile_db=hps.VolatileDatabaseParams(type=hps.DatabaseType_t.redis_cluster))
+    config = server(update_source=hps.UpdateSourceParams(type=hps.UpdateSourceType_t.kafka_message_queue))
     config.validate()
-    with pytest.raises(NotImplementedError, match="/volatile_db/type: not built yet: redis_cluster"):
+    with pytest.raises(NotImplementedError, match="/update_source/type: not built yet: kafka_message_queue"):
         hps.ParameterServer(config)
 
 

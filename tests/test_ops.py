@@ -311,7 +311,8 @@ def test_every_server_of_the_process_can_be_reached_and_scraped(no_server, tmp_p
     for name in ("a", "b"):
         folder = write_table(tmp_path / name, np.arange(4), np.full((4, 3), 1.0))
         model = model_config(name, {"t": (folder, 3)})
-        newer[name] = {**model, "sparse_files": [write_table(tmp_path / f"new_{name}", np.arange(4), np.full((4, 3), 2.0))]}
+        renewed = write_table(tmp_path / f"new_{name}", np.arange(4), np.full((4, 3), 2.0))
+        newer[name] = {**model, "sparse_files": [renewed]}
         config = write_config(tmp_path / f"{name}.json", [model])
         if name == "a":
             hps.Init(ps_config_file=config, global_batch_size=1)

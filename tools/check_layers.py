@@ -51,11 +51,11 @@ LAYERS = (
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
-    Layer("benchmarks", (CONTRACTS, "cc/"), ("hiredis/", "rocksdb/")),
+    Layer("benchmarks", (CONTRACTS, "cc/", "benchmarks/"), ("hiredis/", "rocksdb/")),
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")
-OURS = (CONTRACTS, "cc/", "cuda_kernels/")
+OURS = (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/")
 SYSTEM = re.compile(r"(sys|linux|netinet|arpa|net|asm|bits|x86|ext)/|[a-z0-9_]+\.h$")
 THIRD_PARTY_FILES = re.compile(r"cuda|Python\.h|cublas|nccl|zlib\.h|zstd|lz4|hwloc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')

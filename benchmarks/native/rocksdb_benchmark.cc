@@ -9,6 +9,7 @@
 
 #include <rocksdb/db.h>
 #include <rocksdb/options.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -34,7 +35,7 @@ namespace fs = std::filesystem;
 constexpr size_t kChunkRows = 60'000;  // as the loader's chunks
 constexpr size_t kFetchKeys = 65'536;
 constexpr size_t kBatchRows = 10'000;
-constexpr int kRounds = 3;
+constexpr int kRounds = 4;
 constexpr int kFetchRounds = 15;
 const std::string kTable = "hps_et.m.t";
 
@@ -44,6 +45,12 @@ void Check(const Status& status) {
   std::exit(1);
 }
 void Check(const rocksdb::Status& status) { Check(status.ok() ? OkStatus() : Internal(status.ToString())); }
+
+// What a load left in the folder is removed, and what the system still has to write is written, before the next begins.
+void CleanUp(const fs::path& folder) {
+  fs::remove_all(folder);
+  ::sync();
+}
 
 double Seconds(const std::function<void()>& body) {
   const auto start = std::chrono::steady_clock::now();
@@ -71,7 +78,6 @@ struct Rows {
 };
 
 void LoadThroughStore(const fs::path& folder, const Rows& rows, bool bulk) {
-  fs::remove_all(folder);
   auto store = OpenRocksDbStore({.path = folder});
   Check(store.status());
   auto table = (*store)->CreateTable({.name = kTable, .row_bytes = rows.row_bytes});
@@ -85,7 +91,6 @@ void LoadThroughStore(const fs::path& folder, const Rows& rows, bool bulk) {
 }
 
 void LoadInBatches(const fs::path& folder, const Rows& rows) {
-  fs::remove_all(folder);
   rocksdb::Options options;
   options.create_if_missing = true;
   options.compression = rocksdb::kNoCompression;
@@ -114,8 +119,11 @@ void LoadInBatches(const fs::path& folder, const Rows& rows) {
 void MeasureLoad(const fs::path& folder, const Rows& rows) {
   double bulk = 1e9, batches = 1e9, upserts = 1e9;
   for (int round = 0; round < kRounds; ++round) {
+    CleanUp(folder);
     batches = std::min(batches, Seconds([&] { LoadInBatches(folder, rows); }));
+    CleanUp(folder);
     upserts = std::min(upserts, Seconds([&] { LoadThroughStore(folder, rows, false); }));
+    CleanUp(folder);
     bulk = std::min(bulk, Seconds([&] { LoadThroughStore(folder, rows, true); }));
   }
   const double count = static_cast<double>(rows.keys.size());

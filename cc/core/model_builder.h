@@ -21,7 +21,7 @@ struct BuildOptions {
   bool cache_missed_embeddings = false;
   bool show_progress = true;
   const std::atomic<bool>* cancelled = nullptr;  // as in LoadOptions
-  ClaimOptions claim;  // of loads into shared volatile stores
+  ClaimOptions claim;                            // of loads into shared volatile stores
 };
 
 // A persistent store that holds this very version (fingerprint of the folder) is not written. Otherwise the rows go

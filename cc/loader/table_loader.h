@@ -39,10 +39,10 @@ using LoadProgressCallback = std::function<void(const LoadProgress&)>;
 LoadProgressCallback LogLoadProgress(std::string table);
 
 struct LoadOptions {
-  std::string table;                 // names the table in errors, the warning and progress
-  bool long_keys = true;             // false: a key outside int32 is kOutOfRange
-  std::vector<uint64_t> row_limits;  // per target, its first so many rows; empty: all rows
-  LoadProgressCallback progress;     // may be empty
+  std::string table;                             // names the table in errors, the warning and progress
+  bool long_keys = true;                         // false: a key outside int32 is kOutOfRange
+  std::vector<uint64_t> row_limits;              // per target, its first so many rows; empty: all rows
+  LoadProgressCallback progress;                 // may be empty
   const std::atomic<bool>* cancelled = nullptr;  // true: the load ends soon, with kCancelled
 };
 

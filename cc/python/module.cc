@@ -92,8 +92,8 @@ auto Unlocked(Body body) {
   return body();
 }
 
-// Runs `body(cancelled)`, which may take long, on a thread of its own, so that an interrupt (Ctrl-C) is seen at once: it
-// then becomes *cancelled, and the exception that Python makes of it once the body has ended.
+// Runs `body(cancelled)`, which may take long, on a thread of its own, so that an interrupt (Ctrl-C) is seen at once:
+// it then becomes *cancelled, and the exception that Python makes of it once the body has ended.
 template <typename Body>
 auto Interruptible(Body body) {
   std::atomic<bool> cancelled{false};
@@ -236,12 +236,11 @@ PYBIND11_MODULE(_hps, m) {
       .def("close", [](hps::ParameterServer& server) { Check(Unlocked([&] { return server.Close(); })); })
       .def_property_readonly("closed", &hps::ParameterServer::closed);
 
-  m.def("open_server",
-        [](const std::string& path) {
-          return Unwrap(Interruptible([&](const auto* cancelled) {
-            return hps::ParameterServer::Open(path, hps::ServerOptions{.cancelled = cancelled});
-          }));
-        });
+  m.def("open_server", [](const std::string& path) {
+    return Unwrap(Interruptible([&](const auto* cancelled) {
+      return hps::ParameterServer::Open(path, hps::ServerOptions{.cancelled = cancelled});
+    }));
+  });
   m.def("open_server_from_json", [](const std::string& json) {
     hps::ServerConfig config = Unwrap(hps::ParseConfig(json));
     Check(hps::MakePathsAbsolute("", &config));
@@ -249,16 +248,14 @@ PYBIND11_MODULE(_hps, m) {
       return hps::ParameterServer::Open(config, hps::ServerOptions{.cancelled = cancelled});
     }));
   });
-  m.def("init_default_server",
-        [](const std::string& path) {
-          Check(Interruptible([&](const auto* cancelled) {
-            return hps::InitDefaultServer(path, hps::ServerOptions{.cancelled = cancelled});
-          }));
-        });
-  m.def("open_servers", &hps::OpenServers);
-  m.def("prometheus_text", [] {
-    return Unlocked([] { return hps::ParameterServer::PrometheusText(hps::OpenServers()); });
+  m.def("init_default_server", [](const std::string& path) {
+    Check(Interruptible([&](const auto* cancelled) {
+      return hps::InitDefaultServer(path, hps::ServerOptions{.cancelled = cancelled});
+    }));
   });
+  m.def("open_servers", &hps::OpenServers);
+  m.def("prometheus_text",
+        [] { return Unlocked([] { return hps::ParameterServer::PrometheusText(hps::OpenServers()); }); });
   m.def("shutdown_servers", [] { Check(Unlocked([] { return hps::ShutdownServers(); })); });
   // For atexit: closes every server, then waits for the calls of other threads.
   m.def("close_at_exit", [] { Calls().EndAll(); });

@@ -10,7 +10,10 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <new>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "cc/storage/row_copy.h"
@@ -53,19 +56,36 @@ class BulkRows::Run {
   }
   ~Run() { ::close(file_); }
 
-  Status Append(uint64_t order, const std::byte* row) {
-    if (buffer_.size() + record_bytes_ > kWriteBytes) HPS_RETURN_IF_ERROR(WriteBuffer());
-    const size_t end = buffer_.size();
-    buffer_.resize(end + record_bytes_);
-    std::memcpy(buffer_.data() + end, &order, sizeof(order));
-    CopyRow(buffer_.data() + end + sizeof(order), row, record_bytes_ - sizeof(order));
-    ++records_;
-    return OkStatus();
-  }
-  Status Finish() {
-    HPS_RETURN_IF_ERROR(WriteBuffer());
-    buffer_ = {};
-    return OkStatus();
+  // Writes the rows of sorted entries, which lie in `rows`, as the records of the run. Records are of one size, so
+  // threads write pieces side by side.
+  Status Fill(std::span<const KeyIndex> entries, const std::byte* rows, size_t threads) {
+    records_ = entries.size();
+    const size_t piece_records = std::max<size_t>(kWriteBytes / record_bytes_, 1);
+    const size_t pieces = (entries.size() + piece_records - 1) / piece_records;
+    std::atomic<size_t> next{0};
+    std::mutex mutex;  // guards the next
+    Status status;
+    const auto work = [&] {
+      std::unique_ptr<std::byte[]> buffer(new (std::nothrow) std::byte[piece_records * record_bytes_]);
+      for (size_t piece; (piece = next++) < pieces;) {
+        const size_t first = piece * piece_records;
+        const auto some = entries.subspan(first, std::min(piece_records, entries.size() - first));
+        Status written = buffer == nullptr ? ResourceExhausted(where_ + ": out of memory")
+                                           : WritePiece(some, first, rows, buffer.get());
+        if (written.ok()) continue;
+        std::lock_guard lock(mutex);
+        if (status.ok()) status = std::move(written);
+        next = pieces;
+      }
+    };
+    std::vector<std::jthread> helpers;
+    try {
+      while (helpers.size() + 1 < std::min(threads, pieces)) helpers.emplace_back(work);
+    } catch (const std::exception&) {  // no more threads: those that run do the work
+    }
+    work();
+    helpers.clear();
+    return status;
   }
 
   Status Read(uint64_t first, size_t count, std::byte* to) const {
@@ -91,17 +111,26 @@ class BulkRows::Run {
 
  private:
   Run(std::string where, int file, size_t record_bytes)
-      : where_(std::move(where)), file_(file), record_bytes_(record_bytes) {
-    buffer_.reserve(std::max(kWriteBytes, record_bytes));
-  }
-  Status WriteBuffer() {
-    for (size_t done = 0; done < buffer_.size();) {
-      const ssize_t written = ::write(file_, buffer_.data() + done, buffer_.size() - done);
+      : where_(std::move(where)), file_(file), record_bytes_(record_bytes) {}
+  Status WritePiece(std::span<const KeyIndex> entries, size_t first_record, const std::byte* rows,
+                    std::byte* buffer) const {
+    const size_t row_bytes = record_bytes_ - sizeof(uint64_t);
+    std::byte* to = buffer;
+    for (size_t i = 0; i < entries.size(); ++i, to += record_bytes_) {
+      if (i + kPrefetchRows < entries.size())
+        PrefetchRow(rows + entries[i + kPrefetchRows].index * row_bytes, row_bytes);
+      const uint64_t order = StoredOrder(entries[i].key);
+      std::memcpy(to, &order, sizeof(order));
+      CopyRow(to + sizeof(order), rows + entries[i].index * row_bytes, row_bytes);
+    }
+    const size_t size = static_cast<size_t>(to - buffer);
+    const uint64_t offset = first_record * record_bytes_;
+    for (size_t done = 0; done < size;) {
+      const ssize_t written = ::pwrite(file_, buffer + done, size - done, static_cast<off_t>(offset + done));
       if (written < 0 && errno == EINTR) continue;
       if (written < 0) return FileError(where_, "cannot be written", errno);
       done += static_cast<size_t>(written);
     }
-    buffer_.clear();
     return OkStatus();
   }
   Status ReadBytes(uint64_t offset, size_t count, std::byte* to) const {
@@ -119,7 +148,6 @@ class BulkRows::Run {
   const int file_;
   const size_t record_bytes_;
   uint64_t records_ = 0;
-  std::vector<std::byte> buffer_;
 };
 
 // ---- cursors --------------------------------------------------------------------------------------------------------
@@ -187,8 +215,9 @@ class BulkRows::RunCursor final : public Cursor {
 
 // ---- the rows -------------------------------------------------------------------------------------------------------
 
-BulkRows::BulkRows(std::string where, std::filesystem::path folder, size_t row_bytes, BulkMemory* memory)
-    : where_(std::move(where)), folder_(std::move(folder)), row_bytes_(row_bytes), memory_(memory) {}
+BulkRows::BulkRows(std::string where, std::filesystem::path folder, size_t row_bytes, BulkMemory* memory,
+                   size_t threads)
+    : where_(std::move(where)), folder_(std::move(folder)), row_bytes_(row_bytes), memory_(memory), threads_(threads) {}
 
 BulkRows::~BulkRows() { memory_->used_bytes -= charged_rows_ * BytesPerRow(); }
 
@@ -240,13 +269,7 @@ void BulkRows::Sort() {
 Status BulkRows::Spill() {
   Sort();
   HPS_ASSIGN_OR_RETURN(std::unique_ptr<Run> run, Run::Create(where_, folder_, sizeof(uint64_t) + row_bytes_));
-  MemoryCursor cursor(*this, {0, std::numeric_limits<uint64_t>::max()});
-  for (;;) {
-    HPS_ASSIGN_OR_RETURN(const bool more, cursor.Next());
-    if (!more) break;
-    HPS_RETURN_IF_ERROR(run->Append(cursor.order, cursor.row));
-  }
-  HPS_RETURN_IF_ERROR(run->Finish());
+  HPS_RETURN_IF_ERROR(run->Fill(sorted_, rows_.data(), threads_));
   runs_.push_back(std::move(run));
   written_rows_ += count_;
   count_ = 0;
@@ -280,9 +303,9 @@ Result<std::vector<BulkRows::Range>> BulkRows::Cut(size_t parts) const {
   return ranges;
 }
 
-Status BulkRows::Visit(Range range, size_t threads, const Visitor& visit) const {
+Status BulkRows::Visit(Range range, const Visitor& visit) const {
   std::vector<std::unique_ptr<Cursor>> cursors;  // the later the newer
-  const size_t buffer_bytes = std::clamp(kReadBytesTotal / (std::max<size_t>(threads, 1) * (runs_.size() + 1)),
+  const size_t buffer_bytes = std::clamp(kReadBytesTotal / (std::max<size_t>(threads_, 1) * (runs_.size() + 1)),
                                          kReadBytesLeast, kReadBytesMost);
   for (const std::unique_ptr<Run>& run : runs_) {
     HPS_ASSIGN_OR_RETURN(const uint64_t first, run->Find(range.first));

@@ -44,8 +44,9 @@ class BulkRows {
   };
   static constexpr size_t kMaxRuns = 128;
 
-  // `where` is for messages. `folder` need not exist before a run is written. `memory` outlives the object.
-  BulkRows(std::string where, std::filesystem::path folder, size_t row_bytes, BulkMemory* memory);
+  // `where` is for messages. `folder` need not exist before a run is written. `memory` outlives the object. `threads`
+  // of its own write a run, and so many visits at a time are expected, which share the memory for reading runs.
+  BulkRows(std::string where, std::filesystem::path folder, size_t row_bytes, BulkMemory* memory, size_t threads);
   ~BulkRows();
   BulkRows(const BulkRows&) = delete;
   BulkRows& operator=(const BulkRows&) = delete;
@@ -56,8 +57,7 @@ class BulkRows {
   void Sort();
   // Disjoint ranges that cover everything, of about equally many rows; at most `parts`.
   Result<std::vector<Range>> Cut(size_t parts) const;
-  // `threads`: how many visits run at the same time, which share what memory there is for reading runs.
-  Status Visit(Range range, size_t threads, const Visitor& visit) const;
+  Status Visit(Range range, const Visitor& visit) const;
 
   // Rows added, repetitions included.
   uint64_t rows() const { return written_rows_ + count_; }
@@ -79,6 +79,7 @@ class BulkRows {
   const std::filesystem::path folder_;
   const size_t row_bytes_;
   BulkMemory* const memory_;
+  const size_t threads_;
 
   AnonymousMemory rows_;     // capacity_ rows
   AnonymousMemory entries_;  // key and row number; twice capacity_, because sorting needs another place

@@ -50,7 +50,7 @@ uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplu
   if (next_step_ == steps_) Begin(rows);  // other writers have filled up what the sweep had left
   const uint64_t step = next_step_++;
 
-  // The rows of this step.
+  // The rows of this step, at first with their slot in place of their rank.
   candidates_.clear();
   __extension__ using uint128 = unsigned __int128;
   const auto part = [&](uint64_t i) { return static_cast<uint64_t>(uint128{index->num_buckets()} * i / steps_); };
@@ -59,16 +59,24 @@ uint64_t EvictionSweep::Step(HashMapIndex* index, uint64_t rows, uint64_t surplu
   for (uint64_t bucket = first_bucket; bucket < last_bucket; ++bucket) {
     for (size_t way = 0; way < HashMapIndex::kWays; ++way) {
       const uint32_t entry = index->WayAt(bucket, way).row_entry();
-      if (entry != 0) candidates_.push_back({bucket * 8 + way, Rank(entry - 1, now, spared)});
+      if (entry != 0) candidates_.push_back({bucket * 8 + way, entry - 1});
     }
   }
   if (dense) {
     for (uint64_t block = number_ + step * num_partitions_; block < dense_index_->num_blocks();
          block += steps_ * num_partitions_) {
       dense_index_->VisitBlock(block, [&](Key key, uint32_t slot) {
-        candidates_.push_back({kDensePlace | static_cast<uint64_t>(key), Rank(slot, now, spared)});
+        candidates_.push_back({kDensePlace | static_cast<uint64_t>(key), slot});
       });
     }
+  }
+
+  constexpr size_t kAhead = 16;
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    if (slab_->mark() != RowMark::kNone && i + kAhead < candidates_.size()) {
+      __builtin_prefetch(slab_->Mark(static_cast<uint32_t>(candidates_[i + kAhead].rank)));
+    }
+    candidates_[i].rank = Rank(static_cast<uint32_t>(candidates_[i].rank), now, spared);
   }
 
   // Their share of what must go; the last step takes what is left.

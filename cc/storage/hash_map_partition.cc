@@ -59,7 +59,8 @@ std::shared_ptr<const HashMapIndex> HashMapPartition::SharedIndex() const {
 
 uint64_t HashMapPartition::memory_bytes() const {
   const std::lock_guard lock(mutex_);
-  return (index_->claimed() > 0 ? index_->memory_bytes() : 0) + slots_.list_bytes();
+  return (index_->claimed() > 0 ? index_->memory_bytes() : 0) + slots_.list_bytes() +
+         (sweep_ != nullptr ? sizeof(EvictionSweep) : 0);
 }
 
 // Calls body(i) for each i in order until it returns false, with the key's index line and prefetch(i) asked for before.

@@ -28,7 +28,7 @@ namespace hps {
 struct HashMapOptions {
   uint32_t num_partitions = 16;                // of each table; writers of different partitions do not meet
   uint64_t allocation_rate_bytes = 256 << 20;  // memory for rows is committed in steps of at most so much
-  OverflowOptions overflow;
+  OverflowOptions overflow = {};
   // Keys that are read under one announcement to writers (epoch.h), who cannot use the memory of old rows before it
   // ends; and rows that a partition writes under one hold of its lock.
   uint32_t max_get_batch_size = 10'000;

@@ -370,8 +370,17 @@ class Connection final : public RedisConnection {
       }
     }
     std::string text = context_->errstr[0] != '\0' ? context_->errstr : std::strerror(errno);
-    if (phase_ != Phase::kReady || !heard_) {
-      if (login_->tls == nullptr) text += "; if the server speaks TLS only, set enable_tls";
+    if (!heard_ && ssl_ != nullptr) {
+      // A server that wants another certificate says so after the handshake, and what we send then meets a closed
+      // connection: look whether its word has arrived.
+      char byte = 0;
+      if (SSL_read(ssl_, &byte, 1) <= 0 && ERR_peek_last_error() != 0) {
+        const std::string reason = OpenSslReason();
+        if (reason.find("unexpected eof") == std::string::npos) return TlsRefusal(reason);
+      }
+      text += "; does the server ask for a client certificate (tls_client_certificate, tls_client_key)?";
+    } else if (!heard_ && login_->tls == nullptr) {
+      text += "; if the server speaks TLS only, set enable_tls";
     }
     return Lost(text);
   }

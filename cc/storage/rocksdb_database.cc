@@ -252,8 +252,8 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   Status FinishBulkLocked(RocksDbFamily& family);
   Status WriteBulk(RocksDbFamily& family, const BulkRows& rows);
   Status IngestBulk(RocksDbFamily& family, const BulkRows& rows);
-  Status WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
-                         const std::string& path, bool* written);
+  Status WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, const std::string& path,
+                         bool* written);
   std::vector<std::shared_ptr<Family>> Families();
   fs::path BulkFolder() const { return fs::path(path_) / kBulkFolder; }
 
@@ -318,7 +318,8 @@ Status Database::TryStart(const RocksDbOptions& options) {
   }
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
-  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(std::thread::hardware_concurrency(), 1u));
+  // Twice the cores: a thread waits while its file is synced.
+  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
   if (!read_only_) {
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
@@ -378,6 +379,10 @@ Result<std::shared_ptr<RocksDbFamily>> Database::Create(const std::string& name)
 Status Database::Drop(std::string_view name) {
   HPS_RETURN_IF_ERROR(RequireWritable());
   std::shared_ptr<Family> family;  // outlives the lock: releasing it locks again
+  // Who holds the table goes on reading it, so the rows that still wait to be written must get there first.
+  if (std::shared_ptr<RocksDbFamily> held = Find(name); held != nullptr && held.use_count() > 2) {
+    if (Status written = FinishBulk(*held); !written.ok()) Log(LogLevel::kWarning, written.ToString());
+  }
   std::lock_guard lock(mutex_);
   auto found = families_.find(name);
   if (found == families_.end()) return NotFound(Where(name) + ": no such table");
@@ -468,7 +473,7 @@ Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes,
     HPS_RETURN_IF_ERROR(FinishBulkLocked(family));
   }
   if (family.bulk == nullptr) {
-    family.bulk = std::make_unique<BulkRows>(Where(family.name), BulkFolder(), row_bytes, &bulk_memory_);
+    family.bulk = std::make_unique<BulkRows>(Where(family.name), BulkFolder(), row_bytes, &bulk_memory_, threads_);
     family.bulk_key_bytes = key_bytes;
   }
   family.bulk_pending = true;
@@ -501,7 +506,7 @@ Status Database::FinishBulkLocked(RocksDbFamily& family) {
 Status Database::WriteBulk(RocksDbFamily& family, const BulkRows& rows) {
   std::vector<Key> keys;
   std::vector<const std::byte*> places;
-  const Status visited = rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte* row) {
+  const Status visited = rows.Visit({0, UINT64_MAX}, [&](const Key& key, const std::byte* row) {
     keys.push_back(key);
     places.push_back(row);
     return OkStatus();
@@ -541,7 +546,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
       for (size_t i; (i = next++) < ranges.size();) {
         const std::string path = (BulkFolder() / (std::to_string(first_file + i) + ".sst")).string();
         bool written = false;
-        Status file_status = WriteSortedFile(family, rows, ranges[i], threads_, path, &written);
+        Status file_status = WriteSortedFile(family, rows, ranges[i], path, &written);
         if (!file_status.ok()) fail(std::move(file_status));
         std::lock_guard lock(mutex);
         if (written) files.push_back(path);
@@ -572,7 +577,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
   return status;
 }
 
-Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range, size_t threads,
+Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, BulkRows::Range range,
                                  const std::string& path, bool* written) {
   rocksdb::Options options;
   SetFamilyOptions(&options);
@@ -580,7 +585,7 @@ Status Database::WriteSortedFile(RocksDbFamily& family, const BulkRows& rows, Bu
   rocksdb::SstFileWriter writer(rocksdb::EnvOptions(options), options, HandleOf(family),
                                 /*invalidate_page_cache=*/false);
   const auto key_bytes = static_cast<size_t>(family.bulk_key_bytes);
-  HPS_RETURN_IF_ERROR(rows.Visit(range, threads, [&](const Key& key, const std::byte* row) -> Status {
+  HPS_RETURN_IF_ERROR(rows.Visit(range, [&](const Key& key, const std::byte* row) -> Status {
     if (!*written) {
       HPS_RETURN_IF_ERROR(Map(writer.Open(path), family));
       *written = true;

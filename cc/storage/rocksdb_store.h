@@ -12,7 +12,8 @@
 // Bulk upserts wait in memory (256 MiB for all tables, then in files beside the tables) until Flush, Close, or the next
 // other call on the table, which therefore sees them; then they become sorted files of the table in one step, whole or
 // not at all. Reading a table in the midst of its load is correct and slow. If that step fails (disk full), the call
-// that caused it fails, and the next one tries again. DropTable forgets rows that wait.
+// that caused it fails, and the next one tries again. DropTable brings in rows that wait if the
+// table is held, and forgets them otherwise.
 //
 // Damage: every block is checked when it is read, and the log when the folder is opened. kDataLoss names the file and
 // the remedy. What looks the same as a process that was killed while it wrote cannot be told from it: the log cut

@@ -44,7 +44,7 @@ class BulkRowsTest : public ::testing::Test {
     for (size_t part = 0; part < ranges->size(); ++part) {
       threads.emplace_back([&, part] {
         std::optional<uint64_t> previous;
-        const Status status = rows->Visit((*ranges)[part], ranges->size(), [&](const Key& key, const std::byte* row) {
+        const Status status = rows->Visit((*ranges)[part], [&](const Key& key, const std::byte* row) {
           const uint64_t order = StoredOrder(key);
           EXPECT_TRUE(!previous || *previous < order);
           EXPECT_TRUE((*ranges)[part].first <= order && order <= (*ranges)[part].last);
@@ -73,17 +73,17 @@ class BulkRowsTest : public ::testing::Test {
 
 TEST_F(BulkRowsTest, NothingAdded) {
   BulkMemory memory{.limit_bytes = 1 << 20};
-  BulkRows rows("t", folder_, 8, &memory);
+  BulkRows rows("t", folder_, 8, &memory, 2);
   EXPECT_TRUE(Collect(&rows, 4).empty());
 }
 
 TEST_F(BulkRowsTest, StoredOrderIsTheOrderOfBytes) {
   BulkMemory memory{.limit_bytes = 1 << 20};
-  BulkRows rows("t", folder_, 4, &memory);
+  BulkRows rows("t", folder_, 4, &memory, 2);
   Add(&rows, {-1, 256, 1, 0, 255, INT64_MIN, INT64_MAX}, 1);
   rows.Sort();
   std::vector<Key> order;
-  const Status status = rows.Visit({0, UINT64_MAX}, 1, [&](const Key& key, const std::byte*) {
+  const Status status = rows.Visit({0, UINT64_MAX}, [&](const Key& key, const std::byte*) {
     order.push_back(key);
     return OkStatus();
   });
@@ -103,7 +103,7 @@ TEST_F(BulkRowsTest, AgreesWithAMapWhateverFitsInMemory) {
         BulkMemory memory{.limit_bytes = limit};
         std::map<Key, uint32_t> model;
         {
-          BulkRows rows("t", folder_, row_bytes, &memory);
+          BulkRows rows("t", folder_, row_bytes, &memory, 2);
           for (uint32_t version = 1; version <= 8; ++version) {
             std::vector<Key> keys(random() % 4'000);
             for (Key& key : keys) {
@@ -135,7 +135,7 @@ TEST_F(BulkRowsTest, SeveralShareTheMemory) {
   std::vector<Key> keys(20'000);
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<Key>(i);
   for (int i = 0; i < 5; ++i) {
-    all.push_back(std::make_unique<BulkRows>("t", folder_, 1024, &memory));
+    all.push_back(std::make_unique<BulkRows>("t", folder_, 1024, &memory, 2));
     Add(all.back().get(), keys, 1);
   }
   EXPECT_EQ(all[0]->runs(), 1u);
@@ -147,7 +147,7 @@ TEST_F(BulkRowsTest, SeveralShareTheMemory) {
 TEST_F(BulkRowsTest, AFolderThatCannotBeWrittenIsAnErrorAndNoRowIsLost) {
   BulkMemory memory{.limit_bytes = 64 << 10};
   std::ofstream(folder_ / "file") << "text";
-  BulkRows rows("table t", folder_ / "file", 64, &memory);
+  BulkRows rows("table t", folder_ / "file", 64, &memory, 2);
   std::vector<Key> keys(5'000);
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<Key>(i);
   const Status status = rows.Add(keys, RowBlock::Of(keys, 1, 64).source());

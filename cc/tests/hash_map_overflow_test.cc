@@ -146,6 +146,11 @@ TEST_P(HashMapOverflowKeysTest, EndlessChurnStaysInItsMemory) {
   }
 }
 
+TEST(HashMapOverflowTest, AnEmptyBoundedTableCostsAFewKilobytes) {
+  const auto store = Open({.num_partitions = 16, .overflow = {.margin = 10'000'000}});
+  EXPECT_LT(Create(*store, 512, 100'000'000)->Stats()->memory_bytes, 12'000u);
+}
+
 // The bound of the documentation plus the mark, at its peak, as the kernel counts it.
 TEST_P(HashMapOverflowKeysTest, MemoryStaysWithinItsBound) {
   if (kSanitized) GTEST_SKIP() << "shadow memory counts too";

@@ -202,14 +202,24 @@ TEST_F(RocksDbBulk, FourByteKeys) {
   EXPECT_EQ(CountRows(**table, keys, 1), keys.size());
 }
 
-TEST_F(RocksDbBulk, ADroppedTableForgetsRowsThatWait) {
+TEST_F(RocksDbBulk, RowsThatWaitStayWithADroppedTableThatIsHeld) {
   ASSERT_OK(Put(*table_, KeyRange(0, kManyRows), 1, {.bulk = true}));
   ASSERT_OK(store_->DropTable(kSpec.name));
   ExpectError(Put(*table_, {1}, 2, {.bulk = true}), StatusCode::kFailedPrecondition, {kSpec.name, "dropped"});
+  EXPECT_EQ(CountRows(*table_, KeyRange(0, kManyRows), 1), kManyRows);
   auto again = store_->CreateTable(kSpec);
   ASSERT_OK(again.status());
   ASSERT_OK(store_->Flush());
   EXPECT_EQ(CountRows(**again, KeyRange(0, kManyRows), 1), 0u);
+}
+
+TEST_F(RocksDbBulk, ADroppedTableThatNobodyHoldsForgetsRowsThatWait) {
+  ASSERT_OK(Put(*table_, KeyRange(0, kManyRows), 1, {.bulk = true}));
+  table_.reset();
+  ASSERT_OK(store_->DropTable(kSpec.name));
+  EXPECT_EQ(TableFiles(), 0u) << "nothing is written for nothing";
+  EXPECT_EQ(store_->OpenTable(kSpec).status().code(), StatusCode::kNotFound);
+  ASSERT_OK(store_->Flush());
 }
 
 TEST_F(RocksDbBulk, ARejectedStrideAddsNothing) {

@@ -198,6 +198,7 @@ std::vector<StoreFixture> AllFixtures() {
                                  return std::unique_ptr<TableStore>(
                                      new StackStore(std::move(upper), addressable, std::move(lower)));
                                }));
+    fixtures.back().one_writer_order = false;
   }
   fixtures.push_back(Fixture("SingleFlight", [](const Path& directory, bool read_only) -> Opened {
     HPS_ASSIGN_OR_RETURN(auto store, Database(directory, read_only));
@@ -216,4 +217,8 @@ INSTANTIATE_TEST_SUITE_P(Stacks, StoreConformance, ::testing::ValuesIn(AllFixtur
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace
+
+// Nothing here is bounded; those stores are in store_conformance_test.cc.
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(BoundedStoreConformance);
+
 }  // namespace hps::testing

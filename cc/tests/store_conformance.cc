@@ -711,7 +711,7 @@ TEST_P(StoreConformance, ReadersSeeWholeRowsUnderAWriterStorm) {
         FetchVersions(*table, keys, &versions);
         for (size_t i = 0; i < keys.size(); ++i) {
           if (i % 3 == 0 && versions[i] == 0) continue;  // erased and written again
-          if (versions[i] < last[i]) {
+          if (versions[i] < last[i] && GetParam().one_writer_order) {
             ADD_FAILURE() << "key " << keys[i] << " went back from " << last[i] << " to " << versions[i];
             stop = true;
           }
@@ -1013,7 +1013,7 @@ TEST_P(BoundedStoreConformance, PresentKeysNeedNoRoom) {
 TEST_P(BoundedStoreConformance, PromotionEvictsAndLeavesPresentRows) {
   const auto table = Create(100);
   ASSERT_OK(Put(*table, KeyRange(0, 100), 1));
-  PassTime();
+  LetTimePass();
   std::vector<Key> promoted = KeyRange(1'000, 20);
   for (Key key = 0; key < 100; key += 10) promoted.push_back(key);  // of the rows that would go first, too
   ASSERT_OK(Put(*table, promoted, 2, {.only_absent = true}));
@@ -1044,12 +1044,12 @@ TEST_P(BoundedStoreConformance, ThePolicyDecidesWhoLeaves) {
       };
       for (size_t i = 0; i < 4; ++i) {
         ASSERT_OK(Put(*table, part(i), 1));
-        PassTime();
+        LetTimePass();
       }
       ASSERT_OK(Put(*table, part(0), 2));  // writes make younger, and are uses
-      PassTime();
+      LetTimePass();
       for (int read = 0; read < 3; ++read) ExpectVersions(*table, part(1), 1);
-      PassTime();
+      LetTimePass();
       ASSERT_OK(Put(*table, {-7}, 1));
       std::array<size_t, 4> left;
       for (size_t i = 0; i < 4; ++i) left[i] = PresentOf(*table, part(i)).size();

@@ -24,8 +24,11 @@ struct StoreFixture {
 
   std::string name;  // letters and digits; becomes part of the test's name
   Opener open;       // opens, or creates, the store that lives in `directory`; called again after Close to reopen
-  Opener open_read_only = {};         // the same, read-only; empty where the backend has no such mode
-  bool reopens = false;               // rows are there after reopening, though the store does not promise it
+  Opener open_read_only = {};  // the same, read-only; empty where the backend has no such mode
+  bool reopens = false;        // rows are there after reopening, though the store does not promise it
+  // A reader sees the versions of a row in the order in which one writer wrote them. Not so where a writer writes two
+  // tiers one after the other: who missed above may find below what is not above yet.
+  bool one_writer_order = true;
   size_t large_batch_rows = 100'000;  // more than the backend (as opened here) moves in one piece
 };
 
@@ -57,7 +60,7 @@ struct BoundedStoreFixture {
   OverflowPolicy policy;
   Opener open;  // moves upserts of up to 1,000 rows in one piece
   // Returns when the store's clock has moved on; empty where every write does so.
-  std::function<void()> pass_time = {};
+  std::function<void()> let_time_pass = {};
 };
 
 class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixture> {
@@ -69,8 +72,8 @@ class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixt
   // Opens a store (closing the one before) and creates a table in it.
   std::shared_ptr<Table> Create(uint64_t margin, uint32_t num_partitions = 1, bool refresh_time_after_fetch = false,
                                 uint64_t expected_rows = 0);
-  void PassTime() const {
-    if (GetParam().pass_time) GetParam().pass_time();
+  void LetTimePass() const {
+    if (GetParam().let_time_pass) GetParam().let_time_pass();
   }
 
   std::unique_ptr<TableStore> store_;

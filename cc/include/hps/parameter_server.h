@@ -22,11 +22,11 @@
 namespace hps {
 
 struct ServerOptions {
-  bool show_progress = true;  // log lines while tables load
+  bool show_progress = true;                     // log lines while tables load
   const std::atomic<bool>* cancelled = nullptr;  // looked at by Open alone: true ends it soon, with kCancelled
   // Puts an adaptor around a store before it is used (to meter it, to let it fail in a test); `tier` is "volatile" or
   // "persistent". Must not return nullptr.
-  std::function<std::shared_ptr<TableStore>(std::string_view tier, std::shared_ptr<TableStore> store)> adapt_store;
+  std::function<std::shared_ptr<TableStore>(std::string_view tier, std::shared_ptr<TableStore> store)> adapt_store = {};
 };
 
 // For load balancers and people.
@@ -58,8 +58,8 @@ class ParameterServer {
   // kNotFound lists the models there are.
   Result<LookupSession> NewSession(std::string_view model) const;
 
-  // kAlreadyExists if a model of that name is loaded; kResourceExhausted if it would not fit in memory. Once *cancelled,
-  // if given, is true the load ends soon with kCancelled and leaves nothing behind; so with ReplaceModel.
+  // kAlreadyExists if a model of that name is loaded; kResourceExhausted if it would not fit in memory. Once
+  // *cancelled, if given, is true the load ends soon with kCancelled and leaves nothing behind; so with ReplaceModel.
   Status LoadModel(const ModelConfig& model, const std::atomic<bool>* cancelled = nullptr);
   // Stages the new version beside the old, then switches all its tables at once. On error the old version serves on.
   // Callers know tables by number and width, so the new version has the old one's tables in the same places

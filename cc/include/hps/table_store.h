@@ -62,7 +62,7 @@ struct FetchRequest {
 
 struct UpsertOptions {
   bool only_absent = false;  // leave rows that are already there as they are (promotion from a lower tier)
-  bool bulk = false;         // part of a load: durable only after TableStore::Flush; DropTable before it forgets them
+  bool bulk = false;         // part of a load: durable only after TableStore::Flush
 };
 
 // Called by Scan with chunks of (keys, rows packed at row_bytes); a non-OK status ends the scan and is returned by it.

@@ -1,0 +1,98 @@
+// What the kernels of the device cache share: tiles of threads that serve one key together, and access to buckets.
+//
+// A tile is 4 to 32 neighbouring threads. Thread i of it holds quarter i % 4 of a bucket (two keys, or the last key and
+// the state), so that one load instruction reads a whole bucket.
+//
+// Memory order: everything that another kernel may change is read past the first-level caches (which are not coherent).
+// A reader's second look at the bucket is issued after the row has arrived in registers, because the stores of the row
+// stand between; a writer fences between locking, writing, and unlocking.
+
+#ifndef HPS_CUDA_KERNELS_DEVICE_CACHE_ACCESS_CUH_
+#define HPS_CUDA_KERNELS_DEVICE_CACHE_ACCESS_CUH_
+
+#include <cuda_runtime.h>
+
+#include "cuda_kernels/device_cache.h"
+
+namespace hps::cuda {
+
+struct BucketQuarter {
+  uint64_t low, high;
+};
+
+__device__ __forceinline__ BucketQuarter LoadQuarter(const CacheBucket* bucket, int quarter) {
+  BucketQuarter value;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(value.low), "=l"(value.high)
+               : "l"(reinterpret_cast<const char*>(bucket) + 16 * quarter)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ uint64_t LoadState(const CacheBucket* bucket) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(&bucket->state) : "memory");
+  return value;
+}
+__device__ __forceinline__ unsigned long long* StateAddress(CacheBucket* bucket) {
+  return reinterpret_cast<unsigned long long*>(&bucket->state);
+}
+
+// Four neighbouring lanes with the quarters of one bucket: the way that holds their key, or -1.
+__device__ __forceinline__ int GroupWayOf(const BucketQuarter& bucket, int64_t key, int quarter,
+                                          unsigned mask = 0xFFFFFFFF) {
+  int way = static_cast<int64_t>(bucket.low) == key                   ? 2 * quarter
+            : quarter < 3 && static_cast<int64_t>(bucket.high) == key ? 2 * quarter + 1
+                                                                      : -1;
+  way = max(way, __shfl_xor_sync(mask, way, 1));
+  return max(way, __shfl_xor_sync(mask, way, 2));
+}
+
+template <int kLanes>
+struct Tile {
+  int lane;
+  unsigned mask;
+
+  __device__ Tile() : lane(static_cast<int>(threadIdx.x) % kLanes) {
+    const int warp_lane = static_cast<int>(threadIdx.x) & 31;
+    mask = kLanes == 32 ? 0xFFFFFFFFu : ((1u << kLanes) - 1) << (warp_lane / kLanes * kLanes);
+  }
+  __device__ int quarter() const { return lane & 3; }
+  __device__ void Sync() const { __syncwarp(mask); }
+  template <typename T>
+  __device__ T Broadcast(T value, int from) const {
+    return __shfl_sync(mask, value, from, kLanes);
+  }
+  // The state, which quarter 3 holds.
+  __device__ uint64_t StateOf(const BucketQuarter& quarter) const {
+    return __shfl_sync(mask, static_cast<unsigned long long>(quarter.high), lane | 3, kLanes);
+  }
+  // The way that holds the key, or -1, in all lanes.
+  __device__ int WayOf(const BucketQuarter& bucket, int64_t key) const {
+    return GroupWayOf(bucket, key, quarter(), mask);
+  }
+};
+
+// Whether keys or version of a bucket changed between two looks, or a writer was there; this thread's quarter of it.
+__device__ __forceinline__ bool QuarterChanged(const BucketQuarter& before, const BucketQuarter& after, int quarter) {
+  if (before.low != after.low) return true;
+  if (quarter != 3) return before.high != after.high;
+  return ((before.high ^ after.high) & ~kStateRefs) != 0 || (before.high & kStateLocked) != 0;
+}
+
+template <typename Word>
+__device__ __forceinline__ const Word* RowOf(const CacheTable& table, uint64_t bucket, int way) {
+  return reinterpret_cast<const Word*>(static_cast<const char*>(table.rows) +
+                                       (bucket * kCacheWays + way) * uint64_t{table.row_bytes});
+}
+
+// Calls body with the widest word type that fits, and with the number of lanes for so many words a row.
+template <typename Body>
+int WithWord(uintptr_t alignment, Body body) {
+  if (alignment % 16 == 0) return body(float4());
+  if (alignment % 8 == 0) return body(float2());
+  return body(float());
+}
+
+}  // namespace hps::cuda
+
+#endif  // HPS_CUDA_KERNELS_DEVICE_CACHE_ACCESS_CUH_

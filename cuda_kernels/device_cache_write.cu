@@ -1,0 +1,329 @@
+// What changes the device cache: fill, insert, update, erase; and dump.
+//
+// Lock protocol: a writer of a key locks the key's first bucket and, where that has overflowed or is to overflow, its
+// second one as well; of two buckets the one with the lower address first, so that writers never wait in a circle.
+// Locks are bits of the state; while one is held only readers' marks change the state.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda_kernels/device_cache_access.cuh"
+
+namespace hps::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// One warp a key: two writers in one warp could keep each other from a lock, when the hardware makes the one wait where
+// the other has to go on.
+constexpr int kLanes = 32;
+constexpr int64_t kMaxBlocks = 4096;
+
+using WriteTile = Tile<kLanes>;
+
+// By one thread.
+__device__ void Lock(CacheBucket* bucket) {
+  for (unsigned wait = 32;; wait = min(wait * 2, 1024u)) {
+    const uint64_t state = LoadState(bucket);
+    if (!(state & kStateLocked) && atomicCAS(StateAddress(bucket), state, state | kStateLocked) == state) return;
+    __nanosleep(wait);
+  }
+}
+
+// By one thread. changed: readers that were here meanwhile begin anew.
+__device__ void Unlock(CacheBucket* bucket, bool changed) {
+  __threadfence();
+  if (changed) {
+    atomicAdd(StateAddress(bucket), kStateVersionOne - kStateLocked);
+  } else {
+    atomicAnd(StateAddress(bucket), ~static_cast<unsigned long long>(kStateLocked));
+  }
+}
+
+// The buckets of a key, locked. second is nullptr unless the key may be there.
+struct LockedKey {
+  CacheBucket* first = nullptr;
+  CacheBucket* second = nullptr;
+  CacheBucket* found = nullptr;  // the one of the two that holds the key
+  int way = -1;
+};
+
+// All lanes together. with_second: also where the first bucket has not overflowed but is full.
+__device__ LockedKey LockKey(const WriteTile& tile, const CacheTable& table, int64_t key, bool with_second) {
+  constexpr uint64_t kFull = uint64_t{0x7F} << 14;
+  const uint64_t hash = CacheHash(key);
+  CacheBucket* const first = table.buckets + FirstBucket(hash, table.num_buckets);
+  CacheBucket* const second = table.buckets + SecondBucket(hash, table.num_buckets);
+  LockedKey locked;
+  locked.first = first;
+  for (bool both = false;; both = true) {
+    if (tile.lane == 0) {
+      Lock(both && second < first ? second : first);
+      if (both) Lock(second < first ? first : second);
+      __threadfence();
+    }
+    tile.Sync();
+    if (both) locked.second = second;
+    const BucketQuarter bucket = LoadQuarter(first, tile.quarter());
+    locked.way = tile.WayOf(bucket, key);
+    if (locked.way >= 0) {
+      locked.found = first;
+      return locked;
+    }
+    if (both) {
+      locked.way = tile.WayOf(LoadQuarter(second, tile.quarter()), key);
+      if (locked.way >= 0) locked.found = second;
+      return locked;
+    }
+    const uint64_t state = tile.StateOf(bucket);
+    const bool needs_second = (state & kStateOverflowed) || (with_second && (state & kFull) == kFull);
+    if (!needs_second || second == first) return locked;
+    tile.Sync();
+    if (tile.lane == 0) Unlock(first, /*changed=*/false);
+  }
+}
+
+__device__ void UnlockKey(const WriteTile& tile, const LockedKey& locked, const CacheBucket* changed) {
+  tile.Sync();
+  if (tile.lane != 0) return;
+  if (locked.second != nullptr) Unlock(locked.second, changed == locked.second);
+  Unlock(locked.first, changed == locked.first);
+}
+
+// Rows are copied in 4-byte words: writing is bound by the link or by locks, not by this.
+__device__ void WriteRow(const WriteTile& tile, const CacheTable& table, const CacheBucket* bucket, int way,
+                         const void* row) {
+  const uint32_t words = table.row_bytes / 4;
+  auto* to = static_cast<uint32_t*>(table.rows) + ((bucket - table.buckets) * kCacheWays + way) * uint64_t{words};
+  const auto* from = static_cast<const uint32_t*>(row);
+  for (uint32_t word = tile.lane; word < words; word += kLanes) __stcg(to + word, from[word]);
+}
+
+// Returns whether another row had to go.
+__device__ bool InsertKey(const WriteTile& tile, const CacheTable& table, int64_t key, const void* row, bool spill) {
+  const LockedKey locked = LockKey(tile, table, key, spill);
+  if (locked.found != nullptr) {
+    UnlockKey(tile, locked, nullptr);
+    return false;
+  }
+  CacheBucket* target = locked.first;
+  int way = 0;
+  int evicts = 0;
+  if (tile.lane == 0) {
+    uint64_t state = LoadState(locked.first);
+    way = ChooseWay(&state);
+    evicts = (state & StateHolds(way)) != 0;
+    if (evicts && spill && locked.second != nullptr) {
+      uint64_t other = LoadState(locked.second);
+      const int other_way = ChooseWay(&other);
+      if (!(other & StateHolds(other_way))) {
+        evicts = 0;
+        way = kCacheWays + other_way;
+        atomicOr(StateAddress(locked.first), kStateOverflowed);
+        state = other;
+      }
+    }
+    CacheBucket* chosen = way < kCacheWays ? locked.first : locked.second;
+    const int local = way % kCacheWays;
+    // What ageing cleared, and the marks of the row that goes.
+    const uint64_t refs = (state & kStateRefs) & ~(uint64_t{3} << (2 * local));
+    atomicAnd(StateAddress(chosen), ~kStateRefs | refs);
+    atomicOr(StateAddress(chosen), StateHolds(local));
+    *reinterpret_cast<volatile int64_t*>(&chosen->keys[local]) = key;
+  }
+  way = tile.Broadcast(way, 0);
+  evicts = tile.Broadcast(evicts, 0);
+  if (way >= kCacheWays) {
+    target = locked.second;
+    way -= kCacheWays;
+  }
+  WriteRow(tile, table, target, way, row);
+  __threadfence();
+  tile.Sync();
+  if (tile.lane == 0) {
+    // A reader of the key looks at the first bucket again where the second one matters.
+    if (locked.second != nullptr) Unlock(locked.second, target == locked.second);
+    Unlock(locked.first, true);
+  }
+  return evicts != 0;
+}
+
+template <typename Body>
+__device__ __forceinline__ void ForEachTile(uint32_t count, Body body) {
+  const WriteTile tile;
+  const uint32_t step = gridDim.x * (kThreads / kLanes);
+  for (uint32_t i = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes; i < count; i += step) body(tile, i);
+}
+
+__global__ void __launch_bounds__(kThreads) InsertKernel(CacheTable table, const int64_t* keys, const char* rows,
+                                                         uint32_t count, bool spill, uint32_t* evicted) {
+  ForEachTile(count, [&](const WriteTile& tile, uint32_t i) {
+    const bool evicts = InsertKey(tile, table, keys[i], rows + uint64_t{i} * table.row_bytes, spill);
+    if (evicts && evicted != nullptr && tile.lane == 0) atomicAdd(evicted, 1u);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    UpdateKernel(CacheTable table, const int64_t* keys, const char* rows, uint32_t count) {
+  ForEachTile(count, [&](const WriteTile& tile, uint32_t i) {
+    const LockedKey locked = LockKey(tile, table, keys[i], false);
+    if (locked.found != nullptr) {
+      WriteRow(tile, table, locked.found, locked.way, rows + uint64_t{i} * table.row_bytes);
+      __threadfence();
+    }
+    UnlockKey(tile, locked, locked.found);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) EraseKernel(CacheTable table, const int64_t* keys, uint32_t count) {
+  ForEachTile(count, [&](const WriteTile& tile, uint32_t i) {
+    const LockedKey locked = LockKey(tile, table, keys[i], false);
+    if (locked.found != nullptr && tile.lane == 0) {
+      *reinterpret_cast<volatile int64_t*>(&locked.found->keys[locked.way]) =
+          FillerOf(locked.found - table.buckets, table.num_buckets);
+      atomicAnd(StateAddress(locked.found),
+                ~static_cast<unsigned long long>(StateHolds(locked.way) | uint64_t{3} << (2 * locked.way)));
+    }
+    UnlockKey(tile, locked, locked.found);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) ClearKernel(CacheTable table) {
+  const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t b = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; b < table.num_buckets; b += step) {
+    const int64_t filler = FillerOf(b, table.num_buckets);
+    for (int way = 0; way < kCacheWays; ++way) table.buckets[b].keys[way] = filler;
+    table.buckets[b].state = 0;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    DumpKernel(CacheTable table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count) {
+  const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t b = first + uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; b < last; b += step) {
+    const CacheBucket* bucket = table.buckets + b;
+    int64_t found[kCacheWays];
+    int number = 0;
+    for (;;) {
+      const uint64_t state = LoadState(bucket);
+      number = 0;
+      for (int way = 0; way < kCacheWays; ++way) {
+        if (state & StateHolds(way)) found[number++] = *reinterpret_cast<const volatile int64_t*>(&bucket->keys[way]);
+      }
+      __threadfence();
+      const uint64_t after = LoadState(bucket);
+      if (!(state & kStateLocked) && ((state ^ after) & ~kStateRefs) == 0) break;
+      __nanosleep(50);
+    }
+    if (number == 0) continue;
+    const uint32_t place = atomicAdd(count, static_cast<uint32_t>(number));
+    for (int i = 0; i < number; ++i) keys[place + i] = found[i];
+  }
+}
+
+struct FillPlan {
+  struct Part {
+    QueryPart part;
+    uint32_t first_position;
+  } parts[kMaxQueryParts];
+  int num_parts;
+  QueryWorkspace workspace;
+  FillRequest request;
+
+  __device__ const Part& PartOf(uint32_t position) const {
+    int i = 0;
+    while (i + 1 < num_parts && position >= parts[i + 1].first_position) ++i;
+    return parts[i];
+  }
+};
+
+// First the rows' way into the output, then into the cache: the lookup waits for the former alone.
+__global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ FillPlan plan) {
+  const char* staging = static_cast<const char*>(plan.request.staging);
+  ForEachTile(plan.request.missing_positions, [&](const WriteTile& tile, uint32_t i) {
+    const uint32_t position = plan.workspace.positions[i];
+    const uint64_t offset = plan.request.row_offsets[plan.workspace.unique_of[plan.workspace.leaders[i]]];
+    if (offset == kNoRow) return;
+    const FillPlan::Part& part = plan.PartOf(position);
+    const uint32_t words = part.part.table.row_bytes / 4;
+    auto* to = static_cast<uint32_t*>(part.part.output) + uint64_t{position - part.first_position} * words;
+    const auto* from = reinterpret_cast<const uint32_t*>(staging + offset);
+    for (uint32_t word = tile.lane; word < words; word += kLanes) to[word] = from[word];
+  });
+  ForEachTile(plan.request.missing_keys, [&](const WriteTile& tile, uint32_t i) {
+    const uint64_t offset = plan.request.row_offsets[i];
+    if (offset == kNoRow) return;
+    // Read from the query's own keys rather than from the host's memory.
+    const FillPlan::Part& part = plan.PartOf(plan.workspace.missing[i].position);
+    (void)InsertKey(tile, part.part.table, plan.workspace.missing[i].key, staging + offset, plan.request.spill);
+  });
+}
+
+unsigned BlocksFor(uint64_t tiles_or_threads, uint64_t per_block) {
+  return static_cast<unsigned>(
+      std::min<uint64_t>(std::max<uint64_t>((tiles_or_threads + per_block - 1) / per_block, 1), kMaxBlocks));
+}
+
+bool Valid(const CacheTable& table) {
+  return table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= kMinBuckets;
+}
+
+}  // namespace
+
+int LaunchClear(const CacheTable& table, cudaStream_t stream) {
+  if (!Valid(table)) return cudaErrorInvalidValue;
+  ClearKernel<<<BlocksFor(table.num_buckets, kThreads), kThreads, 0, stream>>>(table);
+  return cudaGetLastError();
+}
+
+int LaunchInsert(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, bool spill,
+                 uint32_t* evicted, cudaStream_t stream) {
+  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (count == 0) return cudaSuccess;
+  InsertKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(
+      table, keys, static_cast<const char*>(rows), count, spill, evicted);
+  return cudaGetLastError();
+}
+
+int LaunchUpdate(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, cudaStream_t stream) {
+  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (count == 0) return cudaSuccess;
+  UpdateKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(table, keys,
+                                                                             static_cast<const char*>(rows), count);
+  return cudaGetLastError();
+}
+
+int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) {
+  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (count == 0) return cudaSuccess;
+  EraseKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(table, keys, count);
+  return cudaGetLastError();
+}
+
+int LaunchDump(const CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
+               cudaStream_t stream) {
+  if (!Valid(table) || first > last || last > table.num_buckets) return cudaErrorInvalidValue;
+  if (first == last) return cudaSuccess;
+  DumpKernel<<<BlocksFor(last - first, kThreads), kThreads, 0, stream>>>(table, first, last, keys, count);
+  return cudaGetLastError();
+}
+
+int LaunchFill(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, const FillRequest& request,
+               cudaStream_t stream) {
+  if (num_parts < 0 || num_parts > kMaxQueryParts) return cudaErrorInvalidValue;
+  if (request.missing_positions == 0) return cudaSuccess;
+  FillPlan plan;
+  plan.num_parts = 0;
+  plan.workspace = workspace;
+  plan.request = request;
+  uint32_t positions = 0;
+  for (int i = 0; i < num_parts; ++i) {
+    if (parts[i].count > 0) plan.parts[plan.num_parts++] = {parts[i], positions};
+    positions += parts[i].count;
+  }
+  FillKernel<<<BlocksFor(uint64_t{request.missing_positions} + request.missing_keys, kThreads / kLanes), kThreads, 0,
+               stream>>>(plan);
+  return cudaGetLastError();
+}
+
+}  // namespace hps::cuda
