@@ -124,15 +124,18 @@ class Builder {
     std::vector<TableLoad> stored;
     std::vector<const std::string*> folders;  // of `cached`
     for (const TableConfig& table : config_.tables) {
+      const bool stores = Writable() && options_.load_persistent;
+      const bool caches =
+          volatile_ && options_.load_volatile && !(shared_ && shared_->Holds(table.name, wanted_[table.name]));
+      if (!stores && !caches) continue;
       HPS_ASSIGN_OR_RETURN(const uint64_t rows, FolderRows(table));
       TableSpec spec = Spec(table);
-      if (Writable() && options_.load_persistent) {
+      if (stores) {
         HPS_ASSIGN_OR_RETURN(const bool there, InDatabase(table));
         spec.expected_rows = rows;
         if (!there) stored.push_back({spec});
       }
-      if (!volatile_ || !options_.load_volatile) continue;
-      if (shared_ && shared_->Holds(table.name, wanted_[table.name])) continue;
+      if (!caches) continue;
       const auto cache_rows = CacheRows(rows);
       if (!cache_rows.ok()) return cache_rows.status().WithContext(Context(table));
       spec.expected_rows = *cache_rows;

@@ -249,18 +249,25 @@ Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_
   if (sampled) file.ExpectRandomReads();
   const uint64_t blocks = sampled ? kBlocks : (rows + kBlockKeys - 1) / kBlockKeys;
   uint64_t seen = 0;
-  uint64_t dense = 0;
+  DenseKeys found{.sampled = sampled};
   for (uint64_t block = 0; block < blocks; ++block) {
     const uint64_t first = sampled ? (rows - kBlockKeys) / (kBlocks - 1) * block : block * kBlockKeys;
     const uint64_t count = std::min(kBlockKeys, rows - first);
     HPS_RETURN_IF_ERROR(file.ReadAt(first * sizeof(Key), keys.data(), count * sizeof(Key)));
+    const uint64_t here =
+        static_cast<uint64_t>(std::count_if(keys.begin(), keys.begin() + static_cast<ptrdiff_t>(count),
+                                            [&](Key key) { return static_cast<uint64_t>(key) < rows; }));
     seen += count;
-    dense += static_cast<uint64_t>(std::count_if(keys.begin(), keys.begin() + static_cast<ptrdiff_t>(count),
-                                                 [&](Key key) { return static_cast<uint64_t>(key) < rows; }));
+    found.rows += here;
+    if (here < count && first < rows / 16) found.others_early = true;
   }
-  if (!sampled) return DenseKeys{dense, false};
-  const double share = static_cast<double>(dense) / static_cast<double>(seen);
-  return DenseKeys{dense == seen ? rows : static_cast<uint64_t>(static_cast<double>(rows) * share), true};
+  if (sampled && found.rows == seen) {
+    found.rows = rows;
+  } else if (sampled) {
+    found.rows =
+        static_cast<uint64_t>(static_cast<double>(rows) * static_cast<double>(found.rows) / static_cast<double>(seen));
+  }
+  return found;
 }
 
 }  // namespace hps

@@ -290,7 +290,7 @@ PYBIND11_MODULE(_hps, m) {
       "count_dense_keys",
       [](const std::string& path, uint64_t rows, uint64_t whole_rows) {
         const hps::DenseKeys dense = Unwrap(Unlocked([&] { return hps::CountDenseKeys(path, rows, whole_rows); }));
-        return py::make_tuple(dense.rows, dense.sampled);
+        return py::make_tuple(dense.rows, dense.sampled, dense.others_early);
       },
       py::arg("path"), py::arg("rows"), py::arg("whole_rows") = uint64_t{8} << 20);
   // Sums of memory before anything is loaded; `policy` and `margin` as in volatile_db.
@@ -298,12 +298,12 @@ PYBIND11_MODULE(_hps, m) {
     m.def(
         name,
         [bytes](uint64_t rows, uint64_t dense_rows, uint64_t row_bytes, uint32_t num_partitions, uint64_t margin,
-                const std::string& policy) {
-          hps::TableShape shape{rows, dense_rows, row_bytes, num_partitions, Overflow(margin, policy)};
-          return bytes(shape);
+                const std::string& policy, bool hashed_early) {
+          return bytes({rows, dense_rows, row_bytes, num_partitions, Overflow(margin, policy), hashed_early});
         },
         py::arg("rows"), py::arg("dense_rows"), py::arg("row_bytes"), py::arg("num_partitions"),
-        py::arg("margin") = std::numeric_limits<uint64_t>::max(), py::arg("policy") = "evict_oldest");
+        py::arg("margin") = std::numeric_limits<uint64_t>::max(), py::arg("policy") = "evict_oldest",
+        py::arg("hashed_early") = true);
   };
   with_shape("hash_map_table_bytes", &hps::HashMapTableBytes);
   with_shape("hash_map_limit_bytes", &hps::HashMapLimitBytes);

@@ -35,6 +35,17 @@ uint64_t Touched(uint64_t pieces, uint64_t total) {
   return std::min(total, static_cast<uint64_t>(std::llround(hit)) * page);
 }
 
+// Buckets of a shared index that is made small, because the first rows of the table are dense, and grows until it takes
+// so many rows (MultiProcessPartition::ReplaceIndex). Of the memory of the array before about half stays unused.
+uint64_t GrownBuckets(uint64_t rows) {
+  uint64_t buckets = HashBuckets::BucketsFor(64);
+  while (HashBuckets::ClaimLimit(buckets) < rows) {
+    const uint64_t claimed = HashBuckets::ClaimLimit(buckets);
+    buckets = HashBuckets::BucketsFor(claimed + claimed / 2 + 8);
+  }
+  return buckets * 4 / 3;
+}
+
 }  // namespace
 
 uint64_t HashMapBuckets(uint64_t rows, uint32_t num_partitions, const OverflowOptions& overflow) {
@@ -80,7 +91,9 @@ uint64_t SharedTableBytes(const TableShape& shape) {
   uint64_t bytes = block(table.bytes) + shape.num_partitions * block(table.RegionBytes(0));
   if (shape.dense_rows > 0) bytes += block(DenseLine::LinesFor(shape.rows) * sizeof(DenseLine));
   if (shape.dense_rows < shape.rows) {
-    bytes += shape.num_partitions * block(HashBuckets::BucketsFor(table.planned_rows) * sizeof(HashBuckets::Bucket));
+    const uint64_t hashed = (shape.rows - shape.dense_rows) / shape.num_partitions;
+    const uint64_t index = shape.hashed_early ? HashBuckets::BucketsFor(table.planned_rows) : GrownBuckets(hashed);
+    bytes += shape.num_partitions * block(index * sizeof(HashBuckets::Bucket));
   }
   return bytes;
 }

@@ -23,6 +23,7 @@ struct TableShape {
   uint64_t row_bytes = 0;
   uint32_t num_partitions = 1;
   OverflowOptions overflow = {};
+  bool hashed_early = true;  // among the first 1/16 of the rows are other keys than those in 0 .. rows - 1
 };
 
 // Anonymous memory of a hash_map table, as the kernel hands it out.

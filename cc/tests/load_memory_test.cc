@@ -28,8 +28,7 @@ class LoadMemoryTest : public ::testing::Test {
     resources_.volatile_store = Value(OpenHashMapStore({.num_partitions = kPartitions, .overflow = overflow}));
   }
   void UseRocksDb() {
-    resources_.persistent_store =
-        Value(OpenRocksDbStore({.path = (folder_ / "database").string(), .num_threads = 2}));
+    resources_.persistent_store = Value(OpenRocksDbStore({.path = (folder_ / "database").string(), .num_threads = 2}));
   }
   Status Load(const std::string& folder, uint64_t available, BuildOptions options = {}) {
     options.show_progress = false;

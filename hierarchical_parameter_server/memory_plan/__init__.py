@@ -139,10 +139,10 @@ def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
         plan.keys = {keys.rows: "0..n-1", 0: "scattered"}.get(keys.dense_rows, "mixed")
         plan.keys_sampled = keys.sampled
         if volatile["type"] in ("hash_map", "multi_process_hash_map"):
-            dense = keys.dense_rows if cached else 0
+            dense = keys.dense_rows if cached else 0  # without a cache all keys were looked at, for the proposal
             plan.volatile_rows = cached
             table_bytes = sizes.hash_map_bytes if volatile["type"] == "hash_map" else sizes.shared_map_bytes
-            plan.volatile_bytes = table_bytes(cached, dense, plan.row_bytes, *_shape(volatile))
+            plan.volatile_bytes = table_bytes(cached, dense, plan.row_bytes, *_shape(volatile), keys.others_early)
         elif volatile["type"] == "redis_cluster":
             plan.volatile_rows = cached
             plan.volatile_bytes = sizes.redis_bytes(

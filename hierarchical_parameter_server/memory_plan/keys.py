@@ -13,11 +13,13 @@ READ_WHOLE_ROWS = 8 << 20  # of larger files blocks spread over the file are rea
 
 @dataclasses.dataclass(frozen=True)
 class KeyRange:
-    """Of the first `rows` rows of a folder: how many keys are below `rows`. sampled: estimated."""
+    """Of the first `rows` rows of a folder: how many keys are below `rows` (sampled: estimated), and whether others are
+    among the first 1/16 of the rows."""
 
     rows: int
     dense_rows: int
     sampled: bool
+    others_early: bool
 
 
 def look_at_keys(folder: Path, rows: int) -> KeyRange:

@@ -47,6 +47,7 @@ Result<std::string> FingerprintTableFolder(const std::string& path, uint32_t wid
 struct DenseKeys {
   uint64_t rows = 0;
   bool sampled = false;
+  bool others_early = false;  // among the first 1/16 of the rows are other keys
 };
 Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_t whole_rows = uint64_t{8} << 20);
 
