@@ -21,6 +21,11 @@ def examples():
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)]
 
 
+@pytest.fixture(autouse=True)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
@@ -80,8 +85,8 @@ def test_processes_of_a_host(folder, capsys):
 
 
 def test_hosts_on_redis(folder, capsys, monkeypatch):
-    monkeypatch.setenv("HPS_REDIS_PASSWORD", "correct horse")
-    with RedisCluster(masters=3, user="default", password="correct horse") as cluster:
+    monkeypatch.setenv("HPS_REDIS_PASSWORD", "correct-horse")
+    with RedisCluster(masters=3, user="default", password="correct-horse") as cluster:
         tiers, _, tables = served(4, folder, capsys, address=cluster.address)
         assert tiers == {"volatile": "redis_cluster", "persistent": "rocks_db"}
         assert all(table["rows_served"]["volatile"] == ROWS for table in tables)

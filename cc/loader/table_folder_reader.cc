@@ -254,12 +254,12 @@ Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_
     const uint64_t first = sampled ? (rows - kBlockKeys) / (kBlocks - 1) * block : block * kBlockKeys;
     const uint64_t count = std::min(kBlockKeys, rows - first);
     HPS_RETURN_IF_ERROR(file.ReadAt(first * sizeof(Key), keys.data(), count * sizeof(Key)));
-    const uint64_t here =
-        static_cast<uint64_t>(std::count_if(keys.begin(), keys.begin() + static_cast<ptrdiff_t>(count),
-                                            [&](Key key) { return static_cast<uint64_t>(key) < rows; }));
     seen += count;
-    found.rows += here;
-    if (here < count && first < rows / 16) found.others_early = true;
+    for (uint64_t i = 0; i < count; ++i) {
+      const bool dense = static_cast<uint64_t>(keys[i]) < rows;
+      found.rows += dense;
+      if (!dense && first + i < rows / 16) found.others_early = true;
+    }
   }
   if (sampled && found.rows == seen) {
     found.rows = rows;
