@@ -30,7 +30,8 @@ def parse(text):
                 assert not re.search(r"\\[^\\n]", rest)
                 current = families[name] = {"help": rest, "kind": None, "samples": {}}
             else:
-                assert families.get(name) is current and current["kind"] is None, f"TYPE of {name} is not after its HELP"
+                assert current and families.get(name) is current, f"TYPE of {name} is not after its HELP"
+                assert current["kind"] is None, f"second TYPE of {name}"
                 assert rest in KINDS
                 current["kind"] = rest
             continue

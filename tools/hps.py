@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from hps_command import main  # noqa: E402
+from hps_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

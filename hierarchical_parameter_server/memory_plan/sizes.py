@@ -62,14 +62,28 @@ def _redis_string(count: int) -> int:
     return _allocated(count + 1 + (1 if count < 32 else 3 if count < 256 else 5 if count < 65536 else 9))
 
 
+_LISTPACK_ROWS, _LISTPACK_BYTES = 512, 64  # hash-max-listpack-entries, -value: Redis' defaults
+_HASH_KEY = 150  # name, object and place of a hash
+
+
+def _listpack_hash(rows: float, key_bytes: int, value_bytes: int) -> int:
+    entries = sum(count + (2 if count < 64 else 3) for count in (key_bytes, value_bytes))
+    return _allocated(round(rows * entries) + 7) + _HASH_KEY
+
+
 def redis_row_bytes(partition_rows: float, row_bytes: int, key_bytes: int, access_metadata: bool) -> float:
     """One row's share of a partition of so many rows, as Redis counts it in used_memory.
 
     A hash of Redis: field, value, an entry of 24 bytes, and a table of pointers whose size is a power of two; while
-    that grows there are two. `access_metadata`: a second hash tells when or how often the row was used.
+    that grows there are two. Small hashes are one packed piece instead. `access_metadata`: a second hash tells when or how often the row was used.
     """
     if partition_rows <= 0:
         return 0.0
+    if partition_rows <= _LISTPACK_ROWS and max(row_bytes, key_bytes) <= _LISTPACK_BYTES:
+        packed = _listpack_hash(partition_rows, key_bytes, row_bytes)
+        if access_metadata:
+            packed += _listpack_hash(partition_rows, key_bytes, 8)
+        return packed / partition_rows
     buckets = 1 << max(2, math.ceil(math.log2(max(partition_rows, 1))))
     pointers = 8 * buckets / partition_rows
     if partition_rows < 0.75 * buckets:  # the smaller table is emptied a step at each write
