@@ -1,7 +1,7 @@
 """The `hps` command; also `python -m hps_command`.
 
-Outside of the package, because importing that imports TensorFlow: slow, and its native libraries greet on stderr whatever
-their log level is. Only `hps convert` needs it, and then without the greeting.
+Outside of the package, because importing that imports TensorFlow: slow, and its native libraries greet on stderr
+whatever their log level is. Only `hps convert` needs it, and then without the greeting.
 """
 
 import contextlib

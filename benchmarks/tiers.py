@@ -148,7 +148,8 @@ def summary(records: list[dict]) -> str:
     """The table for docs/operations.md, out of the lines of a run."""
     about, *measured = records
     batches = sorted({record["ids"] for record in measured})
-    head = ["tier", *(f"{ids:,} {'id' if ids == 1 else 'ids'}: median / p99 (us)" for ids in batches), "times as long", "million rows/s"]
+    counts = [f"{ids:,} {'id' if ids == 1 else 'ids'}" for ids in batches]
+    head = ["tier", *(f"{count}: median / p99 (us)" for count in counts), "times as long", "million rows/s"]
     lines = [[*head, "bytes a row"], ["---"] * (len(head) + 1)]
     for tier in dict.fromkeys(record["tier"] for record in measured):
         of_tier = {record["ids"]: record for record in measured if record["tier"] == tier}

@@ -81,7 +81,10 @@ def check_histogram(name, samples):
         ('# HELP a b\n# TYPE a counter\na{x="1",x="1"} 1\n', "twice"),
         ('# HELP a b\n# TYPE a counter\na{x="1} 1\n', "no sample"),
         ('# HELP a b\n# TYPE a counter\na{x="1",} 1\n', "no sample"),
-        ('# HELP a b\n# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\na_sum 1\na_count 1\n', "cumulative"),
+        (
+            '# HELP a b\n# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\na_sum 1\na_count 1\n',
+            "cumulative",
+        ),
     ],
 )
 def test_the_parser_is_strict(text, wrong):

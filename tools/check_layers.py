@@ -47,7 +47,11 @@ LAYERS = (
         most=1,
     ),
     Layer("cc/ops", (CONTRACTS, "cc/base/", "cc/ops/"), ("tensorflow/", "absl/", "Eigen/", "unsupported/", "tsl/")),
-    Layer("cc/python", (CONTRACTS, "cc/base/", "cc/python/", "cc/core/host_memory.h", "cc/storage/table_memory.h"), ("pybind11/", "Python.h")),
+    Layer(
+        "cc/python",
+        (CONTRACTS, "cc/base/", "cc/python/", "cc/core/host_memory.h", "cc/storage/table_memory.h"),
+        ("pybind11/", "Python.h"),
+    ),
     Layer("cc/tests", (CONTRACTS, "cc/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),

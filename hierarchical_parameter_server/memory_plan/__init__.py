@@ -73,8 +73,8 @@ def memory_plan(
                 "tables in the hash map"])  # fmt: skip
     if volatile["type"] != "disabled" and persistent["type"] == "disabled":
         plan.notes += [
-            f"{table.name}: the {table.volatile_rows} rows that overflow_margin leaves are not all its {table.rows}, and "
-            f"no persistent_db serves the others: a server refuses the load"
+            f"{table.name}: the {table.volatile_rows} rows that overflow_margin leaves are not all its {table.rows}, "
+            f"and no persistent_db serves the others: a server refuses the load"
             for table in tables
             if table.volatile_rows < math.ceil(table.rows * volatile["initial_cache_rate"])
         ]

@@ -75,7 +75,8 @@ def redis_row_bytes(partition_rows: float, row_bytes: int, key_bytes: int, acces
     """One row's share of a partition of so many rows, as Redis counts it in used_memory.
 
     A hash of Redis: field, value, an entry of 24 bytes, and a table of pointers whose size is a power of two; while
-    that grows there are two. Small hashes are one packed piece instead. `access_metadata`: a second hash tells when or how often the row was used.
+    that grows there are two. Small hashes are one packed piece instead. `access_metadata`: a second hash tells when or
+    how often the row was used.
     """
     if partition_rows <= 0:
         return 0.0
