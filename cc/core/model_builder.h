@@ -22,8 +22,8 @@ struct BuildOptions {
   bool load_persistent = true;  // and puts no rows in
   bool cache_missed_embeddings = false;
   bool show_progress = true;
-  const std::atomic<bool>* cancelled = nullptr;  // as in LoadOptions
-  ClaimOptions claim;                            // of loads into shared volatile stores
+  const std::atomic<bool>* cancelled = nullptr;                   // as in LoadOptions
+  ClaimOptions claim;                                             // of loads into shared volatile stores
   std::optional<uint64_t> available_memory_bytes = std::nullopt;  // absent: what the host has; for tests
 };
 

@@ -13,9 +13,9 @@
 
 #include "cc/base/fork_guard.h"
 #include "cc/storage/rocksdb_database.h"
-#include "cc/storage/table_memory.h"
 #include "cc/storage/row_copy.h"
 #include "cc/storage/stored_order.h"
+#include "cc/storage/table_memory.h"
 
 namespace hps {
 namespace {
