@@ -119,6 +119,7 @@ def main(arguments: list[str]) -> int:
     report.write_reports(output)
     if options.record:
         report.write_page()
+        report.write_generated_pages()
     print((output / report.SUMMARY).read_text(encoding="utf-8"))
     say(f"written: {report.LINES}, {report.SUMMARY}, {report.CHART} in {output}")
     return 0

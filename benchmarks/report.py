@@ -1,11 +1,13 @@
 """Tables and pages from the JSON lines of a run; no number comes from anywhere else.
 
-`python -m benchmarks.report` writes the recorded run's table, chart and page anew.
+`python -m benchmarks.report` writes the recorded run's table, chart and pages anew.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,6 +192,12 @@ def write_page() -> None:
     PAGE.write_text(page(read(RESULTS / LINES)), encoding="utf-8")
 
 
+def write_generated_pages() -> None:
+    """Copies what was recorded into the pages that show it, so that none is stale after a recording."""
+    subprocess.run([sys.executable, str(ROOT / "tools" / "generate_docs.py")], check=True)
+
+
 if __name__ == "__main__":
     write_reports(RESULTS)
     write_page()
+    write_generated_pages()

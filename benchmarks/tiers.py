@@ -1,10 +1,10 @@
-"""Every kind of tier that this build has, side by side: latency of lookups and bytes a row.
+"""Every kind of tier side by side: latency of lookups and bytes a row.
 
     python -m benchmarks.tiers [--record] [--rows N] [--width N] [--seconds S]
 
 Each tier serves the same table alone, from a server of its own in this process; Redis runs beside it on this machine.
 The tiers take turns call by call on the same ids. Rows are checked before and after. --record writes
-benchmarks/results/tiers.jsonl and tiers.md, which `./dev docs` copies into docs/operations.md.
+benchmarks/results/tiers.jsonl and tiers.md, and copies the table into docs/operations.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from .axes import FULL, Axes
 from .measure import WrongRowsError, take_turns
-from .report import RESULTS
+from .report import RESULTS, write_generated_pages
 from .workload import MODEL, TableData, scatter
 
 BATCHES = (1, 1_024, 65_536)
@@ -100,19 +100,6 @@ TIERS = (
 )
 
 
-def _open_tiers(config: dict, folder: Path, stack: contextlib.ExitStack) -> tuple[list[Tier], list[str]]:
-    """The tiers, and the names of those that this build does not have."""
-    import hierarchical_parameter_server as hps
-
-    tiers, absent = [], []
-    for name, title, open_tier in TIERS:
-        try:
-            tiers.append(stack.enter_context(open_tier(name, title, config, folder)))
-        except hps.errors.UnimplementedError:
-            absent.append(name)
-    return tiers, absent
-
-
 def _check(tiers: list[Tier], keys: np.ndarray, expected: np.ndarray) -> None:
     for tier in tiers:
         rows, found = tier.server.lookup(keys, MODEL, return_found=True)
@@ -126,7 +113,9 @@ def run(axes: Axes, write: Callable[[dict], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="hps_tiers_") as name, contextlib.ExitStack() as stack:
         data = TableData(axes.rows, width, Path(name))
         config = json.loads(data.scattered_config_path.read_text(encoding="utf-8"))
-        tiers, absent = _open_tiers(config, Path(name), stack)
+        tiers = [
+            stack.enter_context(open_tier(kind, title, config, Path(name))) for kind, title, open_tier in TIERS
+        ]
         for batch in axes.batches:
             ids = [random.integers(0, axes.rows, batch) for _ in range(max(2, min(64, (1 << 20) // batch)))]
             keys = [scatter(some) for some in ids]
@@ -153,16 +142,14 @@ def run(axes: Axes, write: Callable[[dict], None]) -> None:
                         "load_average": os.getloadavg()[0],
                     }
                 )
-        write({"kind": "absent", "tiers": absent})
 
 
 def summary(records: list[dict]) -> str:
     """The table for docs/operations.md, out of the lines of a run."""
-    about, *rest = records
-    measured = [record for record in rest if record["kind"] == "tier"]
-    absent = next((record["tiers"] for record in rest if record["kind"] == "absent"), [])
+    about, *measured = records
     batches = sorted({record["ids"] for record in measured})
-    head = ["tier", *(f"{ids:,} ids: median / p99 (us)" for ids in batches), "times as long", "million rows/s"]
+    counts = [f"{ids:,} {'id' if ids == 1 else 'ids'}" for ids in batches]
+    head = ["tier", *(f"{count}: median / p99 (us)" for count in counts), "times as long", "million rows/s"]
     lines = [[*head, "bytes a row"], ["---"] * (len(head) + 1)]
     for tier in dict.fromkeys(record["tier"] for record in measured):
         of_tier = {record["ids"]: record for record in measured if record["tier"] == tier}
@@ -186,8 +173,6 @@ def summary(records: list[dict]) -> str:
         f"{machine['cores']} cores; commit {about['commit']}, {about['date']}, load average "
         f"{max(record['load_average'] for record in measured):.1f}.\n"
     )
-    if absent:
-        text += f"\nNot in this build, and so not in the table: {', '.join(absent)}.\n"
     return text
 
 
@@ -217,6 +202,8 @@ def main(arguments: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
         (output / LINES).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         (output / SUMMARY).write_text(summary(records), encoding="utf-8")
+    if options.record:
+        write_generated_pages()
     print(summary(records))
     return 0
 

@@ -178,7 +178,6 @@ def _add_convert(commands) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, os.getcwd())  # Modules of --import usually lie there.
     for module in options.imports:
         importlib.import_module(module)

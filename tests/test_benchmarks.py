@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -201,26 +202,51 @@ def test_a_file_that_is_no_run_is_refused(tmp_path):
 # Tiers side by side ---------------------------------------------------------------------------------------------------
 
 
-def test_every_tier_of_this_build_is_measured_and_makes_the_table(tmp_path):
-    # So many rows that the memory a cluster takes without any (buffers, connections) is little beside theirs.
-    arguments = [sys.executable, "-m", "benchmarks.tiers", "--rows", "20000", "--width", "4", "--seconds", "0"]
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a recording reads and writes."""
+    for folder in ("benchmarks", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for file in ("README.md", "tools/generate_docs.py", "tests/services.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    return tmp_path
+
+
+def record(tree, *command):
+    """Runs a benchmark there; afterwards all generated pages are current."""
     done = subprocess.run(
-        [*arguments, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *command, "--record"], cwd=tree, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    about, *records = [json.loads(line) for line in (tmp_path / tiers.LINES).read_text(encoding="utf-8").splitlines()]
-    measured = [record for record in records if record["kind"] == "tier"]
-    (absent,) = [record["tiers"] for record in records if record["kind"] == "absent"]
-    names = {record["tier"] for record in measured}
-    assert names | set(absent) == {name for name, _, _ in tiers.TIERS}
-    assert {"hash_map", "rocks_db"} <= names
-    for record in measured:
-        assert 0 < record["median_us"] <= record["p99_us"]
-        assert 16 <= record["bytes_per_row"] < 400
-    text = (tmp_path / tiers.SUMMARY).read_text(encoding="utf-8")
-    assert text == tiers.summary([about, *records])
+    check = [sys.executable, "tools/generate_docs.py", "--check"]
+    assert subprocess.run(check, cwd=tree, capture_output=True, text=True).stdout == ""
+
+
+def test_a_recording_leaves_no_page_stale(tree):
+    few = ["--quick", "--skip", "load", "--form", "dense", "--call", "function", "--distribution", "zipf"]
+    record(tree, "benchmarks", *few, "--width", "64", "--batch", "7")
+    summary = (tree / "benchmarks/results" / report.SUMMARY).read_text(encoding="utf-8")
+    assert "| dense, zipf | 7 | 7 |" in summary
+    assert summary.strip() in (tree / "README.md").read_text(encoding="utf-8")
+    assert "--batch 7" in (tree / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def test_every_tier_is_measured_and_makes_the_table(tree):
+    # So many rows that the memory a cluster takes without any (buffers, connections) is little beside theirs.
+    record(tree, "benchmarks.tiers", "--rows", "20000", "--width", "4", "--seconds", "0")
+    results = tree / "benchmarks/results"
+    about, *measured = [json.loads(line) for line in (results / tiers.LINES).read_text(encoding="utf-8").splitlines()]
+    names = {entry["tier"] for entry in measured}
+    assert names == {name for name, _, _ in tiers.TIERS}
+    for entry in measured:
+        assert 0 < entry["median_us"] <= entry["p99_us"]
+        assert 16 <= entry["bytes_per_row"] < 400
+    text = (results / tiers.SUMMARY).read_text(encoding="utf-8")
+    assert text == tiers.summary([about, *measured])
     assert text.count("\n| ") == 1 + len(names)
-    assert str(tmp_path) not in text and str(ROOT) not in text
+    assert str(tree) not in text and str(ROOT) not in text
+    assert text in (tree / "docs/operations.md").read_text(encoding="utf-8")
 
 
 def test_recorded_tiers_are_made_from_the_recorded_lines():

@@ -2,7 +2,11 @@
 
 import json
 import os
+import pathlib
 import stat
+import subprocess
+import sys
+import uuid
 
 import numpy as np
 import pytest
@@ -59,35 +63,91 @@ def make_config(tmp_path, tables, **more):
 # Held against measurements --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "width", "rows"),
-    [
-        ("dense", 4, 3_000_000),
-        ("dense", 128, 150_000),
-        ("scattered", 4, 1_500_000),
-        ("scattered", 16, 700_000),
-        ("scattered", 200, 100_000),
-        ("shuffled", 16, 1_000_000),
-        ("half", 16, 1_000_000),
-    ],
-)
-def test_hash_map_takes_what_was_planned(tmp_path, kind, width, rows):
+def keys_of(kind, rows):
     rng = np.random.default_rng(SEED)
-    keys = {
+    return {
         "dense": lambda: np.arange(rows),
         "scattered": lambda: scattered(rng, rows),
         "shuffled": lambda: rng.permutation(rows),
         "half": lambda: np.arange(rows) + rows // 2,
+        "half, dense last": lambda: (np.arange(rows) + rows // 2)[::-1],
     }[kind]()
-    config = make_config(tmp_path, {"items": (keys, width)}, volatile_db={"type": "hash_map", "num_partitions": 8})
+
+
+def bounded(policy, rows, num_partitions=8):
+    """A margin that holds the rows, and little more."""
+    mean = rows / num_partitions
+    return {"overflow_margin": int(mean + 6 * mean**0.5), "overflow_policy": policy}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "rows", "policy"),
+    [
+        ("dense", 4, 3_000_000, None),
+        ("dense", 128, 150_000, None),
+        ("scattered", 4, 1_500_000, None),
+        ("scattered", 16, 700_000, None),
+        ("scattered", 200, 100_000, None),
+        ("shuffled", 16, 1_000_000, None),
+        ("half", 16, 1_000_000, None),
+        ("dense", 4, 3_000_000, "evict_oldest"),
+        ("dense", 4, 3_000_000, "evict_least_used"),
+        ("dense", 1, 3_000_000, "evict_least_used"),
+        ("scattered", 4, 1_500_000, "evict_oldest"),
+        ("scattered", 4, 1_500_000, "evict_random"),
+    ],
+)
+def test_hash_map_takes_what_was_planned(tmp_path, kind, width, rows, policy):
+    volatile = {"type": "hash_map", "num_partitions": 8, **(bounded(policy, rows) if policy else {})}
+    config = make_config(tmp_path, {"items": (keys_of(kind, rows), width)}, volatile_db=volatile)
     plan = memory_plan(config).host
     assert set(plan.items) == {"tables in the hash map"}
     warm = make_folder(tmp_path / "warm", np.arange(10), 1)
     done = run_python(MEASURE, config, warm, cwd=tmp_path, HPS_TENSORFLOW="off")
     measured, loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded == rows
-    print(f"{kind} width {width}: planned {plan.need}, measured {measured}: {plan.need / measured:.3f}")
+    print(f"{kind} width {width} {policy}: planned {plan.need}, measured {measured}: {plan.need / measured:.3f}")
     assert plan.need == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "rows", "policy"),
+    [
+        ("dense", 4, 1_000_000, None),
+        ("dense", 4, 1_000_000, "evict_oldest"),
+        ("dense", 3, 20_000, None),
+        ("dense", 64, 100_000, "evict_random"),
+        ("scattered", 4, 700_000, None),
+        ("scattered", 4, 700_000, "evict_least_used"),
+        ("scattered", 1, 1_000_000, "evict_oldest"),
+        ("scattered", 200, 30_000, None),
+        ("scattered", 16, 2_000, None),
+        ("shuffled", 16, 300_000, None),
+        ("half", 4, 700_000, None),
+        ("half, dense last", 4, 700_000, None),
+    ],
+)
+def test_shared_memory_takes_what_was_planned(tmp_path, kind, width, rows, policy):
+    volatile = {
+        "type": "multi_process_hash_map",
+        "shared_memory_name": f"hps_test_{uuid.uuid4().hex}",
+        "shared_memory_size": 256 << 20,
+        "num_partitions": 8,
+        **(bounded(policy, rows) if policy else {}),
+    }
+    config = make_config(tmp_path, {"items": (keys_of(kind, rows), width)}, volatile_db=volatile)
+    plan = memory_plan(config)
+    file = pathlib.Path("/dev/shm", volatile["shared_memory_name"])
+    with hps.ParameterServer(config) as server:
+        measured = file.stat().st_blocks * 512
+        assert server.stats()["models"][0]["tables"][0]["volatile"]["rows"] == rows
+        again = memory_plan(config).shared
+    assert not file.exists()
+    print(f"{kind} width {width} {policy}: planned {plan.shared.need}, measured {measured}: "
+          f"{plan.shared.need / measured:.3f}")  # fmt: skip
+    assert plan.shared.need == pytest.approx(measured, rel=TOLERANCE)
+    assert plan.host.need == plan.shared.need
+    assert again.available == plan.shared.available == 256 << 20, "what the file has already is not missing"
 
 
 @pytest.mark.parametrize(
@@ -114,22 +174,25 @@ def test_rocksdb_takes_what_was_planned(tmp_path, kind, width, long_keys):
 
 
 @pytest.mark.parametrize(
-    ("width", "rows", "key_bytes", "access"),
+    ("width", "rows", "key_bytes", "access", "num_partitions"),
     [
-        (4, 60_000, 8, False),
-        (16, 50_000, 8, True),
-        (16, 33_000, 4, False),
-        (64, 30_000, 8, False),
-        (300, 6_000, 8, True),
+        (4, 60_000, 8, False, 4),
+        (16, 50_000, 8, True, 4),
+        (16, 33_000, 4, False, 4),
+        (64, 30_000, 8, False, 4),
+        (300, 6_000, 8, True, 4),
+        (4, 40_000, 8, False, 100),  # so few in a partition that Redis packs them
+        (16, 40_000, 8, True, 100),
+        (17, 40_000, 8, False, 100),  # rows too wide for that
     ],
 )
-def test_redis_takes_what_was_planned(width, rows, key_bytes, access):
+def test_redis_takes_what_was_planned(width, rows, key_bytes, access, num_partitions):
     with RedisServer() as server, server.client() as client:
         before = client.info("memory")["used_memory"]
-        partitions = [[] for _ in range(4)]
+        partitions = [[] for _ in range(num_partitions)]
         for key in range(rows):
             raw = key.to_bytes(key_bytes, "little")
-            partitions[partition_of(raw, 4)].append(raw)
+            partitions[partition_of(raw, num_partitions)].append(raw)
         row = bytes(width * 4)
         for number, fields in enumerate(partitions):
             for first in range(0, len(fields), 5000):
@@ -138,7 +201,9 @@ def test_redis_takes_what_was_planned(width, rows, key_bytes, access):
                 if access:
                     client.hset(f"hps_et{{hps_et.a.t/p{number}}}t", mapping=dict.fromkeys(some, bytes(8)))
         measured = client.info("memory")["used_memory"] - before
-    assert sizes.redis_bytes(rows, width * 4, key_bytes, 4, access) == pytest.approx(measured, rel=TOLERANCE)
+    planned = sizes.redis_bytes(rows, width * 4, key_bytes, num_partitions, access)
+    print(f"width {width}: planned {planned}, measured {measured}: {planned / measured:.3f}")
+    assert planned == pytest.approx(measured, rel=TOLERANCE)
 
 
 # What a configuration means -------------------------------------------------------------------------------------------
@@ -174,7 +239,10 @@ def test_redis_and_its_margin(tmp_path):
     unbounded = memory_plan(make_config(tmp_path, tables, volatile_db=volatile))
     assert unbounded.redis.need == sizes.redis_bytes(10_000, 64, 8, 4, False)
     bounded = memory_plan(make_config(tmp_path, tables, volatile_db={**volatile, "overflow_margin": 1000}))
-    assert bounded.redis.need == sizes.redis_bytes(4_000, 64, 8, 4, True)
+    (table,) = bounded.tables
+    assert 3_300 < table.volatile_rows < 4_000  # five standard deviations below four full partitions
+    assert bounded.redis.need == sizes.redis_bytes(table.volatile_rows, 64, 8, 4, True)
+    assert "a server refuses the load" in "".join(bounded.notes)
 
 
 def test_gpu(tmp_path):
@@ -259,6 +327,14 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["memory", config, "--gpu-memory", "much"])
     assert "write a number with a unit, such as 80GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["memory", "inspect"])
+def test_the_command_says_nothing_but_its_answer(tmp_path, command):
+    config = make_config(tmp_path, {"items": (np.arange(1000), 4)})
+    done = subprocess.run([sys.executable, "-m", "hps_command", command, config], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "items" in done.stdout
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path, capsys):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "hierarchical_parameter_server"
+COMMAND = "hps_command"  # beside it
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ LAYERS = (
         most=1,
     ),
     Layer("cc/ops", (CONTRACTS, "cc/base/", "cc/ops/"), ("tensorflow/", "absl/", "Eigen/", "unsupported/", "tsl/")),
-    Layer("cc/python", (CONTRACTS, "cc/base/", "cc/python/", "cc/core/host_memory.h"), ("pybind11/", "Python.h")),
+    Layer(
+        "cc/python",
+        (CONTRACTS, "cc/base/", "cc/python/", "cc/core/host_memory.h", "cc/storage/table_memory.h"),
+        ("pybind11/", "Python.h"),
+    ),
     Layer("cc/tests", (CONTRACTS, "cc/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
@@ -109,7 +114,7 @@ def _problem(layer: Layer, file_name: str, header: str) -> str | None:
 # What Python files below a folder may import besides the standard library; None: anything.
 PYTHON_LAYERS: dict[str, tuple[str, ...] | None] = {
     PACKAGE: None,
-    "tools": (PACKAGE,),
+    "tools": (PACKAGE, COMMAND),
     "tests": None,
     "examples": None,
     "benchmarks": None,

@@ -2,8 +2,10 @@
 """The `hps` command from a source tree; an installed package has it as `hps`."""
 
 import sys
+from pathlib import Path
 
-from hierarchical_parameter_server.cli import main
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from hps_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -296,10 +296,11 @@ const Section<VolatileConfig>& VolatileSection() {
           DatabaseBatchSize<V>(),
           Plain(
               "max_get_batch_size", &V::max_get_batch_size, AtLeast(1),
-              "keys in one request to read; hash maps: keys between two looks at the time limit, after which old rows' "
-              "memory is free again"),
+              "keys in one request to read; hash_map: keys between two looks at the time limit, after which old rows' "
+              "memory is free again; multi_process_hash_map: no effect"),
           Plain("max_set_batch_size", &V::max_set_batch_size, AtLeast(1),
-                "rows in one request to write; hash maps: rows that a partition writes before others get their turn"),
+                "rows in one request to write; hash_map: rows that a partition writes before others get their turn; "
+                "multi_process_hash_map: no effect"),
           Plain("allocation_rate", &V::allocation_rate_bytes, AtLeast(1),
                 "bytes that a hash map asks of the system at a time"),
           Plain("shared_memory_size", &V::shared_memory_bytes, AtLeast(1),

@@ -32,9 +32,6 @@
 namespace hps {
 namespace {
 
-// Index bytes a row in the hash map at its load factor, for the check that a load fits (see hash_map_store.h).
-constexpr uint64_t kIndexBytesPerRow = 20;
-
 std::mutex& PersistentLoadMutex() {
   static std::mutex* mutex = new std::mutex;
   return *mutex;
@@ -120,21 +117,55 @@ class Builder {
 
   // Refuses before anything is loaded what could only end in the process being killed.
   Status CheckMemory() {
-    std::optional<uint64_t> available = AvailableMemoryBytes();
-    if (!volatile_ || !volatile_->capabilities().addressable || shared_ || !available) return OkStatus();
-    if (!options_.load_volatile) return OkStatus();
-    uint64_t needed = 0;
+    const std::optional<uint64_t> available =
+        options_.available_memory_bytes ? options_.available_memory_bytes : AvailableMemoryBytes();
+    if (!available) return OkStatus();
+    std::vector<TableLoad> cached;
+    std::vector<TableLoad> stored;
+    std::vector<const std::string*> folders;  // of `cached`
     for (const TableConfig& table : config_.tables) {
-      HPS_ASSIGN_OR_RETURN(uint64_t rows, FolderRows(table));
+      const bool stores = Writable() && options_.load_persistent;
+      const bool caches =
+          volatile_ && options_.load_volatile && !(shared_ && shared_->Holds(table.name, wanted_[table.name]));
+      if (!stores && !caches) continue;
+      HPS_ASSIGN_OR_RETURN(const uint64_t rows, FolderRows(table));
+      TableSpec spec = Spec(table);
+      if (stores) {
+        HPS_ASSIGN_OR_RETURN(const bool there, InDatabase(table));
+        spec.expected_rows = rows;
+        if (!there) stored.push_back({spec});
+      }
+      if (!caches) continue;
       const auto cache_rows = CacheRows(rows);
-      if (!cache_rows.ok()) return cache_rows.status().WithContext("table '" + table.name + "' (" + table.path + ")");
-      needed += *cache_rows * (table.width * sizeof(float) + kIndexBytesPerRow);
+      if (!cache_rows.ok()) return cache_rows.status().WithContext(Context(table));
+      spec.expected_rows = *cache_rows;
+      cached.push_back({spec});
+      folders.push_back(&table.path);
     }
-    if (needed <= *available) return OkStatus();
-    return ResourceExhausted("its tables need " + std::to_string(needed >> 20) + " MiB of memory and " +
-                             std::to_string(*available >> 20) +
-                             " MiB are available; use a persistent_db with a smaller initial_cache_rate, or a host "
-                             "with more memory");
+    const uint64_t passing = stored.empty() ? 0 : persistent_->MemoryFor(stored);
+    const auto needed = [&] { return passing + (cached.empty() ? 0 : volatile_->MemoryFor(cached)); };
+    if (needed() <= *available) return OkStatus();
+    // Keys of 0 to rows - 1 take less. That is looked at only where it decides.
+    for (size_t i = 0; i < cached.size(); ++i) {
+      HPS_ASSIGN_OR_RETURN(const DenseKeys dense, CountDenseKeys(*folders[i], cached[i].spec.expected_rows));
+      cached[i].dense_rows = dense.rows;
+    }
+    if (needed() <= *available) return OkStatus();
+    return ResourceExhausted("its tables need " + std::to_string(needed() >> 20) + " MiB of memory and " +
+                             std::to_string(*available >> 20) + " MiB are available" +
+                             (passing > 0 ? " (" + std::to_string(passing >> 20) + " MiB while they are loaded into " +
+                                                std::string(persistent_->kind()) + ")"
+                                          : "") +
+                             "; use a persistent_db with a smaller initial_cache_rate, or a host with more memory");
+  }
+
+  // Whether the database holds this version of the folder.
+  Result<bool> InDatabase(const TableConfig& table) const {
+    const auto found = old_record_.tables.find(table.name);
+    if (found == old_record_.tables.end() || found->second.fingerprint.empty()) return false;
+    const auto fingerprint = FingerprintTableFolder(table.path, table.width);
+    if (!fingerprint.ok()) return fingerprint.status().WithContext(Context(table));
+    return *fingerprint == found->second.fingerprint;
   }
 
   Result<uint64_t> CacheRows(uint64_t rows) const {

@@ -4,8 +4,10 @@
 #define HPS_CORE_MODEL_BUILDER_H_
 
 #include <atomic>
+#include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 
 #include "cc/core/model.h"
 #include "cc/core/shared_tier.h"
@@ -20,8 +22,9 @@ struct BuildOptions {
   bool load_persistent = true;  // and puts no rows in
   bool cache_missed_embeddings = false;
   bool show_progress = true;
-  const std::atomic<bool>* cancelled = nullptr;  // as in LoadOptions
-  ClaimOptions claim;                            // of loads into shared volatile stores
+  const std::atomic<bool>* cancelled = nullptr;                   // as in LoadOptions
+  ClaimOptions claim;                                             // of loads into shared volatile stores
+  std::optional<uint64_t> available_memory_bytes = std::nullopt;  // absent: what the host has; for tests
 };
 
 // A persistent store that holds this very version (fingerprint of the folder) is not written. Otherwise the rows go

@@ -44,16 +44,16 @@ SharedTier::~SharedTier() {
   if (Status erased = store_.EraseRecord(claim_name_); !erased.ok()) Log(LogLevel::kWarning, erased.ToString());
 }
 
-bool SharedTier::HoldsAll(const std::map<std::string, std::string>& wanted) const {
-  return std::all_of(wanted.begin(), wanted.end(), [&](const auto& entry) {
-    const auto found = record_.tables.find(entry.first);
-    return found != record_.tables.end() && found->second.fingerprint == entry.second;
-  });
+bool SharedTier::Holds(const std::string& table, const std::string& fingerprint) const {
+  const auto found = record_.tables.find(table);
+  return found != record_.tables.end() && (fingerprint.empty() || found->second.fingerprint == fingerprint);
 }
 
 Status SharedTier::Prepare(const std::map<std::string, std::string>& wanted) {
   HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
-  if (HoldsAll(wanted)) return OkStatus();
+  if (std::all_of(wanted.begin(), wanted.end(), [&](const auto& entry) { return Holds(entry.first, entry.second); })) {
+    return OkStatus();
+  }
   HPS_RETURN_IF_ERROR(AcquireClaim());
   HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
   return OkStatus();
@@ -102,7 +102,7 @@ Result<std::shared_ptr<Table>> SharedTier::Open(const std::string& table, const 
   *fill = false;
   const auto found = record_.tables.find(table);
   const bool recorded = found != record_.tables.end();
-  if (recorded ? fingerprint.empty() || found->second.fingerprint == fingerprint : !load) {
+  if (recorded ? Holds(table, fingerprint) : !load) {
     spec.name = StoredTableName(model_, table, recorded ? found->second.generation : 0);
     auto opened = store_.OpenTable(spec);
     if (opened.ok() || opened.status().code() != StatusCode::kNotFound) return opened;

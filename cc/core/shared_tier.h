@@ -45,6 +45,9 @@ class SharedTier {
   // `wanted`: by table name.
   Status Prepare(const std::map<std::string, std::string>& wanted);
 
+  // Whether, after Prepare, the table is recorded with the fingerprint; with any if that is empty.
+  bool Holds(const std::string& table, const std::string& fingerprint) const;
+
   // The table for this version. *fill: it was made new and rows may be put in.
   // An empty `fingerprint` takes whatever version is recorded. Without `load` a table that another program wrote (no
   // record) is opened as it is.
@@ -65,7 +68,6 @@ class SharedTier {
   using Clock = std::chrono::steady_clock;
 
   Status AcquireClaim();
-  bool HoldsAll(const std::map<std::string, std::string>& wanted) const;
   void DropOlder(const std::string& table, uint64_t oldest_kept);
 
   struct Made {

@@ -15,6 +15,7 @@
 #include <future>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "cc/base/hash.h"
 #include "hps/model_reader.h"
@@ -46,6 +47,7 @@ class File {
   // kDataLoss if the file ends before `size` bytes.
   Status ReadAt(uint64_t offset, void* data, size_t size) const;
   Status CheckUnchanged() const;
+  void ExpectRandomReads() const { ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_RANDOM); }
 
  private:
   File(std::string path, int descriptor) : path_(std::move(path)), descriptor_(descriptor) {}
@@ -235,6 +237,37 @@ Result<std::string> FingerprintTableFolder(const std::string& path, uint32_t wid
             std::to_string(hash);
   }
   return text;
+}
+
+Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_t whole_rows) {
+  constexpr uint64_t kBlockKeys = 1024;
+  constexpr uint64_t kBlocks = 1024;
+  if (rows == 0) return DenseKeys();
+  HPS_ASSIGN_OR_RETURN(const File file, File::Open(path + "/key"));
+  std::vector<Key> keys(kBlockKeys);
+  const bool sampled = rows > std::max(whole_rows, kBlocks * kBlockKeys);
+  if (sampled) file.ExpectRandomReads();
+  const uint64_t blocks = sampled ? kBlocks : (rows + kBlockKeys - 1) / kBlockKeys;
+  uint64_t seen = 0;
+  DenseKeys found{.sampled = sampled};
+  for (uint64_t block = 0; block < blocks; ++block) {
+    const uint64_t first = sampled ? (rows - kBlockKeys) / (kBlocks - 1) * block : block * kBlockKeys;
+    const uint64_t count = std::min(kBlockKeys, rows - first);
+    HPS_RETURN_IF_ERROR(file.ReadAt(first * sizeof(Key), keys.data(), count * sizeof(Key)));
+    seen += count;
+    for (uint64_t i = 0; i < count; ++i) {
+      const bool dense = static_cast<uint64_t>(keys[i]) < rows;
+      found.rows += dense;
+      if (!dense && first + i < rows / 16) found.others_early = true;
+    }
+  }
+  if (sampled && found.rows == seen) {
+    found.rows = rows;
+  } else if (sampled) {
+    found.rows =
+        static_cast<uint64_t>(static_cast<double>(rows) * static_cast<double>(found.rows) / static_cast<double>(seen));
+  }
+  return found;
 }
 
 }  // namespace hps

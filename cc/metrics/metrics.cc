@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <string_view>
 
 namespace hps {
 
@@ -69,6 +70,24 @@ std::vector<MetricsRegistry::Sample> MetricsRegistry::Samples() const {
 
 namespace {
 
+// docs/operations.md has the same names; tests/test_parameter_server.py sees that none is left out.
+constexpr std::pair<std::string_view, std::string_view> kHelp[] = {
+    {"hps_fetch_duration_seconds", "Time of a lookup in one tier, once a table and call."},
+    {"hps_fetches_failed_total", "Requests to the tier that failed."},
+    {"hps_keys_asked_total", "Keys that lookups asked for, with repetitions."},
+    {"hps_keys_waited_total", "Keys that were taken from another lookup's fetch."},
+    {"hps_lookup_duration_seconds", "Time of whole lookup calls, failed ones too."},
+    {"hps_lookups_done_total", "Lookup calls that asked the table."},
+    {"hps_rows_promoted_total", "Rows offered to the volatile tier by cache_missed_embeddings."},
+    {"hps_rows_promotion_dropped_total", "Rows that were not promoted: queue full, store down or table gone."},
+    {"hps_rows_promotion_repeated_total", "Rows that were waiting for their promotion already."},
+    {"hps_rows_served_total", "Rows that came from the tier, or are the default value."},
+    {"hps_rows_skipped_total", "Rows that the tier was not asked for, or did not give, because it could not be asked."},
+    {"hps_rows_unavailable_total", "Default values of keys that a tier that could not be asked may hold."},
+    {"hps_tier_openings_total", "How often the tier was left out because it failed."},
+    {"hps_tier_reachable_state", "1: the tier answers; 0: it is left out until it does."},
+};
+
 // {model="a",table="b"} with an optional further label; label values follow our name grammar and need no escapes.
 std::string LabelText(const MetricLabels& labels, const std::string& extra = "") {
   std::string text;
@@ -105,6 +124,9 @@ std::string MetricsRegistry::PrometheusText(
   std::string last_name;
   for (const Sample& sample : samples) {
     if (sample.name != last_name) {
+      for (const auto& [name, help] : kHelp) {
+        if (name == sample.name) out += "# HELP " + sample.name + " " + std::string(help) + "\n";
+      }
       out += "# TYPE " + sample.name + (sample.counter ? " counter\n" : sample.gauge ? " gauge\n" : " histogram\n");
       last_name = sample.name;
     }

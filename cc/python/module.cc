@@ -11,6 +11,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <future>
+#include <limits>
 #include <mutex>
 #include <string>
 #include <variant>
@@ -18,6 +19,7 @@
 
 #include "cc/base/fork_guard.h"
 #include "cc/core/host_memory.h"
+#include "cc/storage/table_memory.h"
 #include "hps/config.h"
 #include "hps/log.h"
 #include "hps/model_reader.h"
@@ -40,6 +42,13 @@ template <typename T>
 T Unwrap(hps::Result<T> result) {
   Check(result.status());
   return std::move(result).value();
+}
+
+hps::OverflowOptions Overflow(uint64_t margin, const std::string& policy) {
+  hps::OverflowOptions overflow{.margin = margin};
+  if (policy == "evict_random") overflow.policy = hps::OverflowPolicy::kEvictRandom;
+  if (policy == "evict_least_used") overflow.policy = hps::OverflowPolicy::kEvictLeastUsed;
+  return overflow;
 }
 
 // Calls that run without the interpreter lock. A thread that asks for the lock after the interpreter has gone never
@@ -277,6 +286,37 @@ PYBIND11_MODULE(_hps, m) {
     return Unwrap(Unlocked([&] { return hps::FingerprintTableFolder(path, width); }));
   });
   m.def("available_memory_bytes", &hps::AvailableMemoryBytes, py::arg("root") = "");
+  m.def(
+      "count_dense_keys",
+      [](const std::string& path, uint64_t rows, uint64_t whole_rows) {
+        const hps::DenseKeys dense = Unwrap(Unlocked([&] { return hps::CountDenseKeys(path, rows, whole_rows); }));
+        return py::make_tuple(dense.rows, dense.sampled, dense.others_early);
+      },
+      py::arg("path"), py::arg("rows"), py::arg("whole_rows") = uint64_t{8} << 20);
+  // Sums of memory before anything is loaded; `policy` and `margin` as in volatile_db.
+  const auto with_shape = [&](const char* name, uint64_t (*bytes)(const hps::TableShape&)) {
+    m.def(
+        name,
+        [bytes](uint64_t rows, uint64_t dense_rows, uint64_t row_bytes, uint32_t num_partitions, uint64_t margin,
+                const std::string& policy, bool hashed_early) {
+          return bytes({rows, dense_rows, row_bytes, num_partitions, Overflow(margin, policy), hashed_early});
+        },
+        py::arg("rows"), py::arg("dense_rows"), py::arg("row_bytes"), py::arg("num_partitions"),
+        py::arg("margin") = std::numeric_limits<uint64_t>::max(), py::arg("policy") = "evict_oldest",
+        py::arg("hashed_early") = true);
+  };
+  with_shape("hash_map_table_bytes", &hps::HashMapTableBytes);
+  with_shape("hash_map_limit_bytes", &hps::HashMapLimitBytes);
+  with_shape("shared_table_bytes", &hps::SharedTableBytes);
+  m.def("capacity_rows", [](const std::string& type, uint32_t num_partitions, uint64_t margin) {
+    const hps::OverflowOptions overflow{.margin = margin};
+    if (type == "hash_map") return hps::HashMapCapacityRows(overflow, num_partitions);
+    if (type == "multi_process_hash_map") return hps::SharedCapacityRows(overflow, num_partitions);
+    return hps::CapacityRows(overflow, num_partitions);
+  });
+  m.def("shared_memory_own_bytes", &hps::SharedMemoryOwnBytes);
+  m.def("rocksdb_load_bytes", &hps::RocksDbLoadBytes);
+  m.attr("rocksdb_bulk_bytes") = hps::kRocksDbBulkBytes;
   m.def("config_hash", [](const std::string& path) { return hps::ConfigHash(Unwrap(hps::LoadConfig(path))); });
   m.def("config_json_schema", &hps::ConfigJsonSchema);
   m.def("config_reference", &hps::ConfigReferenceMarkdown);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cc/storage/hash_map_table.h"
+#include "cc/storage/table_memory.h"
 
 namespace hps {
 namespace {
@@ -25,9 +26,11 @@ class HashMapStore final : public TableStore {
   std::string_view kind() const override { return "hash_map"; }
   StoreCapabilities capabilities() const override {
     return {.bounded = options_.overflow.bounded(),
-            .capacity_rows =
-                CapacityRows(options_.overflow, options_.num_partitions, uint64_t{1} << DenseIndex::kSmallBlockBits),
+            .capacity_rows = HashMapCapacityRows(options_.overflow, options_.num_partitions),
             .addressable = true};
+  }
+  uint64_t MemoryFor(std::span<const TableLoad> loads) const override {
+    return LoadedBytes(loads, options_.num_partitions, options_.overflow, HashMapTableBytes);
   }
 
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <ctime>
 #include <mutex>
 #include <string>
@@ -15,6 +14,7 @@
 
 #include "cc/storage/partition_order.h"
 #include "cc/storage/row_copy.h"
+#include "cc/storage/table_memory.h"
 #include "hps/epoch.h"
 
 namespace hps {
@@ -24,13 +24,6 @@ constexpr size_t kMaxRowBytes = size_t{1} << 30;
 constexpr size_t kScanChunkBytes = 256 << 10;
 // Output of so many bytes leaves the nearer caches before anybody reads it, so it is written around them.
 constexpr size_t kStreamBytes = 4 << 20;
-
-// Rows to plan one partition's index for, so that the rows that chance sends it do not make it grow.
-uint64_t PartitionRows(uint64_t expected_rows, uint32_t num_partitions) {
-  const double mean = static_cast<double>(expected_rows) / num_partitions;
-  // An index that is planned at a load of 0.8 takes 0.875.
-  return static_cast<uint64_t>(std::max(mean, (mean + 5 * std::sqrt(mean)) * 0.8 / 0.875)) + 1;
-}
 
 thread_local uint64_t use_random = 1;  // for UseCount::Moves
 
@@ -57,8 +50,8 @@ Result<std::shared_ptr<Table>> HashMapTable::Create(const TableSpec& spec, const
   const uint64_t rows = PlannedRows(spec, options);
   std::vector<std::shared_ptr<HashMapIndex>> indexes;
   if (rows > 0) {
-    const uint64_t partition_rows = std::min(PartitionRows(rows, options.num_partitions), options.overflow.margin);
-    auto created = HashMapIndex::Create(HashMapIndex::BucketsFor(partition_rows), options.num_partitions);
+    auto created =
+        HashMapIndex::Create(HashMapBuckets(rows, options.num_partitions, options.overflow), options.num_partitions);
     if (!created.ok()) return created.status().WithContext(table);
     indexes = std::move(created).value();
     auto dense_index =

@@ -4,9 +4,7 @@
 #include "cc/storage/multi_process_store.h"
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
-#include <cmath>
 #include <string>
 #include <thread>
 #include <utility>
@@ -14,6 +12,7 @@
 
 #include "cc/storage/multi_process_table.h"
 #include "cc/storage/shared_heap.h"
+#include "cc/storage/table_memory.h"
 #include "hps/epoch.h"
 
 namespace hps {
@@ -26,12 +25,6 @@ Status In(const Status& status) { return status.WithContext("multi_process_hash_
 
 uint64_t RoundUp(uint64_t bytes, uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// Rows to plan a partition for, so that the rows that chance sends it fit.
-uint64_t PartitionRows(uint64_t expected_rows, uint32_t num_partitions) {
-  const double mean = static_cast<double>(expected_rows) / num_partitions;
-  return std::min(static_cast<uint64_t>(mean + 5 * std::sqrt(mean)) + 1, expected_rows);
-}
-
 class MultiProcessStore final : public TableStore {
  public:
   explicit MultiProcessStore(std::shared_ptr<MultiProcessState> state)
@@ -43,7 +36,10 @@ class MultiProcessStore final : public TableStore {
   StoreCapabilities capabilities() const override {
     return {.shared = true,
             .bounded = state_->overflow.bounded(),
-            .capacity_rows = CapacityRows(state_->overflow, num_partitions_, DenseLine::kKeys)};
+            .capacity_rows = SharedCapacityRows(state_->overflow, num_partitions_)};
+  }
+  uint64_t MemoryFor(std::span<const TableLoad> loads) const override {
+    return LoadedBytes(loads, num_partitions_, state_->overflow, SharedTableBytes);
   }
 
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {
@@ -200,25 +196,11 @@ class MultiProcessStore final : public TableStore {
   // REQUIRES the heap's lock. A table that cannot be finished is not linked, and given back.
   Result<uint64_t> MakeTable(const TableSpec& spec) {
     const uint32_t num_partitions = heap_.layout().num_partitions;
-    const OverflowOptions& overflow = state_->overflow;
-    uint64_t held_rows = PartitionRows(spec.expected_rows, num_partitions);
-    if (overflow.bounded()) held_rows = std::min(held_rows, overflow.margin);
-    held_rows += 1;  // for updates
+    const auto fill_in = [&](SharedTable* table) {
+      ShapeTable(spec.expected_rows, spec.row_bytes, spec.name.size(), num_partitions, state_->overflow, table);
+    };
     SharedTable shape = {};
-    shape.bytes = sizeof(SharedTable) + num_partitions * sizeof(SharedPartition) + spec.name.size();
-    shape.row_bytes = spec.row_bytes;
-    shape.slot_bytes = spec.row_bytes % sizeof(uint64_t) == 0 ? spec.row_bytes : RoundUp(spec.row_bytes, 4);
-    shape.meta_bytes = overflow.bounded() && overflow.policy != OverflowPolicy::kEvictRandom ? sizeof(uint32_t) : 0;
-    shape.expected_rows = spec.expected_rows;
-    shape.first_slots = std::max<uint64_t>({held_rows, kUnitBytes / (shape.slot_bytes + shape.meta_bytes), 1});
-    shape.first_bits = static_cast<uint32_t>(std::max<uint64_t>(std::bit_width(shape.first_slots - 1), 2));
-    // An index that is planned at a load of 0.8 takes 0.875.
-    const double mean =
-        std::min<double>(static_cast<double>(spec.expected_rows) / num_partitions, static_cast<double>(held_rows));
-    shape.planned_rows = std::max(static_cast<uint64_t>(mean), held_rows * 32 / 35) + 1;
-    shape.num_partitions = num_partitions;
-    shape.dense_block_lines = overflow.bounded() ? 1 : DenseLine::kBlockLines;
-    shape.name_bytes = spec.name.size();
+    fill_in(&shape);
     // Better now than in the middle of a load: the rows and the smaller one of the indexes.
     if (spec.expected_rows > 0) {
       HPS_RETURN_IF_ERROR(heap_.CheckFree(
@@ -229,17 +211,7 @@ class MultiProcessStore final : public TableStore {
     HPS_ASSIGN_OR_RETURN(const uint64_t offset, heap_.Allocate(shape.bytes));
     ZeroWords(heap_.At<std::byte>(offset), RoundUp(shape.bytes, 8));
     SharedTable& table = *new (heap_.At<std::byte>(offset)) SharedTable{};
-    table.bytes = shape.bytes;
-    table.row_bytes = shape.row_bytes;
-    table.slot_bytes = shape.slot_bytes;
-    table.meta_bytes = shape.meta_bytes;
-    table.expected_rows = shape.expected_rows;
-    table.first_slots = shape.first_slots;
-    table.planned_rows = shape.planned_rows;
-    table.first_bits = shape.first_bits;
-    table.num_partitions = num_partitions;
-    table.dense_block_lines = shape.dense_block_lines;
-    table.name_bytes = shape.name_bytes;
+    fill_in(&table);
     std::copy(spec.name.begin(), spec.name.end(), table.name());
     Status status;
     for (uint32_t p = 0; p < num_partitions; ++p) {

@@ -31,6 +31,7 @@
 #include <thread>
 #include <utility>
 
+#include "cc/storage/table_memory.h"
 #include "hps/log.h"
 
 namespace hps {
@@ -42,7 +43,6 @@ constexpr const char* kCurrentFile = "CURRENT";               // every database 
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
-constexpr size_t kBulkTotalBytes = size_t{256} << 20;    // bulk rows in memory, all tables of a database
 constexpr size_t kBulkBatchBytes = size_t{2} << 20;      // fewer bulk rows go through a memtable
 constexpr size_t kBulkFileBytes = size_t{128} << 20;     // most in one sorted file, about
 constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several threads write them
@@ -267,7 +267,7 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
   std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
   size_t threads_ = 1;                 // that write sorted files
-  BulkMemory bulk_memory_{.limit_bytes = kBulkTotalBytes};
+  BulkMemory bulk_memory_{.limit_bytes = kRocksDbBulkBytes};
   std::atomic<uint64_t> bulk_files_{0};
 
   std::mutex mutex_;                                                      // guards the next two

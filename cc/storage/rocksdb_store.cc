@@ -15,6 +15,7 @@
 #include "cc/storage/rocksdb_database.h"
 #include "cc/storage/row_copy.h"
 #include "cc/storage/stored_order.h"
+#include "cc/storage/table_memory.h"
 
 namespace hps {
 namespace {
@@ -393,6 +394,11 @@ class RocksDbStore final : public TableStore {
   std::string_view kind() const override { return kKind; }
   StoreCapabilities capabilities() const override {
     return {.persistent = true, .writable = !session_->options.read_only};
+  }
+  uint64_t MemoryFor(std::span<const TableLoad> loads) const override {
+    uint64_t bytes = 0;
+    for (const TableLoad& load : loads) bytes += RocksDbLoadBytes(load.spec.expected_rows, load.spec.row_bytes);
+    return std::min(bytes, kRocksDbBulkBytes);
   }
 
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {

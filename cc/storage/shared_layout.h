@@ -13,14 +13,17 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 
 #include "cc/storage/hash_buckets.h"
+#include "cc/storage/overflow.h"
 #include "cc/storage/robust_mutex.h"
 #include "cc/storage/shared_file.h"
 #include "cc/storage/shared_row.h"
@@ -165,6 +168,29 @@ struct alignas(64) DenseLine {
   }
 };
 static_assert(sizeof(DenseLine) == 64);
+
+// Fills in what does not change in the life of a table that is to hold `expected_rows`.
+inline void ShapeTable(uint64_t expected_rows, uint64_t row_bytes, uint64_t name_bytes, uint32_t num_partitions,
+                       const OverflowOptions& overflow, SharedTable* table) {
+  // Rows to plan a partition for, so that the rows that chance sends it fit.
+  const double share = static_cast<double>(expected_rows) / num_partitions;
+  uint64_t held_rows = std::min(static_cast<uint64_t>(share + 5 * std::sqrt(share)) + 1, expected_rows);
+  if (overflow.bounded()) held_rows = std::min(held_rows, overflow.margin);
+  held_rows += 1;  // for updates
+  table->bytes = sizeof(SharedTable) + num_partitions * sizeof(SharedPartition) + name_bytes;
+  table->row_bytes = row_bytes;
+  table->slot_bytes = row_bytes % sizeof(uint64_t) == 0 ? row_bytes : (row_bytes + 3) / 4 * 4;
+  table->meta_bytes = overflow.bounded() && overflow.policy != OverflowPolicy::kEvictRandom ? sizeof(uint32_t) : 0;
+  table->expected_rows = expected_rows;
+  table->first_slots = std::max<uint64_t>({held_rows, kUnitBytes / (table->slot_bytes + table->meta_bytes), 1});
+  table->first_bits = static_cast<uint32_t>(std::max<uint64_t>(std::bit_width(table->first_slots - 1), 2));
+  // An index that is planned at a load of 0.8 takes 0.875.
+  const auto mean = static_cast<uint64_t>(std::min(share, static_cast<double>(held_rows)));
+  table->planned_rows = std::max(mean, held_rows * 32 / 35) + 1;
+  table->num_partitions = num_partitions;
+  table->dense_block_lines = overflow.bounded() ? 1 : DenseLine::kBlockLines;
+  table->name_bytes = name_bytes;
+}
 
 // Buckets and dense lines count the changes of their entries in the bits of `marks` above HashBuckets::kOverflowed.
 inline constexpr uint32_t kVersionStep = 2;

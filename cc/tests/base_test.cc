@@ -145,6 +145,7 @@ TEST(MetricsTest, GaugesGoUpAndDown) {
   gauge->Set(3);
   gauge->Set(-1);
   EXPECT_EQ(registry.PrometheusText(),
+            "# HELP hps_tier_reachable_state 1: the tier answers; 0: it is left out until it does.\n"
             "# TYPE hps_tier_reachable_state gauge\nhps_tier_reachable_state{tier=\"volatile\"} -1\n");
 }
 

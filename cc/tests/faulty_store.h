@@ -145,6 +145,7 @@ class FaultyStore final : public TableStore {
     capabilities.addressable = options_.addressable.value_or(capabilities.addressable);
     return capabilities;
   }
+  uint64_t MemoryFor(std::span<const TableLoad> loads) const override { return store_->MemoryFor(loads); }
   Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) override {
     HPS_RETURN_IF_ERROR(Ask());
     return Wrap(store_->OpenTable(spec));

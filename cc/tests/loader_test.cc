@@ -246,6 +246,41 @@ TEST_F(Loader, AFileThatChangesUnderTheReaderIsDataLoss) {
   ASSERT_OK(read_all(**reader));
 }
 
+TEST_F(Loader, KeysFromZeroOnAreCounted) {
+  fs::create_directories(folder_);
+  const auto count = [&](const std::vector<Key>& keys, uint64_t rows, uint64_t whole_rows = 8 << 20) {
+    std::ofstream file(folder_ / "key", std::ios::binary | std::ios::trunc);
+    file.write(reinterpret_cast<const char*>(keys.data()), static_cast<std::streamsize>(keys.size() * sizeof(Key)));
+    file.close();
+    const auto counted = CountDenseKeys(folder_, rows, whole_rows);
+    EXPECT_TRUE(counted.ok()) << counted.status().ToString();
+    return counted.ok() ? *counted : DenseKeys();
+  };
+  std::vector<Key> keys(3'000);
+  std::iota(keys.rbegin(), keys.rend(), 0);  // 2999 .. 0
+  EXPECT_EQ(count(keys, 3'000).rows, 3'000u);
+  EXPECT_FALSE(count(keys, 3'000).others_early);
+  EXPECT_EQ(count(keys, 0).rows, 0u);
+  const DenseKeys none = count(keys, 1'000);
+  EXPECT_EQ(none.rows, 0u);
+  EXPECT_TRUE(none.others_early);
+  keys[200] = -1;
+  EXPECT_EQ(count(keys, 3'000).rows, 2'999u);
+  EXPECT_FALSE(count(keys, 3'000).others_early);  // 200 > 3000 / 16
+  keys[150] = std::numeric_limits<Key>::max();
+  EXPECT_TRUE(count(keys, 3'000).others_early);
+
+  // Two million keys, every fourth another: read in blocks, and estimated.
+  std::vector<Key> many(2'000'000);
+  for (size_t i = 0; i < many.size(); ++i) many[i] = i % 4 == 0 ? -1 : static_cast<Key>(i);
+  EXPECT_FALSE(count(many, many.size()).sampled);
+  const DenseKeys sampled = count(many, many.size(), 1'000'000);
+  EXPECT_TRUE(sampled.sampled && sampled.others_early);
+  EXPECT_NEAR(static_cast<double>(sampled.rows), 1'500'000, 15'000);
+  EXPECT_EQ(CountDenseKeys(folder_, 3'000'000).status().code(), StatusCode::kDataLoss);
+  EXPECT_EQ(CountDenseKeys(folder_ / "none", 1).status().code(), StatusCode::kNotFound);
+}
+
 TEST_F(Loader, FingerprintTellsVersionsApart) {
   WriteFolder(folder_, KeyRange(0, kSeveralChunks), NumberedValues(kSeveralChunks));
   const fs::path rows = folder_ / "emb_vector";

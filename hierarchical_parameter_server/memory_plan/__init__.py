@@ -53,8 +53,11 @@ def memory_plan(
         plan.redis.temporary["a model's version before, kept for nodes that still serve it"] = largest_model
     if volatile["type"] == "multi_process_hash_map":
         title = f"shared memory {volatile['shared_memory_name']}"
-        plan.shared = Resource(title, available=volatile["shared_memory_size"])
+        room = [volatile["shared_memory_size"], machine.free_shared_memory_bytes(volatile["shared_memory_name"])]
+        plan.shared = Resource(title, available=min(size for size in room if size is not None))
         plan.shared.items["tables"] = sum(table.volatile_bytes for table in tables)
+        own = sizes.shared_memory_own_bytes(volatile["shared_memory_size"])
+        plan.shared.items["lists of what is in use (1/8192 of shared_memory_size)"] = own
         plan.shared.temporary["a model's next version beside it"] = largest_model
         host.items["shared memory, once for all processes"] = plan.shared.need
     if persistent["type"] == "rocks_db":
@@ -62,9 +65,19 @@ def memory_plan(
     if volatile["cache_missed_embeddings"] and persistent["type"] != "disabled":
         host.temporary["rows on their way up (cache_missed_embeddings)"] = sizes.PROMOTION_QUEUE
         if in_process and any(table.volatile_rows < _most_rows(table, volatile) for table in tables):
-            most = sum(sizes.hash_map_limit_bytes(_most_rows(table, volatile), table.row_bytes) for table in tables)
+            most = sum(
+                sizes.hash_map_limit_bytes(_most_rows(table, volatile), 0, table.row_bytes, *_shape(volatile))
+                for table in tables
+            )
             host.temporary["rows that cache_missed_embeddings brings up, in time"] = max(0, most - host.items[
                 "tables in the hash map"])  # fmt: skip
+    if volatile["type"] != "disabled" and persistent["type"] == "disabled":
+        plan.notes += [
+            f"{table.name}: the {table.volatile_rows} rows that overflow_margin leaves are not all its {table.rows}, "
+            f"and no persistent_db serves the others: a server refuses the load"
+            for table in tables
+            if table.volatile_rows < math.ceil(table.rows * volatile["initial_cache_rate"])
+        ]
     _add_gpus(plan, canonical, gpu_memory)
     gpu_available = min((gpu.available for gpu in plan.gpus.values() if gpu.available is not None), default=gpu_memory)
     plan.notes += propose(
@@ -98,6 +111,11 @@ def _most_rows(table: TablePlan, volatile: dict[str, Any]) -> int:
     return min(table.rows, volatile["overflow_margin"] * volatile["num_partitions"])
 
 
+def _shape(volatile: dict[str, Any]) -> tuple[int, int, str]:
+    """What decides about memory beside the rows."""
+    return volatile["num_partitions"], volatile["overflow_margin"], volatile["overflow_policy"]
+
+
 def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
     volatile, persistent = config["volatile_db"], config["persistent_db"]
     key_bytes = 8 if config["supportlonglong"] else 4
@@ -112,14 +130,19 @@ def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
         _native.fingerprint_table_folder(folder, width)  # makes the checks of a load
         rows = (Path(folder) / "key").stat().st_size // 8
         plan = TablePlan(model["model"], name, folder, rows, width, key_bytes, keys_per_sample, "", False)
-        cached = min(_most_rows(plan, volatile), math.ceil(rows * volatile["initial_cache_rate"]))
+        # As cc/core/volatile_share.h has it: no more than the tier takes without evicting.
+        cached = min(
+            math.ceil(rows * volatile["initial_cache_rate"]),
+            _native.capacity_rows(volatile["type"], volatile["num_partitions"], volatile["overflow_margin"]),
+        )
         keys = look_at_keys(Path(folder), cached or rows)
         plan.keys = {keys.rows: "0..n-1", 0: "scattered"}.get(keys.dense_rows, "mixed")
         plan.keys_sampled = keys.sampled
         if volatile["type"] in ("hash_map", "multi_process_hash_map"):
-            dense = keys.dense_rows if cached else 0
+            dense = keys.dense_rows if cached else 0  # without a cache all keys were looked at, for the proposal
             plan.volatile_rows = cached
-            plan.volatile_bytes = sizes.hash_map_bytes(cached, plan.row_bytes, volatile["num_partitions"], dense)
+            table_bytes = sizes.hash_map_bytes if volatile["type"] == "hash_map" else sizes.shared_map_bytes
+            plan.volatile_bytes = table_bytes(cached, dense, plan.row_bytes, *_shape(volatile), keys.others_early)
         elif volatile["type"] == "redis_cluster":
             plan.volatile_rows = cached
             plan.volatile_bytes = sizes.redis_bytes(
@@ -154,7 +177,9 @@ def _add_rocksdb(plan: MemoryPlan, persistent: dict[str, Any]) -> None:
         sizes.rocksdb_filter_bytes(table.rows, table.row_bytes) for table in plan.tables
     )
     if not persistent["read_only"]:
-        plan.host.temporary["RocksDB: rows that are being written, at most"] = min(sizes.ROCKSDB_WRITES, 2 * on_disk)
+        loaded = sizes.rocksdb_load_bytes([(table.rows, table.row_bytes) for table in plan.tables])
+        plan.host.temporary["RocksDB: rows that are being loaded, at most"] = loaded
+        plan.host.temporary["RocksDB: updates that are being written, at most"] = min(sizes.ROCKSDB_UPDATES, on_disk)
     plan.notes.append("RocksDB reads through the system's page cache: memory that is left over makes it faster")
     plan.disk = Resource(f"disk at {persistent['path']}", available=machine.free_disk_bytes(persistent["path"]))
     if persistent["read_only"]:

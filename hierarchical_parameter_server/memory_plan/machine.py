@@ -22,6 +22,15 @@ def free_disk_bytes(path: str) -> int | None:
     return None
 
 
+def free_shared_memory_bytes(name: str) -> int | None:
+    """In /dev/shm, where what the file of that name has already counts as free."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return None
+    file = folder / name
+    return shutil.disk_usage(folder).free + (file.stat().st_blocks * 512 if file.exists() else 0)
+
+
 def gpu_free_bytes() -> dict[int, int]:
     """Free memory of each GPU by its number, as the driver tells; none without a driver."""
     command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]

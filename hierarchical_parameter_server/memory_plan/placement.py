@@ -28,7 +28,7 @@ def propose(
     for table in by_heat:
         on_gpu = sizes.gpu_cache_bytes(table.rows, table.row_bytes, table.key_bytes)
         dense = table.rows if table.keys == "0..n-1" else 0
-        on_host = sizes.hash_map_bytes(table.rows, table.row_bytes, num_partitions, dense)
+        on_host = sizes.hash_map_bytes(table.rows, dense, table.row_bytes, num_partitions)
         heat = f"{table.keys_per_sample} keys a sample"
         if on_gpu <= gpu_left:
             gpu_left -= on_gpu

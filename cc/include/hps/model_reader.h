@@ -42,6 +42,15 @@ Result<std::unique_ptr<ModelReader>> OpenTableFolder(const std::string& path, ui
 // spread over both files. Equal text means the same version.
 Result<std::string> FingerprintTableFolder(const std::string& path, uint32_t width);
 
+// How many of the keys of the first `rows` rows of a folder are in 0 .. rows - 1, in any order: what decides about the
+// size of an index. Reads up to `whole_rows` keys; of more it reads blocks that are spread over them, and estimates.
+struct DenseKeys {
+  uint64_t rows = 0;
+  bool sampled = false;
+  bool others_early = false;  // among the first 1/16 of the rows are other keys
+};
+Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_t whole_rows = uint64_t{8} << 20);
+
 }  // namespace hps
 
 #endif  // HPS_MODEL_READER_H_

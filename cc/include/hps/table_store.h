@@ -113,6 +113,12 @@ struct StoreCapabilities {
   bool writable = true;      // false: opened read-only, every write is kFailedPrecondition
 };
 
+// A table that is going to be created and filled with spec.expected_rows rows.
+struct TableLoad {
+  TableSpec spec;
+  uint64_t dense_rows = 0;  // rows whose keys are in 0 .. expected_rows - 1: cheaper in some stores
+};
+
 class TableStore {
  public:
   virtual ~TableStore() = default;
@@ -120,6 +126,8 @@ class TableStore {
   // "hash_map", "redis_cluster", "rocks_db": the name used in configuration, reports and metrics.
   virtual std::string_view kind() const = 0;
   virtual StoreCapabilities capabilities() const = 0;
+  // About how much of this host's memory such loads take, at their highest. 0: the rows go elsewhere.
+  virtual uint64_t MemoryFor(std::span<const TableLoad> /*loads*/) const { return 0; }
 
   // kNotFound if there is no such table; kFailedPrecondition if its stored rows have another size.
   virtual Result<std::shared_ptr<Table>> OpenTable(const TableSpec& spec) = 0;
