@@ -261,9 +261,9 @@ TEST_F(ServerRegistryTest, AChildMayDropASessionWhoseServerIsGone) {
 int RunRole(const std::string& role, const fs::path& folder) {
   static std::atomic<int> lookups{0};
   const auto server = Value(ParameterServer::Open((folder / "ps.json").string()));
-  // As a host does that never lets go; static, so that the leak checker sees it held.
-  static const auto* const held = new std::shared_ptr<ParameterServer>(server);
-  (void)held;
+  // As a host does that never lets go. Volatile, so that the pointer is really kept, where the leak checker sees it.
+  static std::shared_ptr<ParameterServer>* volatile held;
+  held = new std::shared_ptr<ParameterServer>(server);
   for (int t = 0; t < 3; ++t) {
     std::thread([session = Value(server->NewSession("m")), t] {
       for (;;) {
