@@ -142,6 +142,7 @@ class RedisTable final : public Table {
       if (!place->dropped) HPS_RETURN_IF_ERROR(CheckThere(kNoDeadline, nullptr));
       TableStats stats;
       for (const RedisCommandTask& task : tasks) stats.rows += static_cast<uint64_t>(task.reply.integer);
+      stats.evicted_rows = state_->evicted_rows;
       return stats;
     }
   }
@@ -273,13 +274,13 @@ class RedisTable final : public Table {
     for (const auto& task : tasks) pointers.push_back(task.get());
     HPS_RETURN_IF_ERROR(session_->cluster->Run(pointers, kNoDeadline));
     if (!overflow().bounded()) return OkStatus();
+    std::vector<WrittenPartition> filled;
     for (uint32_t i = 0; i < place->partitions.size(); ++i) {
       const size_t begin = i == 0 ? 0 : ends[i - 1];
       if (begin == ends[i]) continue;
-      HPS_RETURN_IF_ERROR(EvictOverflow(*session_, state_->layout(), place->partitions[i],
-                                        std::span<const Key>(written).subspan(begin, ends[i] - begin)));
+      filled.push_back({&place->partitions[i], std::span<const Key>(written).subspan(begin, ends[i] - begin)});
     }
-    return OkStatus();
+    return EvictOverflow(*session_, state_->layout(), filled, &state_->evicted_rows);
   }
 
   // A cursor means something only to the process that gave it. When the rows were moved, or the node changed or was
