@@ -59,7 +59,9 @@ class RedisTable final : public Table {
       if (!status.ok()) return status.WithContext(where_);
       if (std::find(found.begin(), found.end(), 0) == found.end()) break;
       if (!state_->IsCurrent(place)) continue;  // the rows were moved meanwhile
-      if (!place->dropped) HPS_RETURN_IF_ERROR(CheckThere(request.deadline, request.cancelled));
+      if (!place->dropped) {
+        HPS_RETURN_IF_ERROR(CheckThere(request.deadline, request.cancelled, RedisWhenAllRefuse::kFail));
+      }
       break;
     }
     for (size_t i = 0; i < count; ++i) {
@@ -170,11 +172,12 @@ class RedisTable final : public Table {
 
   // The table's description is gone when another process dropped the table, and when Redis lost its contents. Missing
   // rows say nothing then.
-  Status CheckThere(Deadline deadline, const std::atomic<bool>* cancelled) const {
+  Status CheckThere(Deadline deadline, const std::atomic<bool>* cancelled,
+                    RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait) const {
     const std::string key = RedisDescriptionKey(spec_.name);
     RedisCommandTask task(RedisSlot(key), {"HMGET", key, "num_partitions", "dropping"});
     RedisTask* const pointer = &task;
-    const Status status = session_->cluster->Run(std::span(&pointer, 1), deadline, cancelled);
+    const Status status = session_->cluster->Run(std::span(&pointer, 1), deadline, cancelled, when_all_refuse);
     if (!status.ok()) return status.WithContext(where_);
     const std::vector<RedisReply>& fields = task.reply.elements;
     if (fields.size() == 2 && fields[0].kind == RedisReply::Kind::kString && fields[1].kind == RedisReply::Kind::kNil) {
@@ -213,7 +216,7 @@ class RedisTable final : public Table {
         tasks.emplace_back(ValuesOf(place.partitions[i]), &target, members.subspan(first, count));
       });
     }
-    return session_->Run(tasks, request.deadline, request.cancelled);
+    return session_->Run(tasks, request.deadline, request.cancelled, RedisWhenAllRefuse::kFail);
   }
 
   void NoteReads(const FetchRequest& request, const std::vector<uint8_t>& found) const {
