@@ -1,6 +1,7 @@
-// Invariants: replies come in the order of outstanding_, so its front is the task that the parser feeds. hiredis parses
-// with our object functions: for a streaming task the elements go to the task as they arrive and no object is made; for
-// others a RedisReply is built, where the vector that is being filled is always the last element of its parent's.
+// Invariants: replies come in the order of outstanding_, so its front is the task that the parser feeds. Lists for
+// streaming tasks are taken by RedisListParser. hiredis parses everything else with our object functions, which build a
+// RedisReply, where the vector that is being filled is always the last element of its parent's; it is never asked while
+// a list is next, so a reply of its own is under way (ridx >= 0) only where no list is.
 // A failed status is final. OpenSSL's error queue of the thread is left empty.
 
 #include "cc/storage/redis_connection.h"
@@ -28,6 +29,8 @@
 #include <filesystem>
 #include <mutex>
 #include <thread>
+
+#include "cc/storage/redis_list_parser.h"
 
 namespace hps {
 namespace {
@@ -403,33 +406,88 @@ class Connection final : public RedisConnection {
     return OkStatus();
   }
 
+  // Rows are taken where they were read to, a buffer that stays in the processor's cache; all else, and the beginning
+  // of a row whose end has not come, waits in hiredis' buffer.
   Status Receive(std::vector<RedisTask*>* done) {
-    thread_local std::vector<char> bytes(kReadBytes);
+    thread_local std::vector<char> bytes(2 * kReadBytes);
+    redisReader& reader = *context_->reader;
     while (true) {
-      const ssize_t count = context_->funcs->read(context_, bytes.data(), bytes.size());
+      const size_t kept = TakeBack(bytes.data());
+      const ssize_t count = context_->funcs->read(context_, bytes.data() + kept, kReadBytes);
+      const char* at = bytes.data();
+      const char* const end = at + kept + std::max<ssize_t>(count, 0);
+      const Status status = reader.pos == reader.len ? TakeLists(&at, end, done) : OkStatus();
+      if (redisReaderFeed(&reader, at, static_cast<size_t>(end - at)) != REDIS_OK) {
+        return Lost(reader.errstr + PlainDoubt());
+      }
+      HPS_RETURN_IF_ERROR(status);
       if (count < 0) return Failure();
       if (count == 0) return OkStatus();
-      if (redisReaderFeed(context_->reader, bytes.data(), static_cast<size_t>(count)) != REDIS_OK) {
-        return Lost(context_->reader->errstr + PlainDoubt());
-      }
       HPS_RETURN_IF_ERROR(Parse(done));
       // Less than was asked for: the socket is empty. A TLS session may hold more in its own buffer.
-      if (ssl_ == nullptr && static_cast<size_t>(count) < bytes.size()) return OkStatus();
+      if (ssl_ == nullptr && static_cast<size_t>(count) < kReadBytes) return OkStatus();
     }
   }
 
-  Status Parse(std::vector<RedisTask*>* done) {
-    while (true) {
-      void* reply = nullptr;
-      const int result = redisReaderGetReply(context_->reader, &reply);
-      if (!refusal_.ok()) return refusal_;
-      if (result != REDIS_OK) return Lost(std::string("not a Redis reply: ") + context_->reader->errstr + PlainDoubt());
-      if (reply == nullptr) {
-        if (context_->reader->len < kMaxBuffered) return OkStatus();
-        return Lost("not a Redis reply: it does not end");
-      }
+  // Moves the beginning of an element of a list out of hiredis' buffer.
+  size_t TakeBack(char* to) {
+    redisReader& reader = *context_->reader;
+    const size_t kept = reader.len - reader.pos;
+    if (kept > kReadBytes || (kept > 0 && !ListIsNext(reader.buf[reader.pos]))) return 0;
+    std::memcpy(to, reader.buf + reader.pos, kept);
+    sdsclear(reader.buf);
+    reader.pos = reader.len = 0;
+    return kept;
+  }
+
+  // Whether the byte, the next one, belongs to a list that goes to its task.
+  bool ListIsNext(char next) const {
+    if (list_.inside()) return true;
+    return Streaming() && context_->reader->ridx < 0 && RedisListParser::BeginsList(next);
+  }
+
+  // Takes lists from *at on, until something else comes or the bytes end.
+  Status TakeLists(const char** at, const char* end, std::vector<RedisTask*>* done) {
+    while (*at < end && ListIsNext(**at)) {
+      bool complete = false;
+      const Status status = list_.Take(*outstanding_.front().task, at, end, &complete);
+      if (status.code() == StatusCode::kUnavailable) return Lost(status.message());
+      HPS_RETURN_IF_ERROR(status);
+      if (!complete) break;
+      streamed_ = true;
       HPS_RETURN_IF_ERROR(OnReply(done));
     }
+    return OkStatus();
+  }
+
+  Status Parse(std::vector<RedisTask*>* done) {
+    redisReader& reader = *context_->reader;
+    while (reader.pos < reader.len) {  // asked without a byte, hiredis would begin a reply
+      if (ListIsNext(reader.buf[reader.pos])) {
+        const char* at = reader.buf + reader.pos;
+        HPS_RETURN_IF_ERROR(TakeLists(&at, reader.buf + reader.len, done));
+        reader.pos = static_cast<size_t>(at - reader.buf);
+        if (reader.pos >= kReadBytes) {
+          sdsrange(reader.buf, static_cast<ssize_t>(reader.pos), -1);
+          reader.pos = 0;
+          reader.len = sdslen(reader.buf);
+        }
+        if (reader.pos == reader.len || !ListIsNext(reader.buf[reader.pos])) continue;
+        return CheckEnds();
+      }
+      void* reply = nullptr;
+      const int result = redisReaderGetReply(&reader, &reply);
+      if (!refusal_.ok()) return refusal_;
+      if (result != REDIS_OK) return Lost(std::string("not a Redis reply: ") + reader.errstr + PlainDoubt());
+      if (reply == nullptr) return CheckEnds();
+      HPS_RETURN_IF_ERROR(OnReply(done));
+    }
+    return OkStatus();
+  }
+
+  Status CheckEnds() const {
+    if (context_->reader->len < kMaxBuffered) return OkStatus();
+    return Lost("not a Redis reply: it does not end");
   }
 
   Status OnReply(std::vector<RedisTask*>* done) {
@@ -473,15 +531,13 @@ class Connection final : public RedisConnection {
                             : item->type == REDIS_REPLY_ERROR ? Kind::kError
                                                               : Kind::kStatus;
           // hiredis skips what stands behind a string of given length. Unless that is a line break the bytes are not
-          // from Redis, and without this the last row of a reply would be taken though its end is garbage.
+          // from Redis.
           if (item->type == REDIS_REPLY_STRING && std::memcmp(text + size, "\r\n", 2) != 0) {
             Self(item).Refuse(Self(item).Lost("not a Redis reply: a string without a line break behind it"));
           }
           return Self(item).OnItem(item, kind, 0, text, size);
         },
-        .createArray = [](const redisReadTask* item, size_t elements) -> void* {
-          return Self(item).OnArray(item, elements);
-        },
+        .createArray = [](const redisReadTask* item, size_t) -> void* { return Self(item).OnArray(item); },
         .createInteger = [](const redisReadTask* item, long long number) -> void* {
           return Self(item).OnItem(item, RedisReply::Kind::kInteger, number, nullptr, 0);
         },
@@ -508,19 +564,6 @@ class Connection final : public RedisConnection {
   }
 
   void* OnItem(const redisReadTask* item, RedisReply::Kind kind, int64_t integer, const char* text, size_t size) {
-    if (item->parent != nullptr && streamed_) {
-      // Only a string of given length is a row. Errors and status lines may be as long as one.
-      const std::string& command = outstanding_.front().task->command;
-      if (kind == RedisReply::Kind::kError) {
-        Refuse(Lost("an error in the place of an element of a reply to " + command + ": " + std::string(text, size)));
-      } else if (item->parent->parent != nullptr ||
-                 (kind != RedisReply::Kind::kString && kind != RedisReply::Kind::kNil)) {
-        Refuse(Lost("a reply to " + command + " of another form"));
-      } else if (refusal_.ok()) {
-        Refuse(outstanding_.front().task->OnElement(static_cast<size_t>(item->idx), text, size));
-      }
-      return this;
-    }
     RedisReply& reply = item->parent == nullptr ? root_ : Parent(item).elements.emplace_back();
     reply.kind = kind;
     reply.integer = integer;
@@ -528,16 +571,7 @@ class Connection final : public RedisConnection {
     return &reply;
   }
 
-  void* OnArray(const redisReadTask* item, size_t elements) {
-    if (item->parent == nullptr && Streaming()) {
-      streamed_ = true;
-      Refuse(outstanding_.front().task->OnArray(elements));
-      return this;
-    }
-    if (streamed_) {
-      Refuse(Lost("a reply to " + outstanding_.front().task->command + " of another form"));
-      return this;
-    }
+  void* OnArray(const redisReadTask* item) {
     RedisReply& reply = item->parent == nullptr ? root_ : Parent(item).elements.emplace_back();
     reply.kind = RedisReply::Kind::kArray;
     return &reply;
@@ -559,7 +593,8 @@ class Connection final : public RedisConnection {
   std::deque<Entry> outstanding_;
   std::string buffer_;
   RedisReply root_;
-  bool streamed_ = false;  // the reply that is being parsed goes to its task element by element
+  RedisListParser list_;
+  bool streamed_ = false;  // the reply that has just ended went to its task element by element
   Status refusal_;         // of a task, while its reply was parsed
 };
 

@@ -285,6 +285,15 @@ TEST_F(RedisStore, BatchesOfAMillion) {
   EXPECT_EQ(erased, keys.size());
 }
 
+TEST_F(RedisStore, RowsLongerThanWhatIsReadAtOnce) {
+  const auto store = Open({.num_partitions = 2});
+  const auto table = Value(store->CreateTable({.name = "hps_et.m.t", .row_bytes = 1'000'000}));
+  const std::vector<Key> keys = KeyRange(-10, 20);
+  ASSERT_OK(Put(*table, keys, 3));
+  ExpectAll(*table, keys, 3);
+  EXPECT_EQ(Get(*table, KeyRange(0, 20)).found(), 10u);
+}
+
 class RedisOverflow : public RedisStore {
  protected:
   std::shared_ptr<Table> Create(OverflowPolicy policy, bool refresh = false) {
