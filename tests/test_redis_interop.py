@@ -106,6 +106,30 @@ def test_rows_go_both_ways(tmp_path, service, long_keys):
         np.testing.assert_array_equal(server.lookup(keys[2:], "main"), rows[2:])
 
 
+@pytest.mark.parametrize("long_keys", [True, False])
+def test_what_another_client_wrote_is_served_without_a_load(tmp_path, service, long_keys):
+    """The other client writes the table; our loader never touches it, and there is no folder that it could load."""
+    keys = LONG_KEYS if long_keys else SHORT_KEYS
+    rows = rows_of(keys)
+    with service.client() as client:
+        for key, row in zip(keys, rows, strict=True):
+            client.hset(values_key(partition_of(key, long_keys)), raw(key, long_keys), row.tobytes())
+    model = model_config(
+        "main", {"items": (tmp_path / "nowhere", WIDTH)}, default_value_for_each_table=[DEFAULT_VALUE]
+    )
+    section = volatile_db(service, initialize_after_startup=False)
+    path = write_config(tmp_path / "ps.json", [model], long_keys=long_keys, volatile_db=section)
+    with hps.ParameterServer(path) as server, service.client() as client:
+        np.testing.assert_array_equal(server.lookup(keys, "main"), rows)
+        absent = np.arange(7000, 7100)
+        np.testing.assert_array_equal(server.lookup(absent, "main"), np.full((100, WIDTH), DEFAULT_VALUE, "f4"))
+        # Each row lies where it was, and nowhere else.
+        for key, row in zip(keys, rows, strict=True):
+            assert client.hget(values_key(partition_of(key, long_keys)), raw(key, long_keys)) == row.tobytes()
+        hashes = {name.decode() for name in client.scan_iter("hps_et*")}
+        assert hashes == {values_key(i) for i in range(PARTITIONS)}
+
+
 def test_row_of_another_length_fails_the_lookup(tmp_path, service):
     with serve(tmp_path, service, LONG_KEYS, rows_of(LONG_KEYS)) as server, service.client() as client:
         client.hset(values_key(partition_of(255, True)), raw(255, True), b"short")

@@ -91,8 +91,9 @@ Result<std::shared_ptr<RedisCluster>> RedisCluster::Open(RedisClusterOptions opt
                      status.message());
 }
 
-Status RedisCluster::Run(std::span<RedisTask* const> tasks, Deadline deadline, const std::atomic<bool>* cancelled) {
-  RedisExchange exchange(*this, deadline, cancelled);
+Status RedisCluster::Run(std::span<RedisTask* const> tasks, Deadline deadline, const std::atomic<bool>* cancelled,
+                         RedisWhenAllRefuse when_all_refuse) {
+  RedisExchange exchange(*this, deadline, cancelled, /*probing=*/false, when_all_refuse);
   return exchange.Run(tasks);
 }
 
@@ -110,7 +111,7 @@ void RedisCluster::Close() {
   }
 }
 
-RedisCluster::Loan RedisCluster::Borrow(RedisNode& node, Deadline deadline, bool beyond_limit) {
+RedisCluster::Loan RedisCluster::Borrow(RedisNode& node, Deadline deadline, bool beyond_limit, bool at_once) {
   Loan loan;
   std::vector<std::unique_ptr<RedisConnection>> broken;  // closed when the lock is released
   {
@@ -130,19 +131,20 @@ RedisCluster::Loan RedisCluster::Borrow(RedisNode& node, Deadline deadline, bool
       loan.exhausted = true;
       return loan;
     }
-    if (steady_clock::now() < node.retry_at) {
+    if (steady_clock::now() < node.retry_at && !(at_once && node.refused)) {
       loan.retry_at = node.retry_at;
       return loan;
     }
     ++node.lent;
   }
-  auto begun = RedisConnection::Begin(node.endpoint, options_.login, deadline);
+  bool refused = false;
+  auto begun = RedisConnection::Begin(node.endpoint, options_.login, &node.notes, deadline, &refused);
   if (begun.ok()) {
     loan.connection = std::move(begun).value();
     return loan;
   }
   loan.problem = begun.status();
-  Lost(node, false);
+  Lost(node, false, refused);
   std::lock_guard lock(node.mutex);
   loan.retry_at = node.retry_at;
   return loan;
@@ -158,11 +160,12 @@ void RedisCluster::Return(RedisNode& node, std::unique_ptr<RedisConnection> conn
   node.returned.notify_one();
 }
 
-void RedisCluster::Lost(RedisNode& node, bool reached) {
+void RedisCluster::Lost(RedisNode& node, bool reached, bool refused) {
   {
     std::lock_guard lock(node.mutex);
     --node.lent;
     ++node.generation;
+    node.refused = refused;
     node.failures = reached ? 0 : node.failures + 1;
     node.retry_at = steady_clock::now() + ConnectBackOff(node.failures);
   }
@@ -172,6 +175,7 @@ void RedisCluster::Lost(RedisNode& node, bool reached) {
 void RedisCluster::Reached(RedisNode& node) {
   std::lock_guard lock(node.mutex);
   node.failures = 0;
+  node.refused = false;
   node.retry_at = {};
 }
 
@@ -192,49 +196,66 @@ void RedisCluster::MoveSlot(uint16_t slot, const RedisEndpoint& endpoint) {
   topology_ = std::move(moved);
 }
 
-void RedisCluster::Refresh(Deadline deadline) {
-  if (!topology()->cluster) return;
-  const Deadline patience = std::min(deadline, steady_clock::now() + std::chrono::seconds(2));
-  {
-    std::unique_lock lock(refresh_mutex_);
-    if (refreshing_) {
-      refreshed_.wait_until(lock, patience, [this] { return !refreshing_; });
-      return;
-    }
-    if (steady_clock::now() - refreshed_at_ < kRefreshInterval) return;
-    refreshing_ = true;
-  }
-  // Nodes that answered last come first; of equals any.
+std::vector<RedisEndpoint> RedisCluster::KnownEndpoints() const {
   const auto known = topology();
   std::vector<RedisEndpoint> endpoints;
-  std::vector<RedisEndpoint> failing;
   const auto add = [&](const RedisEndpoint& endpoint) {
     const auto same = [&](const RedisEndpoint& other) {
       return other.host == endpoint.host && other.port == endpoint.port;
     };
-    if (std::any_of(endpoints.begin(), endpoints.end(), same) || std::any_of(failing.begin(), failing.end(), same)) {
-      return;
-    }
-    const std::shared_ptr<RedisNode> node = NodeOf(endpoint);
-    std::lock_guard node_lock(node->mutex);
-    (node->failures == 0 && steady_clock::now() >= node->retry_at ? endpoints : failing).push_back(endpoint);
+    if (std::none_of(endpoints.begin(), endpoints.end(), same)) endpoints.push_back(endpoint);
   };
   for (const auto& node : known->masters) add(node->endpoint);
+  // Of servers that are no cluster, the one that answered when the store was opened has the rows.
+  if (!known->cluster) return endpoints;
   for (const RedisEndpoint& endpoint : known->replicas) add(endpoint);
   for (const RedisEndpoint& endpoint : options_.seeds) add(endpoint);
-  std::shuffle(endpoints.begin(), endpoints.end(), std::minstd_rand(std::random_device{}()));
-  endpoints.insert(endpoints.end(), failing.begin(), failing.end());
-  for (size_t first = 0; first < endpoints.size() && steady_clock::now() < patience; first += kAskedAtOnce) {
-    const size_t count = std::min(kAskedAtOnce, endpoints.size() - first);
-    const Deadline until = std::min(deadline, steady_clock::now() + kAskTime);
-    if (Ask(std::span(endpoints).subspan(first, count), until).ok()) break;
+  return endpoints;
+}
+
+bool RedisCluster::Refresh(Deadline deadline) {
+  std::vector<RedisEndpoint> endpoints = KnownEndpoints();
+  const auto all_refused = [&] {
+    return std::all_of(endpoints.begin(), endpoints.end(), [&](const RedisEndpoint& endpoint) {
+      const std::shared_ptr<RedisNode> node = NodeOf(endpoint);
+      std::lock_guard lock(node->mutex);
+      return node->refused;
+    });
+  };
+  if (!topology()->cluster) return all_refused();
+  const Deadline patience = std::min(deadline, steady_clock::now() + std::chrono::seconds(2));
+  {
+    std::unique_lock lock(refresh_mutex_);
+    if (refreshing_) {
+      return refreshed_.wait_until(lock, patience, [this] { return !refreshing_; }) && all_refused_;
+    }
+    if (steady_clock::now() - refreshed_at_ < kRefreshInterval) return all_refused_;
+    refreshing_ = true;
   }
+  // Nodes that answered last come first; of equals any.
+  std::shuffle(endpoints.begin(), endpoints.end(), std::minstd_rand(std::random_device{}()));
+  std::stable_partition(endpoints.begin(), endpoints.end(), [&](const RedisEndpoint& endpoint) {
+    const std::shared_ptr<RedisNode> node = NodeOf(endpoint);
+    std::lock_guard lock(node->mutex);
+    return node->failures == 0 && steady_clock::now() >= node->retry_at;
+  });
+  bool asked_all = true;
+  for (size_t first = 0; first < endpoints.size(); first += kAskedAtOnce) {
+    const Deadline now = steady_clock::now();
+    const size_t count = std::min(kAskedAtOnce, endpoints.size() - first);
+    asked_all =
+        now < patience && !Ask(std::span(endpoints).subspan(first, count), std::min(deadline, now + kAskTime)).ok();
+    if (!asked_all) break;
+  }
+  const bool refused = asked_all && all_refused();
   {
     std::lock_guard lock(refresh_mutex_);
     refreshing_ = false;
+    all_refused_ = refused;
     refreshed_at_ = steady_clock::now();
   }
   refreshed_.notify_all();
+  return refused;
 }
 
 Status RedisCluster::Ask(std::span<const RedisEndpoint> endpoints, Deadline deadline) {

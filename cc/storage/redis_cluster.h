@@ -33,17 +33,23 @@ struct RedisClusterOptions {
   std::chrono::milliseconds patience = std::chrono::seconds(15);
 };
 
+// What becomes of a batch where nothing listens at any known address: a server that restarts is worth waiting for,
+// unless another tier has the rows.
+enum class RedisWhenAllRefuse { kWait, kFail };
+
 // A server and the connections to it. Connections are lent to one batch at a time.
 struct RedisNode {
   explicit RedisNode(RedisEndpoint where) : endpoint(std::move(where)), name(endpoint.ToString()) {}
   const RedisEndpoint endpoint;
   const std::string name;
+  RedisServerNotes notes;
 
   std::mutex mutex;  // guards the rest; a leaf
   std::condition_variable returned;
   std::vector<std::unique_ptr<RedisConnection>> idle;
   uint32_t lent = 0;
   int failures = 0;         // attempts to connect that failed since the last that did not
+  bool refused = false;     // the last attempt was: nothing listens there
   Deadline retry_at{};      // not before
   uint64_t generation = 0;  // grows when a connection is lost: the server may be another process since then
 };
@@ -63,7 +69,10 @@ class RedisCluster {
 
   // Returns when all tasks are done, or with the first error that trying again does not cure, or when the time is up.
   // After an error the state of the tasks is unknown, but nothing touches them any more.
-  Status Run(std::span<RedisTask* const> tasks, Deadline deadline, const std::atomic<bool>* cancelled = nullptr);
+  // `when_all_refuse` kFail: also, as kUnavailable, as soon as nothing listens at any known address. A cluster of which
+  // a node answers is waited for all the same: it may be failing over.
+  Status Run(std::span<RedisTask* const> tasks, Deadline deadline, const std::atomic<bool>* cancelled = nullptr,
+             RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait);
 
   std::shared_ptr<const RedisTopology> topology() const;
   const RedisClusterOptions& options() const { return options_; }
@@ -82,16 +91,19 @@ class RedisCluster {
     Deadline retry_at{};                          // the node is given a rest until then
     Status problem;                               // an attempt to connect failed
   };
-  Loan Borrow(RedisNode& node, Deadline deadline, bool beyond_limit);
+  // at_once: a node that refused is asked again without a rest, which costs next to nothing.
+  Loan Borrow(RedisNode& node, Deadline deadline, bool beyond_limit, bool at_once);
   void Return(RedisNode& node, std::unique_ptr<RedisConnection> connection);
-  // A lent connection was lost; `reached`: it had been in use.
-  void Lost(RedisNode& node, bool reached);
+  // A lent connection was lost; `reached`: it had been in use; `refused`: nothing listens there.
+  void Lost(RedisNode& node, bool reached, bool refused);
   void Reached(RedisNode& node);
 
   std::shared_ptr<RedisNode> NodeOf(const RedisEndpoint& endpoint);
   void MoveSlot(uint16_t slot, const RedisEndpoint& endpoint);
-  // Asks for the slot map, unless that was done a moment ago; one thread at a time does, the others wait for it.
-  void Refresh(Deadline deadline);
+  // Asks for the slot map, unless that was done a moment ago; one thread at a time does, the others wait for it. True:
+  // nothing listens at any known address.
+  bool Refresh(Deadline deadline);
+  std::vector<RedisEndpoint> KnownEndpoints() const;
   Status Ask(std::span<const RedisEndpoint> endpoints, Deadline deadline);
   // The master of slots [first, last] is `master`; replicas are noted.
   struct SlotRange {
@@ -106,8 +118,9 @@ class RedisCluster {
   mutable std::mutex mutex_;  // guards the next two
   std::map<std::string, std::shared_ptr<RedisNode>> nodes_;
   std::shared_ptr<const RedisTopology> topology_;
-  std::mutex refresh_mutex_;  // guards the next two; a leaf
+  std::mutex refresh_mutex_;  // guards the next three; a leaf
   bool refreshing_ = false;   // a thread is asking
+  bool all_refused_ = false;  // the last time
   Deadline refreshed_at_{};   // when the last answer came, or did not
   std::condition_variable refreshed_;
   std::atomic<bool> closed_{false};

@@ -1,6 +1,7 @@
-// Invariants: replies come in the order of outstanding_, so its front is the task that the parser feeds. hiredis parses
-// with our object functions: for a streaming task the elements go to the task as they arrive and no object is made; for
-// others a RedisReply is built, where the vector that is being filled is always the last element of its parent's.
+// Invariants: replies come in the order of outstanding_, so its front is the task that the parser feeds. Lists for
+// streaming tasks are taken by RedisListParser. hiredis parses everything else with our object functions, which build a
+// RedisReply, where the vector that is being filled is always the last element of its parent's; it is never asked while
+// a list is next, so a reply of its own is under way (ridx >= 0) only where no list is.
 // A failed status is final. OpenSSL's error queue of the thread is left empty.
 
 #include "cc/storage/redis_connection.h"
@@ -20,6 +21,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
@@ -27,6 +29,8 @@
 #include <filesystem>
 #include <mutex>
 #include <thread>
+
+#include "cc/storage/redis_list_parser.h"
 
 namespace hps {
 namespace {
@@ -157,8 +161,8 @@ class AuthTask final : public RedisTask {
 
 class Connection final : public RedisConnection {
  public:
-  Connection(RedisEndpoint endpoint, const RedisLogin* login, std::vector<Address> addresses)
-      : endpoint_(std::move(endpoint)), login_(login), auth_(login), addresses_(std::move(addresses)) {}
+  Connection(RedisEndpoint endpoint, const RedisLogin* login, RedisServerNotes* notes, std::vector<Address> addresses)
+      : endpoint_(std::move(endpoint)), login_(login), notes_(notes), auth_(login), addresses_(std::move(addresses)) {}
   ~Connection() override {
     if (context_ != nullptr) {
       redisFree(context_);  // the socket and the TLS session too
@@ -176,6 +180,7 @@ class Connection final : public RedisConnection {
       fd_ = ::socket(address.family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
       if (fd_ < 0) {
         problem = std::strerror(errno);
+        reachable_ = true;  // for all that is known
         continue;
       }
       const int on = 1;
@@ -187,16 +192,19 @@ class Connection final : public RedisConnection {
         return OkStatus();
       }
       problem = std::strerror(errno);
+      if (errno != ECONNREFUSED) reachable_ = true;
     }
+    refused_ = !reachable_ && !addresses_.empty();
     return Lost("cannot connect: " + problem);
   }
 
   int fd() const override { return fd_; }
   bool ready() const override { return phase_ == Phase::kReady; }
-  std::string_view waits_for() const override {
+  bool refused() const override { return refused_; }
+  std::string waits_for() const override {
     switch (phase_) {
       case Phase::kConnecting: return "the connection";
-      case Phase::kHandshake: return "the TLS handshake; does the server speak TLS at this port?";
+      case Phase::kHandshake: return "the TLS handshake" + TlsDoubt();
       case Phase::kLogin: return "the login";
       case Phase::kReady: break;
     }
@@ -238,7 +246,9 @@ class Connection final : public RedisConnection {
       if (::poll(&waiting, 1, 0) == 0) return OkStatus();
       ::getsockopt(fd_, SOL_SOCKET, SO_ERROR, &error, &size);
       if (error != 0) {
+        if (error != ECONNREFUSED) reachable_ = true;
         if (next_address_ < addresses_.size()) return ConnectNext();
+        refused_ = !reachable_;
         return Lost(std::string("cannot connect: ") + std::strerror(error));
       }
       HPS_RETURN_IF_ERROR(Establish());
@@ -273,6 +283,13 @@ class Connection final : public RedisConnection {
   Status Lost(const std::string& what) const { return Unavailable("redis node " + endpoint_.ToString() + ": " + what); }
   Status Refused(const std::string& what) const {
     return FailedPrecondition("redis node " + endpoint_.ToString() + ": " + what);
+  }
+
+  // The hints stand where they may be true: only until the server has understood something, be it on another
+  // connection.
+  std::string TlsDoubt() const { return notes_->spoke ? "" : "; does the server speak TLS at this port?"; }
+  std::string PlainDoubt() const {
+    return notes_->spoke || login_->tls != nullptr ? "" : "; if the server speaks TLS only, set enable_tls";
   }
 
   void CloseSocket() {
@@ -321,7 +338,7 @@ class Connection final : public RedisConnection {
     const int error = SSL_get_error(ssl_, done);
     if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE) return OkStatus();
     if (error == SSL_ERROR_SYSCALL && ERR_peek_error() == 0) {
-      return Lost("the connection was lost in the TLS handshake; does the server speak TLS at this port?");
+      return Lost("the connection was lost in the TLS handshake" + TlsDoubt());
     }
     return TlsFailure(ssl_);
   }
@@ -349,7 +366,7 @@ class Connection final : public RedisConnection {
       return Refused("TLS failed: " + reason +
                      "; the server refused this client: check tls_client_certificate and tls_client_key");
     }
-    return Lost("TLS failed: " + reason + (heard_ ? "" : "; does the server speak TLS at this port?"));
+    return Lost("TLS failed: " + reason + TlsDoubt());
   }
 
   void BeginLogin() {
@@ -361,28 +378,21 @@ class Connection final : public RedisConnection {
 
   // After a call of hiredis that failed.
   Status Failure() {
-    if (ssl_ != nullptr) {
-      const unsigned long code = ERR_peek_last_error();
-      if (code != 0) {
-        const std::string reason = OpenSslReason();
-        if (reason.find("unexpected eof") == std::string::npos) return TlsRefusal(reason);
-        return Lost("the server closed the connection");
-      }
-    }
     std::string text = context_->errstr[0] != '\0' ? context_->errstr : std::strerror(errno);
-    if (!heard_ && ssl_ != nullptr) {
-      // A server that wants another certificate says so after the handshake, and what we send then meets a closed
-      // connection: look whether its word has arrived.
-      char byte = 0;
-      if (SSL_read(ssl_, &byte, 1) <= 0 && ERR_peek_last_error() != 0) {
-        const std::string reason = OpenSslReason();
-        if (reason.find("unexpected eof") == std::string::npos) return TlsRefusal(reason);
-      }
-      text += "; does the server ask for a client certificate (tls_client_certificate, tls_client_key)?";
-    } else if (!heard_ && login_->tls == nullptr) {
-      text += "; if the server speaks TLS only, set enable_tls";
+    if (ssl_ == nullptr) return Lost(text + PlainDoubt());
+    // A server that wants another certificate says so after the handshake, and what we send then may meet a connection
+    // that it has closed: its word has arrived before that, and is still to be read.
+    std::array<char, 4096> ignored;
+    for (int reads = 0; ERR_peek_last_error() == 0 && reads < 64; ++reads) {
+      if (SSL_read(ssl_, ignored.data(), ignored.size()) <= 0) break;
     }
-    return Lost(text);
+    if (ERR_peek_last_error() != 0) {
+      const std::string reason = OpenSslReason();
+      if (reason.find("unexpected eof") == std::string::npos) return TlsRefusal(reason);
+      text = "the server closed the connection";
+    }
+    if (notes_->spoke) return Lost(text);
+    return Lost(text + "; does the server ask for a client certificate (tls_client_certificate, tls_client_key)?");
   }
 
   Status Send() {
@@ -396,38 +406,93 @@ class Connection final : public RedisConnection {
     return OkStatus();
   }
 
+  // Rows are taken where they were read to, a buffer that stays in the processor's cache; all else, and the beginning
+  // of a row whose end has not come, waits in hiredis' buffer.
   Status Receive(std::vector<RedisTask*>* done) {
-    thread_local std::vector<char> bytes(kReadBytes);
+    thread_local std::vector<char> bytes(2 * kReadBytes);
+    redisReader& reader = *context_->reader;
     while (true) {
-      const ssize_t count = context_->funcs->read(context_, bytes.data(), bytes.size());
+      const size_t kept = TakeBack(bytes.data());
+      const ssize_t count = context_->funcs->read(context_, bytes.data() + kept, kReadBytes);
+      const char* at = bytes.data();
+      const char* const end = at + kept + std::max<ssize_t>(count, 0);
+      const Status status = reader.pos == reader.len ? TakeLists(&at, end, done) : OkStatus();
+      if (redisReaderFeed(&reader, at, static_cast<size_t>(end - at)) != REDIS_OK) {
+        return Lost(reader.errstr + PlainDoubt());
+      }
+      HPS_RETURN_IF_ERROR(status);
       if (count < 0) return Failure();
       if (count == 0) return OkStatus();
-      heard_ = true;
-      if (redisReaderFeed(context_->reader, bytes.data(), static_cast<size_t>(count)) != REDIS_OK) {
-        return Lost(context_->reader->errstr);
-      }
       HPS_RETURN_IF_ERROR(Parse(done));
       // Less than was asked for: the socket is empty. A TLS session may hold more in its own buffer.
-      if (ssl_ == nullptr && static_cast<size_t>(count) < bytes.size()) return OkStatus();
+      if (ssl_ == nullptr && static_cast<size_t>(count) < kReadBytes) return OkStatus();
     }
   }
 
-  Status Parse(std::vector<RedisTask*>* done) {
-    while (true) {
-      void* reply = nullptr;
-      const int result = redisReaderGetReply(context_->reader, &reply);
-      if (!refusal_.ok()) return refusal_;
-      if (result != REDIS_OK) return Lost(std::string("not a Redis reply: ") + context_->reader->errstr);
-      if (reply == nullptr) {
-        if (context_->reader->len < kMaxBuffered) return OkStatus();
-        return Lost("not a Redis reply: it does not end");
-      }
+  // Moves the beginning of an element of a list out of hiredis' buffer.
+  size_t TakeBack(char* to) {
+    redisReader& reader = *context_->reader;
+    const size_t kept = reader.len - reader.pos;
+    if (kept > kReadBytes || (kept > 0 && !ListIsNext(reader.buf[reader.pos]))) return 0;
+    std::memcpy(to, reader.buf + reader.pos, kept);
+    sdsclear(reader.buf);
+    reader.pos = reader.len = 0;
+    return kept;
+  }
+
+  // Whether the byte, the next one, belongs to a list that goes to its task.
+  bool ListIsNext(char next) const {
+    if (list_.inside()) return true;
+    return Streaming() && context_->reader->ridx < 0 && RedisListParser::BeginsList(next);
+  }
+
+  // Takes lists from *at on, until something else comes or the bytes end.
+  Status TakeLists(const char** at, const char* end, std::vector<RedisTask*>* done) {
+    while (*at < end && ListIsNext(**at)) {
+      bool complete = false;
+      const Status status = list_.Take(*outstanding_.front().task, at, end, &complete);
+      if (status.code() == StatusCode::kUnavailable) return Lost(status.message());
+      HPS_RETURN_IF_ERROR(status);
+      if (!complete) break;
+      streamed_ = true;
       HPS_RETURN_IF_ERROR(OnReply(done));
     }
+    return OkStatus();
+  }
+
+  Status Parse(std::vector<RedisTask*>* done) {
+    redisReader& reader = *context_->reader;
+    while (reader.pos < reader.len) {  // asked without a byte, hiredis would begin a reply
+      if (ListIsNext(reader.buf[reader.pos])) {
+        const char* at = reader.buf + reader.pos;
+        HPS_RETURN_IF_ERROR(TakeLists(&at, reader.buf + reader.len, done));
+        reader.pos = static_cast<size_t>(at - reader.buf);
+        if (reader.pos >= kReadBytes) {
+          sdsrange(reader.buf, static_cast<ssize_t>(reader.pos), -1);
+          reader.pos = 0;
+          reader.len = sdslen(reader.buf);
+        }
+        if (reader.pos == reader.len || !ListIsNext(reader.buf[reader.pos])) continue;
+        return CheckEnds();
+      }
+      void* reply = nullptr;
+      const int result = redisReaderGetReply(&reader, &reply);
+      if (!refusal_.ok()) return refusal_;
+      if (result != REDIS_OK) return Lost(std::string("not a Redis reply: ") + reader.errstr + PlainDoubt());
+      if (reply == nullptr) return CheckEnds();
+      HPS_RETURN_IF_ERROR(OnReply(done));
+    }
+    return OkStatus();
+  }
+
+  Status CheckEnds() const {
+    if (context_->reader->len < kMaxBuffered) return OkStatus();
+    return Lost("not a Redis reply: it does not end");
   }
 
   Status OnReply(std::vector<RedisTask*>* done) {
     if (outstanding_.empty()) return Lost("a reply to no command");
+    notes_->spoke = true;
     Entry& entry = outstanding_.front();
     RedisTask& task = *entry.task;
     RedisReply reply = std::move(root_);
@@ -461,22 +526,23 @@ class Connection final : public RedisConnection {
   static redisReplyObjectFunctions& Functions() {
     static redisReplyObjectFunctions functions = {
         .createString = [](const redisReadTask* item, char* text, size_t size) -> void* {
-          const bool error = item->type == REDIS_REPLY_ERROR;
+          using Kind = RedisReply::Kind;
+          const Kind kind = item->type == REDIS_REPLY_STRING  ? Kind::kString
+                            : item->type == REDIS_REPLY_ERROR ? Kind::kError
+                                                              : Kind::kStatus;
           // hiredis skips what stands behind a string of given length. Unless that is a line break the bytes are not
-          // from Redis, and without this the last row of a reply would be taken though its end is garbage.
+          // from Redis.
           if (item->type == REDIS_REPLY_STRING && std::memcmp(text + size, "\r\n", 2) != 0) {
             Self(item).Refuse(Self(item).Lost("not a Redis reply: a string without a line break behind it"));
           }
-          return Self(item).OnItem(item, error ? RedisReply::Kind::kError : RedisReply::Kind::kString, 0, text, size);
+          return Self(item).OnItem(item, kind, 0, text, size);
         },
-        .createArray = [](const redisReadTask* item, size_t elements) -> void* {
-          return Self(item).OnArray(item, elements);
-        },
+        .createArray = [](const redisReadTask* item, size_t) -> void* { return Self(item).OnArray(item); },
         .createInteger = [](const redisReadTask* item, long long number) -> void* {
           return Self(item).OnItem(item, RedisReply::Kind::kInteger, number, nullptr, 0);
         },
         .createDouble = [](const redisReadTask* item, double, char* text, size_t size) -> void* {
-          return Self(item).OnItem(item, RedisReply::Kind::kString, 0, text, size);
+          return Self(item).OnItem(item, RedisReply::Kind::kStatus, 0, text, size);
         },
         .createNil = [](const redisReadTask* item) -> void* {
           return Self(item).OnItem(item, RedisReply::Kind::kNil, 0, nullptr, 0);
@@ -498,14 +564,6 @@ class Connection final : public RedisConnection {
   }
 
   void* OnItem(const redisReadTask* item, RedisReply::Kind kind, int64_t integer, const char* text, size_t size) {
-    if (item->parent != nullptr && streamed_) {
-      if (item->parent->parent != nullptr || kind == RedisReply::Kind::kInteger) {
-        Refuse(Lost("a reply to " + outstanding_.front().task->command + " of another form"));
-      } else if (refusal_.ok()) {
-        Refuse(outstanding_.front().task->OnElement(static_cast<size_t>(item->idx), text, size));
-      }
-      return this;
-    }
     RedisReply& reply = item->parent == nullptr ? root_ : Parent(item).elements.emplace_back();
     reply.kind = kind;
     reply.integer = integer;
@@ -513,16 +571,7 @@ class Connection final : public RedisConnection {
     return &reply;
   }
 
-  void* OnArray(const redisReadTask* item, size_t elements) {
-    if (item->parent == nullptr && Streaming()) {
-      streamed_ = true;
-      Refuse(outstanding_.front().task->OnArray(elements));
-      return this;
-    }
-    if (streamed_) {
-      Refuse(Lost("a reply to " + outstanding_.front().task->command + " of another form"));
-      return this;
-    }
+  void* OnArray(const redisReadTask* item) {
     RedisReply& reply = item->parent == nullptr ? root_ : Parent(item).elements.emplace_back();
     reply.kind = RedisReply::Kind::kArray;
     return &reply;
@@ -531,18 +580,21 @@ class Connection final : public RedisConnection {
 
   const RedisEndpoint endpoint_;
   const RedisLogin* const login_;
+  RedisServerNotes* const notes_;
   AuthTask auth_;
   const std::vector<Address> addresses_;
   size_t next_address_ = 0;
+  bool reachable_ = false;  // an address failed otherwise than by refusing
+  bool refused_ = false;
   Phase phase_ = Phase::kConnecting;
   int fd_ = -1;
   redisContext* context_ = nullptr;
   SSL* ssl_ = nullptr;  // owned by the context
   std::deque<Entry> outstanding_;
   std::string buffer_;
-  bool heard_ = false;  // the server has said something
   RedisReply root_;
-  bool streamed_ = false;  // the reply that is being parsed goes to its task element by element
+  RedisListParser list_;
+  bool streamed_ = false;  // the reply that has just ended went to its task element by element
   Status refusal_;         // of a task, while its reply was parsed
 };
 
@@ -581,10 +633,13 @@ Result<std::shared_ptr<const RedisTls>> RedisTls::Load(const std::string& ca, co
 }
 
 Result<std::unique_ptr<RedisConnection>> RedisConnection::Begin(const RedisEndpoint& endpoint, const RedisLogin& login,
-                                                                Deadline deadline) {
+                                                                RedisServerNotes* notes, Deadline deadline,
+                                                                bool* refused) {
   HPS_ASSIGN_OR_RETURN(std::vector<Address> addresses, Resolve(endpoint, deadline));
-  auto connection = std::make_unique<Connection>(endpoint, &login, std::move(addresses));
-  HPS_RETURN_IF_ERROR(connection->ConnectNext());
+  auto connection = std::make_unique<Connection>(endpoint, &login, notes, std::move(addresses));
+  const Status status = connection->ConnectNext();
+  if (refused != nullptr) *refused = connection->refused();
+  HPS_RETURN_IF_ERROR(status);
   return std::unique_ptr<RedisConnection>(std::move(connection));
 }
 

@@ -9,6 +9,7 @@
 #ifndef HPS_STORAGE_REDIS_CONNECTION_H_
 #define HPS_STORAGE_REDIS_CONNECTION_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -36,6 +37,11 @@ class RedisTls {
   virtual ~RedisTls() = default;
 };
 
+// What is known of a server beyond one connection to it.
+struct RedisServerNotes {
+  std::atomic<bool> spoke{false};  // it has understood us before: neither side expects TLS where the other has none
+};
+
 struct RedisLogin {
   std::string user_name;  // "default" with an empty password: no login
   std::string password;
@@ -44,18 +50,21 @@ struct RedisLogin {
 
 class RedisConnection {
  public:
-  // Begins to connect. The login must outlive the connection. kUnavailable: the name is unknown or no socket can be
-  // had.
+  // Begins to connect. Login and notes must outlive the connection. kUnavailable: the name is unknown, no socket can be
+  // had, or (*refused is set to true) nothing listens there.
   static Result<std::unique_ptr<RedisConnection>> Begin(const RedisEndpoint& endpoint, const RedisLogin& login,
-                                                        Deadline deadline);
+                                                        RedisServerNotes* notes, Deadline deadline,
+                                                        bool* refused = nullptr);
   virtual ~RedisConnection() = default;
 
   virtual int fd() const = 0;
   virtual short events() const = 0;
   // Logged in and in use, as opposed to still connecting.
   virtual bool ready() const = 0;
+  // Of a connection whose Progress failed: nothing listens at any of the server's addresses.
+  virtual bool refused() const = 0;
   // What a connection that is not ready waits for; for messages.
-  virtual std::string_view waits_for() const = 0;
+  virtual std::string waits_for() const = 0;
   // Tasks submitted and not done.
   virtual size_t outstanding() const = 0;
   virtual std::vector<RedisTask*> outstanding_tasks() const = 0;

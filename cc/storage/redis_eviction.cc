@@ -7,6 +7,7 @@
 #include <charconv>
 #include <chrono>
 #include <cstring>
+#include <deque>
 #include <random>
 
 #include "cc/storage/redis_row_tasks.h"
@@ -18,6 +19,8 @@ constexpr size_t kPieceKeys = 1000;       // in one command that changes a parti
 constexpr size_t kScanCount = 1000;       // of metadata
 constexpr size_t kScanBytes = 128 << 10;  // of rows
 constexpr int kRounds = 8;
+constexpr size_t kAwaitedNotes = 2048;  // of reads: takes a millisecond or two. A longer queue is not waited for
+constexpr std::chrono::seconds kNotesTime{2};
 
 struct Ranked {
   uint64_t rank;  // the lowest leave first
@@ -26,21 +29,27 @@ struct Ranked {
 
 class Eviction {
  public:
-  Eviction(const RedisSession& session, const RedisLayout& layout, const RedisTablePlace::Partition& partition,
-           std::span<const Key> last)
+  Eviction(RedisSession& session, const RedisLayout& layout, const RedisTablePlace::Partition& partition,
+           std::span<const Key> last, std::atomic<uint64_t>* evicted)
       : session_(session),
         overflow_(session.options.overflow),
         values_{&partition.values, partition.values_slot, layout.key_bytes()},
         metadata_{&partition.metadata, partition.metadata_slot, layout.key_bytes()},
-        last_(last) {}
+        last_(last),
+        evicted_(evicted) {}
 
-  Status Run() {
-    HPS_ASSIGN_OR_RETURN(uint64_t rows, Length(values_));
-    if (rows <= overflow_.margin) return OkStatus();
+  // `rows`: how many there are.
+  Status Run(uint64_t rows) {
+    // What is not noted by then is taken for unread, as where the notes were dropped.
+    if (ReadingCounts(overflow_)) {
+      (void)session_.worker.Drain(kAwaitedNotes, std::chrono::steady_clock::now() + kNotesTime);
+    }
     for (int round = 0; round < kRounds && rows > overflow_.target_rows(); ++round) {
       const size_t excess = rows - overflow_.target_rows();
+      removed_ = 0;
       HPS_RETURN_IF_ERROR(NeedsMetadata(overflow_) ? EvictRanked(rows, excess) : EvictAny(excess));
-      HPS_ASSIGN_OR_RETURN(rows, Length(values_));
+      if (removed_ >= excess) return OkStatus();
+      HPS_ASSIGN_OR_RETURN(rows, Length(values_));  // another process removes rows at the same time
     }
     return OkStatus();
   }
@@ -60,15 +69,19 @@ class Eviction {
   }
 
   Status Remove(std::span<const Key> keys) {
-    std::vector<std::unique_ptr<RedisTask>> tasks;
+    std::deque<RemoveKeysTask> rows;
+    std::deque<RemoveKeysTask> metadata;
     ForEachPiece(keys.size(), kPieceKeys, [&](size_t first, size_t count) {
       const std::vector<Key> piece(keys.begin() + first, keys.begin() + first + count);
-      tasks.push_back(std::make_unique<RemoveKeysTask>(values_, piece));
-      if (NeedsMetadata(overflow_)) tasks.push_back(std::make_unique<RemoveKeysTask>(metadata_, piece));
+      rows.emplace_back(values_, piece);
+      if (NeedsMetadata(overflow_)) metadata.emplace_back(metadata_, piece);
     });
     std::vector<RedisTask*> pointers;
-    for (const auto& task : tasks) pointers.push_back(task.get());
-    return session_.cluster->Run(pointers, kNoDeadline);
+    for (RemoveKeysTask& task : rows) pointers.push_back(&task);
+    for (RemoveKeysTask& task : metadata) pointers.push_back(&task);
+    const Status status = session_.cluster->Run(pointers, kNoDeadline);
+    for (const RemoveKeysTask& task : rows) removed_ += task.removed, *evicted_ += task.removed;
+    return status;
   }
 
   // Visits (key, value) of a hash in pieces, from a cursor on, until visit returns false or the end.
@@ -181,11 +194,13 @@ class Eviction {
     return session_.cluster->Run(pointers, kNoDeadline);
   }
 
-  const RedisSession& session_;
+  RedisSession& session_;
   const OverflowOptions& overflow_;
   const RedisHash values_;
   const RedisHash metadata_;
   const std::span<const Key> last_;
+  std::atomic<uint64_t>* const evicted_;
+  uint64_t removed_ = 0;  // in this round
 };
 
 }  // namespace
@@ -220,9 +235,19 @@ void AppendAccessTasks(const OverflowOptions& overflow, const RedisLayout& layou
   }
 }
 
-Status EvictOverflow(const RedisSession& session, const RedisLayout& layout,
-                     const RedisTablePlace::Partition& partition, std::span<const Key> last) {
-  return Eviction(session, layout, partition, last).Run();
+Status EvictOverflow(RedisSession& session, const RedisLayout& layout, std::span<const WrittenPartition> written,
+                     std::atomic<uint64_t>* evicted) {
+  std::deque<RedisCommandTask> lengths;
+  for (const auto& [partition, keys] : written) {
+    lengths.emplace_back(partition->values_slot, std::vector<std::string>{"HLEN", partition->values});
+  }
+  HPS_RETURN_IF_ERROR(session.Run(lengths));
+  for (size_t i = 0; i < written.size(); ++i) {
+    const auto rows = static_cast<uint64_t>(lengths[i].reply.integer);
+    if (rows <= session.options.overflow.margin) continue;
+    HPS_RETURN_IF_ERROR(Eviction(session, layout, *written[i].partition, written[i].keys, evicted).Run(rows));
+  }
+  return OkStatus();
 }
 
 }  // namespace hps

@@ -1,4 +1,4 @@
-// Evictions: shrinks a partition that holds more rows than the overflow margin allows.
+// Evictions: shrinks partitions that hold more rows than the overflow margin allows.
 //
 // By the metadata hash in the predecessor's formats: evict_oldest keeps a raw 8-byte time in seconds for each key,
 // evict_least_used a decimal count. evict_random needs none. Rows without metadata are the first to leave. Everything
@@ -7,6 +7,7 @@
 #ifndef HPS_STORAGE_REDIS_EVICTION_H_
 #define HPS_STORAGE_REDIS_EVICTION_H_
 
+#include <atomic>
 #include <memory>
 #include <span>
 #include <vector>
@@ -23,9 +24,16 @@ bool ReadingCounts(const OverflowOptions& overflow);
 void AppendAccessTasks(const OverflowOptions& overflow, const RedisLayout& layout, const RedisTablePlace& place,
                        std::span<const Key> keys, std::vector<std::unique_ptr<RedisTask>>* tasks);
 
-// `last`: the keys, ascending, that leave only if nothing else is left.
-Status EvictOverflow(const RedisSession& session, const RedisLayout& layout,
-                     const RedisTablePlace::Partition& partition, std::span<const Key> last);
+// A partition that an upsert has just written to, and the keys, ascending, which leave only if nothing else is left.
+struct WrittenPartition {
+  const RedisTablePlace::Partition* partition;
+  std::span<const Key> keys;
+};
+
+// Shrinks those of the partitions that hold more than the margin. *evicted grows by the rows that left, also where it
+// ends with an error. Reads of this process that came before are counted, unless notes of very many are waiting.
+Status EvictOverflow(RedisSession& session, const RedisLayout& layout, std::span<const WrittenPartition> written,
+                     std::atomic<uint64_t>* evicted);
 
 }  // namespace hps
 

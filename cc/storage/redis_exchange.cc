@@ -151,7 +151,7 @@ Status RedisExchange::Loop() {
       }
     }
     if (!probing_) CheckSilence();
-    if (refresh_) RefreshAndReroute();
+    if (refresh_) HPS_RETURN_IF_ERROR(RefreshAndReroute());
   }
   return OkStatus();
 }
@@ -206,7 +206,8 @@ Status RedisExchange::Fill(Route& route) {
   size_t open = 0;  // lanes with room
   for (const Lane& lane : route.lanes) open += lane.connection->outstanding() < kTasksPerLane ? 1 : 0;
   while (open < wanted && route.lanes.size() < most) {
-    RedisCluster::Loan loan = cluster_.Borrow(*route.node, deadline_, /*beyond_limit=*/probing_);
+    RedisCluster::Loan loan =
+        cluster_.Borrow(*route.node, deadline_, /*beyond_limit=*/probing_, !std::exchange(route.tried, true));
     if (!loan.problem.ok()) {
       if (loan.problem.code() != StatusCode::kUnavailable) return loan.problem;
       problem_ = loan.problem.message();
@@ -253,9 +254,10 @@ void RedisExchange::DropLane(Route& route, size_t index, bool lost) {
   const bool usable = !lost && lane.connection->ready() && lane.connection->outstanding() == 0;
   if (usable) return cluster_.Return(*route.node, std::move(lane.connection));
   const bool idle = lane.connection->outstanding() == 0;
+  const bool refused = lane.connection->refused();
   lane.connection.reset();
   if (lost || !idle) {
-    cluster_.Lost(*route.node, lane.reached || !lost);
+    cluster_.Lost(*route.node, lane.reached || !lost, refused);
   } else {
     cluster_.Return(*route.node, nullptr);  // it was still connecting
   }
@@ -269,6 +271,7 @@ Status RedisExchange::Wait() {
   lanes.clear();
   Deadline until = std::min(deadline_, progress_ + cluster_.options().patience + milliseconds(1));
   if (cancelled_ != nullptr) until = std::min(until, now_ + kCancelInterval);
+  if (refresh_ && !probing_) until = now_;  // the way is asked for before anything is waited for
   for (const Delayed& delayed : delayed_) until = std::min(until, delayed.at);
   RedisNode* exhausted = nullptr;
   for (const auto& route : routes_) {
@@ -396,10 +399,14 @@ void RedisExchange::CheckSilence() {
   }
 }
 
-void RedisExchange::RefreshAndReroute() {
+Status RedisExchange::RefreshAndReroute() {
   refresh_ = false;
-  if (probing_ || remaining_ == 0) return;
-  cluster_.Refresh(deadline_);
+  if (probing_ || remaining_ == 0) return OkStatus();
+  const bool all_refuse = cluster_.Refresh(deadline_);
+  const auto in_use = [](const auto& route) { return !route->lanes.empty(); };
+  if (all_refuse && fails_when_all_refuse_ && std::none_of(routes_.begin(), routes_.end(), in_use)) {
+    return Unavailable(problem_ + "; nothing listens at any known address");
+  }
   topology_ = cluster_.topology();
   now_ = steady_clock::now();
   for (size_t i = 0; i < routes_.size(); ++i) {
@@ -421,6 +428,7 @@ void RedisExchange::RefreshAndReroute() {
     queue.swap(route.queue);
     for (RedisTask* task : queue) elsewhere(task) ? Send(task) : routes_[i]->queue.push_back(task);
   }
+  return OkStatus();
 }
 
 }  // namespace hps

@@ -23,8 +23,13 @@ namespace hps {
 class RedisExchange {
  public:
   // probing: asks for the way; returns when one task is done, and when all nodes failed, without trying again.
-  RedisExchange(RedisCluster& cluster, Deadline deadline, const std::atomic<bool>* cancelled, bool probing = false)
-      : cluster_(cluster), deadline_(deadline), cancelled_(cancelled), probing_(probing) {}
+  RedisExchange(RedisCluster& cluster, Deadline deadline, const std::atomic<bool>* cancelled, bool probing = false,
+                RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait)
+      : cluster_(cluster),
+        deadline_(deadline),
+        cancelled_(cancelled),
+        probing_(probing),
+        fails_when_all_refuse_(when_all_refuse == RedisWhenAllRefuse::kFail) {}
   ~RedisExchange();
 
   Status Run(std::span<RedisTask* const> tasks);
@@ -41,6 +46,7 @@ class RedisExchange {
     std::deque<RedisTask*> queue;
     std::vector<Lane> lanes;
     bool exhausted = false;
+    bool tried = false;  // to connect to it, in this batch
     Deadline retry_at{};
   };
   struct Delayed {
@@ -59,13 +65,14 @@ class RedisExchange {
   Status LaneLost(Route& route, size_t lane, const Status& status);
   void DropLane(Route& route, size_t lane, bool lost);
   void CheckSilence();
-  void RefreshAndReroute();
+  Status RefreshAndReroute();
   Status OutOfTime(bool cancelled) const;
 
   RedisCluster& cluster_;
   const Deadline deadline_;
   const std::atomic<bool>* const cancelled_;
   const bool probing_;
+  const bool fails_when_all_refuse_;
   std::vector<std::unique_ptr<Route>> routes_;
   std::vector<Delayed> delayed_;
   std::vector<RedisTask*> done_;

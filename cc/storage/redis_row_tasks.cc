@@ -108,7 +108,9 @@ void ScanTask::Write(RedisWriter& out) {
 }
 
 Status ScanTask::OnReply(size_t, RedisReply& reply) {
-  if (reply.elements.size() != 2 || reply.elements[1].elements.size() % 2 != 0) {
+  const auto is_string = [](const RedisReply& element) { return element.kind == RedisReply::Kind::kString; };
+  if (reply.elements.size() != 2 || reply.elements[1].elements.size() % 2 != 0 ||
+      !std::all_of(reply.elements[1].elements.begin(), reply.elements[1].elements.end(), is_string)) {
     return Internal("a reply to HSCAN in a form that is not known");
   }
   cursor = std::move(reply.elements[0].text);

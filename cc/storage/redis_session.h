@@ -33,11 +33,12 @@ struct RedisSession {
 
   // Runs tasks of one kind that live in a container of values.
   template <typename Tasks>
-  Status Run(Tasks& tasks, Deadline deadline = kNoDeadline, const std::atomic<bool>* cancelled = nullptr) const {
+  Status Run(Tasks& tasks, Deadline deadline = kNoDeadline, const std::atomic<bool>* cancelled = nullptr,
+             RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait) const {
     std::vector<RedisTask*> pointers;
     pointers.reserve(tasks.size());
     for (auto& task : tasks) pointers.push_back(&task);
-    return cluster->Run(pointers, deadline, cancelled);
+    return cluster->Run(pointers, deadline, cancelled, when_all_refuse);
   }
 
   // Runs one command on the master of the key that is its second word.

@@ -59,7 +59,9 @@ class RedisTable final : public Table {
       if (!status.ok()) return status.WithContext(where_);
       if (std::find(found.begin(), found.end(), 0) == found.end()) break;
       if (!state_->IsCurrent(place)) continue;  // the rows were moved meanwhile
-      if (!place->dropped) HPS_RETURN_IF_ERROR(CheckThere(request.deadline, request.cancelled));
+      if (!place->dropped) {
+        HPS_RETURN_IF_ERROR(CheckThere(request.deadline, request.cancelled, RedisWhenAllRefuse::kFail));
+      }
       break;
     }
     for (size_t i = 0; i < count; ++i) {
@@ -142,6 +144,7 @@ class RedisTable final : public Table {
       if (!place->dropped) HPS_RETURN_IF_ERROR(CheckThere(kNoDeadline, nullptr));
       TableStats stats;
       for (const RedisCommandTask& task : tasks) stats.rows += static_cast<uint64_t>(task.reply.integer);
+      stats.evicted_rows = state_->evicted_rows;
       return stats;
     }
   }
@@ -169,11 +172,12 @@ class RedisTable final : public Table {
 
   // The table's description is gone when another process dropped the table, and when Redis lost its contents. Missing
   // rows say nothing then.
-  Status CheckThere(Deadline deadline, const std::atomic<bool>* cancelled) const {
+  Status CheckThere(Deadline deadline, const std::atomic<bool>* cancelled,
+                    RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait) const {
     const std::string key = RedisDescriptionKey(spec_.name);
     RedisCommandTask task(RedisSlot(key), {"HMGET", key, "num_partitions", "dropping"});
     RedisTask* const pointer = &task;
-    const Status status = session_->cluster->Run(std::span(&pointer, 1), deadline, cancelled);
+    const Status status = session_->cluster->Run(std::span(&pointer, 1), deadline, cancelled, when_all_refuse);
     if (!status.ok()) return status.WithContext(where_);
     const std::vector<RedisReply>& fields = task.reply.elements;
     if (fields.size() == 2 && fields[0].kind == RedisReply::Kind::kString && fields[1].kind == RedisReply::Kind::kNil) {
@@ -212,7 +216,7 @@ class RedisTable final : public Table {
         tasks.emplace_back(ValuesOf(place.partitions[i]), &target, members.subspan(first, count));
       });
     }
-    return session_->Run(tasks, request.deadline, request.cancelled);
+    return session_->Run(tasks, request.deadline, request.cancelled, RedisWhenAllRefuse::kFail);
   }
 
   void NoteReads(const FetchRequest& request, const std::vector<uint8_t>& found) const {
@@ -273,13 +277,13 @@ class RedisTable final : public Table {
     for (const auto& task : tasks) pointers.push_back(task.get());
     HPS_RETURN_IF_ERROR(session_->cluster->Run(pointers, kNoDeadline));
     if (!overflow().bounded()) return OkStatus();
+    std::vector<WrittenPartition> filled;
     for (uint32_t i = 0; i < place->partitions.size(); ++i) {
       const size_t begin = i == 0 ? 0 : ends[i - 1];
       if (begin == ends[i]) continue;
-      HPS_RETURN_IF_ERROR(EvictOverflow(*session_, state_->layout(), place->partitions[i],
-                                        std::span<const Key>(written).subspan(begin, ends[i] - begin)));
+      filled.push_back({&place->partitions[i], std::span<const Key>(written).subspan(begin, ends[i] - begin)});
     }
-    return OkStatus();
+    return EvictOverflow(*session_, state_->layout(), filled, &state_->evicted_rows);
   }
 
   // A cursor means something only to the process that gave it. When the rows were moved, or the node changed or was

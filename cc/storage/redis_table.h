@@ -48,6 +48,8 @@ class RedisTableState {
   // Whether a miss in `seen` means that the row is not there: otherwise it must be looked for again.
   bool IsCurrent(const std::shared_ptr<const RedisTablePlace>& seen) const { return place() == seen; }
 
+  std::atomic<uint64_t> evicted_rows{0};  // by this process
+
   // Gives the rows other names, so that they stay readable here after a table of the same name was made.
   Status MoveAway();
   // Frees rows that were moved away. The store is closed: nobody reads them.

@@ -65,10 +65,10 @@ class RedisWriter {
 };
 
 struct RedisReply {
-  enum class Kind { kNil, kInteger, kString, kError, kArray };
+  enum class Kind { kNil, kInteger, kString, kStatus, kError, kArray };
   Kind kind = Kind::kNil;
   int64_t integer = 0;
-  std::string text;  // of a string (status lines included) or an error
+  std::string text;  // of a string of given length, of an error, or (kStatus) of anything else that is text
   std::vector<RedisReply> elements;
 };
 
@@ -85,7 +85,8 @@ class RedisTask {
   virtual void Write(RedisWriter& out) = 0;
 
   // For tasks whose single reply is a flat array that is taken as it arrives: the number of elements, then each element
-  // (data is nullptr for nil). An error ends the whole batch.
+  // (data is nullptr for nil). Elements of other kinds never get here: they fail the connection. An error ends the
+  // whole batch.
   virtual bool streams() const { return false; }
   virtual Status OnArray(size_t elements) { return OkStatus(); }
   virtual Status OnElement(size_t index, const char* data, size_t size) { return OkStatus(); }

@@ -11,10 +11,17 @@ bool RedisWorker::Add(size_t weight, std::function<void()> job, bool must) {
     std::lock_guard lock(mutex_);
     if (stopping_ || (!must && weight_ + weight > capacity_)) return false;
     weight_ += weight;
+    ++taken_;
     jobs_.push_back({weight, must, std::move(job)});
   }
   wake_.notify_one();
   return true;
+}
+
+bool RedisWorker::Drain(size_t most, std::chrono::steady_clock::time_point end) {
+  std::unique_lock lock(mutex_);
+  if (weight_ > most) return false;
+  return progress_.wait_until(lock, end, [this, taken = taken_] { return finished_ >= taken; });
 }
 
 void RedisWorker::Stop() {
@@ -42,6 +49,8 @@ void RedisWorker::Run() {
       lock.lock();
     }
     weight_ -= job.weight;
+    ++finished_;
+    progress_.notify_all();
   }
 }
 

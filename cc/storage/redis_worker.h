@@ -5,8 +5,10 @@
 #ifndef HPS_STORAGE_REDIS_WORKER_H_
 #define HPS_STORAGE_REDIS_WORKER_H_
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <mutex>
@@ -24,6 +26,9 @@ class RedisWorker {
   bool Offer(size_t weight, std::function<void()> job) { return Add(weight, std::move(job), /*must=*/false); }
   // Never drops, unless the worker was stopped.
   bool Post(std::function<void()> job) { return Add(0, std::move(job), /*must=*/true); }
+  // Waits until all that was taken before is done or dropped. False: more than `most` weight was waiting, and it did
+  // not wait; or the end came first. Not from a job.
+  bool Drain(size_t most, std::chrono::steady_clock::time_point end);
   // Finishes what was posted, drops what was offered, and ends the thread. Idempotent.
   void Stop();
 
@@ -37,11 +42,14 @@ class RedisWorker {
   void Run();
 
   const size_t capacity_;
-  std::mutex mutex_;  // guards the next three
+  std::mutex mutex_;  // guards the next five
   std::deque<Job> jobs_;
   size_t weight_ = 0;
+  uint64_t taken_ = 0;
+  uint64_t finished_ = 0;  // of those taken, done or dropped; in their order
   bool stopping_ = false;
   std::condition_variable wake_;
+  std::condition_variable progress_;
   std::mutex stop_mutex_;  // one Stop at a time
   std::thread thread_;
 };

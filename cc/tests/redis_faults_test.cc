@@ -73,12 +73,52 @@ TEST(RedisFaults, WithoutADeadlinePatienceEnds) {
 TEST(RedisFaults, DeadServerComesBack) {
   const Served served = Serve({.appendonly = true, .directives = {"appendfsync always"}}, 1000);
   served.redis->Kill(0);
+  // Nothing can be said to be slow: a lookup ends at once, with a long deadline or none.
   const auto start = steady_clock::now();
-  ExpectError(Get(*served.table, {1}, start + milliseconds(200)).status, StatusCode::kUnavailable, {"refused"});
-  // A lookup that began while it was down gets its rows as soon as it is back.
+  for (const Deadline deadline : {start + std::chrono::hours(1), kNoDeadline}) {
+    const Status status = Get(*served.table, {1}, deadline).status;
+    ExpectError(status, StatusCode::kUnavailable, {served.redis->address(0), "refused", "nothing listens"});
+    EXPECT_EQ(status.message().find("enable_tls"), std::string::npos) << status.ToString();
+  }
+  EXPECT_LT(steady_clock::now(), start + seconds(14)) << "waited until patience had ended";
+  // What no other tier can do waits for it.
   std::thread starter([&] { EXPECT_TRUE(served.redis->Restart(0).ok()); });
-  ExpectAll(*served.table, KeyRange(0, 1000), 1);
+  ASSERT_OK(Put(*served.table, {2000}, 2));
   starter.join();
+  ExpectAll(*served.table, KeyRange(0, 1000), 1);
+}
+
+// A server in front of RocksDB: while nothing listens, rows come from there without waiting for timeout_ms.
+TEST(RedisFaults, LookupsPassToTheNextTierAtOnce) {
+  TempFolder folder;
+  for (const int masters : {0, 3}) {
+    SCOPED_TRACE(masters);
+    const auto redis =
+        Value(RedisService::Start({.masters = masters, .appendonly = true, .directives = {"appendfsync always"}}));
+    const std::string name = "tables" + std::to_string(masters);
+    const std::vector<Key> keys = KeyRange(0, 500);
+    WriteTable(folder / name, keys, 4, 1);
+    ServerConfig config = MakeServer(Tiers::kBoth, folder / ("database" + std::to_string(masters)),
+                                     {MakeModel("m", {MakeTable("t", folder / name, 4)})});
+    config.volatile_db.type = VolatileType::kRedisCluster;
+    config.volatile_db.address = redis->address_list();
+    config.volatile_db.timeout_ms = 60'000;
+    const auto server = Value(ParameterServer::Open(config));
+    Rows rows = Lookup(*server, "m", 0, 4, keys);
+    ExpectRows(rows, keys, 1);
+    EXPECT_EQ(rows.report.rows_from_volatile, keys.size());
+    for (int node = 0; node < redis->size(); ++node) redis->Kill(node);
+    const auto start = steady_clock::now();
+    for (int i = 0; i < 3; ++i) {  // fewer than open the circuit breaker
+      rows = Lookup(*server, "m", 0, 4, keys);
+      ExpectRows(rows, keys, 1);
+      EXPECT_EQ(rows.report.rows_from_persistent, keys.size());
+      EXPECT_EQ(rows.report.rows_skipped_volatile, keys.size());
+    }
+    EXPECT_LT(steady_clock::now(), start + seconds(20));
+    for (int node = 0; node < redis->size(); ++node) ASSERT_OK(redis->Restart(node));
+    WaitUntil([&] { return Lookup(*server, "m", 0, 4, keys).report.rows_skipped_volatile == 0; }, "Redis to be asked");
+  }
 }
 
 TEST(RedisFaults, SlotsMoveUnderReadersAndWriters) {

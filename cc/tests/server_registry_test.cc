@@ -207,6 +207,10 @@ TEST_F(ServerRegistryTest, AForkedChildIsToldHowToDoBetter) {
   auto session = std::make_unique<LookupSession>(Value(server->NewSession("m")));
   // Lookups run while the process forks, so that locks are held and threads are busy.
   std::atomic<bool> stop{false};
+  // (Not under address sanitizer: its allocator stays locked in the child where another thread was inside it.)
+#if defined(__SANITIZE_ADDRESS__)
+  stop = true;
+#endif
   std::thread busy([&] {
     while (!stop) ExpectRows(Lookup(*server, "m", 0, kWidth, kKeys), kKeys, 1);
   });

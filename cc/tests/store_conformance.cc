@@ -1130,9 +1130,9 @@ TEST_P(BoundedStoreConformance, ReadersSeeWholeRowsWhileRowsLeave) {
       }
     });
   }
-  for (uint32_t round = 1; (round < 60 || fetches < 20) && !HasFailure(); ++round) {
-    for (size_t first = 0; first < keys.size(); first += 100) {
-      const std::vector<Key> written(keys.begin() + first, keys.begin() + first + 100);
+  for (uint32_t round = 1; (round < GetParam().rounds || fetches < 20) && !HasFailure(); ++round) {
+    for (size_t first = 0; first < keys.size(); first += 200) {
+      const std::vector<Key> written(keys.begin() + first, keys.begin() + first + 200);
       EXPECT_CODE(Put(*table, written, round), StatusCode::kOk);
       ExpectVersions(*table, written, round);  // nobody else writes: just written rows are there
       EXPECT_LE(RowCount(*table), 800u);
@@ -1144,11 +1144,12 @@ TEST_P(BoundedStoreConformance, ReadersSeeWholeRowsWhileRowsLeave) {
 
 TEST_P(BoundedStoreConformance, WritersSideBySideKeepTheMargin) {
   const auto table = Create(500, 1);
+  const uint64_t most = GetParam().writes_first ? 500 + 3 * 50 : 500;
   std::atomic<bool> done{false};
   std::vector<std::thread> writers;
   for (uint32_t writer = 0; writer < 3; ++writer) {
     writers.emplace_back([&, writer] {
-      for (size_t round = 0; round < 150; ++round) {
+      for (size_t round = 0; round < GetParam().rounds * 2; ++round) {
         const std::vector<Key> keys = ScatteredKeys(writer * 1'000'000 + round * 40, 50);  // ten from the last round
         EXPECT_CODE(Put(*table, keys, 1, {.only_absent = writer == 1}), StatusCode::kOk);
         if (writer == 2) EXPECT_CODE(table->Erase(ScatteredKeys(round * 40, 5)), StatusCode::kOk);
@@ -1156,11 +1157,12 @@ TEST_P(BoundedStoreConformance, WritersSideBySideKeepTheMargin) {
     });
   }
   std::thread watcher([&] {
-    while (!done) EXPECT_LE(RowCount(*table), 500u);
+    while (!done) EXPECT_LE(RowCount(*table), most);
   });
   for (std::thread& writer : writers) writer.join();
   done = true;
   watcher.join();
+  EXPECT_LE(RowCount(*table), 500u);
   std::map<Key, uint32_t> scanned;
   ASSERT_NO_FATAL_FAILURE(ScanVersions(*table, &scanned));
   EXPECT_EQ(scanned.size(), RowCount(*table));

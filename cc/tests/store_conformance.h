@@ -61,6 +61,9 @@ struct BoundedStoreFixture {
   Opener open;  // moves upserts of up to 1,000 rows in one piece
   // Returns when the store's clock has moved on; empty where every write does so.
   std::function<void()> let_time_pass = {};
+  // Rows evict after they were written, so that for a moment there are more than the margin, by those under way.
+  bool writes_first = false;
+  uint32_t rounds = 60;  // of the clauses with several threads; fewer where each call crosses a network
 };
 
 class BoundedStoreConformance : public ::testing::TestWithParam<BoundedStoreFixture> {

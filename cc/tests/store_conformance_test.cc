@@ -18,29 +18,70 @@ namespace hps::testing {
 namespace {
 
 // Servers that live as long as the test program; emptied for each test, which has a directory of its own.
-StoreFixture OnRedis(const std::string& name, int masters, RedisStoreOptions store_options) {
-  struct Servers {
-    std::unique_ptr<RedisService> redis;
-    std::filesystem::path directory;
-  };
-  static std::map<std::string, std::shared_ptr<Servers>> all;  // the list of fixtures is made once for each clause
-  std::shared_ptr<Servers>& known = all[name];
-  if (known == nullptr) known = std::make_shared<Servers>();
-  return {.name = name,
-          .open = [masters, store_options,
-                   servers = known](const std::filesystem::path& directory) -> Result<std::unique_ptr<TableStore>> {
-            if (servers->redis == nullptr) {
-              HPS_ASSIGN_OR_RETURN(servers->redis, RedisService::Start({.masters = masters}));
-            }
-            for (int node = 0; servers->directory != directory && node < servers->redis->size(); ++node) {
-              HPS_RETURN_IF_ERROR(servers->redis->Command(node, {"FLUSHALL"}).status());
-            }
-            servers->directory = directory;
-            RedisStoreOptions options = store_options;
-            options.address = servers->redis->address_list();
-            return OpenRedisStore(options);
+class RedisServers {
+ public:
+  // 0 masters: a single server. The lists of fixtures are made once for each clause, the servers once.
+  static RedisServers& Of(int masters) {
+    static std::map<int, RedisServers> all;
+    return all.try_emplace(masters, masters).first->second;
+  }
+  explicit RedisServers(int masters) : masters_(masters) {}
+
+  Result<std::unique_ptr<TableStore>> Open(const std::filesystem::path& directory, RedisStoreOptions options) {
+    if (redis_ == nullptr) {
+      HPS_ASSIGN_OR_RETURN(redis_, RedisService::Start({.masters = masters_}));
+    }
+    if (directory_ != directory) HPS_RETURN_IF_ERROR(OnAll({"FLUSHALL"}));
+    directory_ = directory;
+    options.address = redis_->address_list();
+    return OpenRedisStore(options);
+  }
+
+  // The times that evict_oldest notes are whole seconds: instead of a second that passes all of them become one less.
+  void LetTimePass() {
+    const char* script =
+        "for _, hash in ipairs(redis.call('KEYS', 'hps_et{*}t')) do "
+        "for _, key in ipairs(redis.call('HKEYS', hash)) do "
+        "local time = redis.call('HGET', hash, key) "
+        "if #time == 8 then redis.call('HSET', hash, key, struct.pack('<i8', struct.unpack('<i8', time) - 1)) end "
+        "end end";
+    const Status status = OnAll({"EVAL", script, "0"});
+    EXPECT_TRUE(status.ok()) << status.ToString();
+  }
+
+ private:
+  Status OnAll(const std::vector<std::string>& words) {
+    for (int node = 0; node < redis_->size(); ++node) {
+      HPS_RETURN_IF_ERROR(redis_->Command(node, words).status());
+    }
+    return OkStatus();
+  }
+
+  const int masters_;
+  std::unique_ptr<RedisService> redis_;
+  std::filesystem::path directory_;
+};
+
+StoreFixture OnRedis(const std::string& name, int masters, RedisStoreOptions options) {
+  RedisServers& servers = RedisServers::Of(masters);
+  return {
+      .name = name,
+      .open = [&servers, options](const std::filesystem::path& directory) { return servers.Open(directory, options); },
+      .reopens = true};
+}
+
+BoundedStoreFixture BoundedOnRedis(const std::string& name, int masters, OverflowPolicy policy) {
+  RedisServers& servers = RedisServers::Of(masters);
+  return {
+      .name = name,
+      .policy = policy,
+      .open =
+          [&servers](const std::filesystem::path& directory, uint32_t num_partitions, const OverflowOptions& overflow) {
+            return servers.Open(directory, {.num_partitions = num_partitions, .overflow = overflow});
           },
-          .reopens = true};
+      .let_time_pass = [&servers] { servers.LetTimePass(); },
+      .writes_first = true,
+      .rounds = 2};
 }
 
 std::vector<StoreFixture> AllFixtures() {
@@ -108,7 +149,12 @@ std::vector<BoundedStoreFixture> BoundedFixtures() {
           {.name = "MultiProcessRandom", .policy = OverflowPolicy::kEvictRandom, .open = multi_process},
           {.name = "HashMapOldest", .policy = OverflowPolicy::kEvictOldest, .open = hash_map},
           {.name = "HashMapLeastUsed", .policy = OverflowPolicy::kEvictLeastUsed, .open = hash_map},
-          {.name = "HashMapRandom", .policy = OverflowPolicy::kEvictRandom, .open = hash_map}};
+          {.name = "HashMapRandom", .policy = OverflowPolicy::kEvictRandom, .open = hash_map},
+          BoundedOnRedis("RedisOldest", 0, OverflowPolicy::kEvictOldest),
+          BoundedOnRedis("RedisLeastUsed", 0, OverflowPolicy::kEvictLeastUsed),
+          BoundedOnRedis("RedisRandom", 0, OverflowPolicy::kEvictRandom),
+          BoundedOnRedis("RedisClusterOldest", 3, OverflowPolicy::kEvictOldest),
+          BoundedOnRedis("RedisClusterLeastUsed", 3, OverflowPolicy::kEvictLeastUsed)};
 }
 
 INSTANTIATE_TEST_SUITE_P(Stores, StoreConformance, ::testing::ValuesIn(AllFixtures()),

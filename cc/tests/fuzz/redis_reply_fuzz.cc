@@ -71,6 +71,8 @@ void CheckRows(std::string_view reply, const testing::RowBlock& rows, std::span<
       FUZZ_CHECK(reply.substr(4 + kRowBytes, 2) == "\r\n", "a row without a line break behind it was accepted");
       reply.remove_prefix(4 + kRowBytes + 2);
     } else {
+      FUZZ_CHECK(!reply.empty() && std::string_view("+-:,#(=").find(reply[0]) == std::string_view::npos,
+                 "no row was taken for one");
       return;
     }
   }
@@ -89,6 +91,9 @@ std::vector<std::string> Seeds() {
           "\xff-LOADING Redis is loading the dataset in memory\r\n-ASK 1 :1\r\n-ERR x\r\n*-1\r\n-TRYAGAIN\r\n",
           // A row whose line break is garbage, as the last of its reply: hiredis does not look at it.
           "\xff*3\r\n" + Bulk("11111111") + "$-1\r\n$8\r\n44444444??",
+          // As long as a row, and none.
+          "\xff*3\r\n" + Bulk("11111111") + "$-1\r\n-ERR 4444\r\n",
+          "\xff*3\r\n+11111111\r\n,1.500000\r\n=8\r\ntxt:4444\r\n",
           "\xff*4\r\n" + Bulk("1") + Bulk("2") + Bulk("3") + Bulk("4"), "\xff*3\r\n*3\r\n:1\r\n:2\r\n:3\r\n",
           "\xff*2147483647\r\n", "\xff$9223372036854775807\r\nx",
           "\xff%1\r\n+a\r\n~2\r\n_\r\n#t\r\n,1.5\r\n(123\r\n=7\r\ntxt:abc\r\n>1\r\n+x\r\n|1\r\n+k\r\n+v\r\n",
@@ -108,6 +113,8 @@ std::vector<std::string> Words() {
           "*1\r\n*1\r\n*1\r\n",
           "-MOVED 1 a:1\r\n",
           "-ASK 1 a:1\r\n",
+          "-44444444\r\n",
+          "+44444444\r\n",
           "$8\r\n44444444\r\n",
           "%",
           "~",
@@ -126,8 +133,9 @@ void RunTarget(std::string_view input) {
   input.remove_prefix(1);
   const std::string_view all = input;
 
+  RedisServerNotes notes;
   const RedisEndpoint endpoint{"127.0.0.1", Listener::Get().port()};
-  Result<std::unique_ptr<RedisConnection>> connection = RedisConnection::Begin(endpoint, login, kNoDeadline);
+  Result<std::unique_ptr<RedisConnection>> connection = RedisConnection::Begin(endpoint, login, &notes, kNoDeadline);
   FUZZ_CHECK(connection.ok(), connection.status().ToString());
   const int server = Listener::Get().Accept();
   FUZZ_CHECK(server >= 0, "accept");
