@@ -241,7 +241,7 @@ Status CacheWriter::Upload(std::byte* to, std::span<const std::byte> from) {
 
 Status CacheWriter::Flush() {
   std::lock_guard lock(mutex_);
-  HPS_RETURN_IF_ERROR(context_->CheckAlive());
+  // Also where the device has failed: nothing may use the memory that is freed next.
   HPS_RETURN_IF_ERROR(
       context_->Check(context_->device().SynchronizeStream(stream_.get()), "waiting for writes to caches"));
   for (Buffer& buffer : buffers_) CountEvictions(buffer);

@@ -19,6 +19,9 @@ Status DeviceContext::Check(int error, std::string_view what) {
   if (error == cuda::kErrorOutOfMemory) {
     return ResourceExhausted(NameOf(*device_) + ": no memory left for " + std::string(what));
   }
+  if (error == cuda::kErrorInvalidValue) {
+    return Internal(NameOf(*device_) + ": " + std::string(what) + " was refused: " + device_->ErrorText(error));
+  }
   std::lock_guard lock(mutex_);
   if (failure_.ok()) {
     const StatusCode code = error == cuda::kErrorUncorrectableMemory ? StatusCode::kDataLoss : StatusCode::kInternal;

@@ -1,7 +1,7 @@
 // DeviceContext: what all caches and lookups of one device share: the device, where its memory comes from, the gate of
 // updates, and the memory of the first failure.
 //
-// A device that has failed (anything but a lack of memory) stays failed: every later call returns that first error, and
+// A device that has failed (see Check) stays failed: every later call returns that first error, and
 // nothing is tried again.
 //
 // Thread safety: all methods may be called from any thread. Ownership: caches, workspaces and lookups keep it alive.
@@ -35,7 +35,8 @@ class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
   // Numbers the caches of this device, for the gate.
   uint32_t NextCache() { return next_cache_.fetch_add(1); }
 
-  // OK for 0. kResourceExhausted for a lack of memory; any other error is the device's failure: see above.
+  // OK for 0. kResourceExhausted for a lack of memory, kInternal for arguments that a call refuses; any other error is
+  // the device's failure: see above.
   Status Check(int error, std::string_view what);
   // The failure, or OK.
   Status CheckAlive() const;

@@ -160,19 +160,25 @@ Status WorkspacePool::Trim() {
 }
 
 Status WorkspacePool::Quiesce() {
-  for (;;) {
-    Lease busy;
-    {
-      std::lock_guard lock(state_->mutex);
-      const auto found = std::find_if(state_->free.begin(), state_->free.end(),
-                                      [](const auto& workspace) { return !workspace->idle(); });
-      if (found == state_->free.end()) return OkStatus();
-      busy.state_ = state_;
-      busy.workspace_ = std::move(*found);
-      state_->free.erase(found);
+  std::vector<Lease> busy;
+  {
+    std::lock_guard lock(state_->mutex);
+    auto& free = state_->free;
+    for (size_t i = free.size(); i-- > 0;) {
+      if (free[i]->idle()) continue;
+      Lease lease;
+      lease.state_ = state_;
+      lease.workspace_ = std::move(free[i]);
+      free.erase(free.begin() + static_cast<ptrdiff_t>(i));
+      busy.push_back(std::move(lease));
     }
-    HPS_RETURN_IF_ERROR(busy->WaitForLastUse());
   }
+  Status status;
+  for (Lease& lease : busy) {
+    const Status waited = lease->WaitForLastUse();
+    if (status.ok()) status = waited;
+  }
+  return status;
 }
 
 WorkspacePool::Stats WorkspacePool::stats() const {
