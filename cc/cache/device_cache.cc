@@ -103,8 +103,23 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
     return DataLoss(spec.name + ": " + std::to_string(placement.rows()) + " keys and " + std::to_string(rows) +
                     " rows: the table changed while it was being loaded into the cache; load again");
   }
-  cache->whole_ = true;
+  cache->whole_ = spec.type == CacheType::kStatic;
   return cache;
+}
+
+Status DeviceCache::Preload(const RowScan& scan) {
+  const Stamp read_at = Now();
+  uint64_t rows = 0;
+  bool full = false;
+  const Status status = scan([&](std::span<const Key> chunk, ConstRowBuffer buffer) -> Status {
+    const size_t count = std::min<uint64_t>(chunk.size(), spec_.capacity_rows - rows);
+    rows += count;
+    HPS_RETURN_IF_ERROR(Insert(chunk.first(count), buffer, read_at));
+    full = rows == spec_.capacity_rows;
+    return full ? Cancelled("enough") : OkStatus();
+  });
+  if (!status.ok() && !full) return status;
+  return Flush();
 }
 
 // A lookup that runs holds the cache, so only what ended ones have left on their streams is waited for.

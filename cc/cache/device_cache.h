@@ -34,6 +34,10 @@ class DeviceCache final : public EmbeddingCache {
   // An empty cache. kInvalidArgument: row_bytes; kResourceExhausted names the bytes and what holds them.
   static Result<std::shared_ptr<DeviceCache>> Make(const DeviceResources& resources, const CacheSpec& spec);
 
+  // Inserts rows of the scan, so many as the cache has room for; the scan is ended then. Where a bucket is full a row
+  // goes, so that at most capacity_rows are there in the end, and about 0.9 of that many.
+  Status Preload(const RowScan& scan);
+
   // A cache that holds all rows of the scan, which is made twice: first the keys are placed, then the rows copied.
   // spec.capacity_rows may be 0: as many as there are. Rows that the tiers change meanwhile may be missed: who updates
   // the table applies those updates to the cache again when it is there. kResourceExhausted where they do not fit,
@@ -64,7 +68,7 @@ class DeviceCache final : public EmbeddingCache {
   const cuda::CacheTable& table() const { return cache_.table; }
   // The number by which the gate knows this cache.
   uint32_t number() const { return cache_.number; }
-  // True: every row of the table was placed, so that a missing key is one that no tier had.
+  // Static, and every row of the table was placed: a missing key is one that no tier had then.
   bool whole() const { return whole_; }
   // Rows that a fill has put in place and that were taken out again, because they had been updated meanwhile.
   void CountOutdated(uint64_t rows) { counters_.outdated.fetch_add(rows, std::memory_order_relaxed); }

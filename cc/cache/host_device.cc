@@ -18,9 +18,9 @@ struct HostDevice::Gate {
   std::condition_variable changed;
   bool hold = false;
 
-  void Pass() {
+  void Pass(const bool& held_stream) {
     std::unique_lock lock(mutex);
-    changed.wait(lock, [this] { return !hold; });
+    changed.wait(lock, [&] { return !hold && !held_stream; });
   }
 };
 
@@ -43,7 +43,7 @@ struct HostDevice::Stream {
       auto [work, always] = std::move(queue.front());
       queue.pop_front();
       lock.unlock();
-      gate->Pass();
+      gate->Pass(held);
       if (always || lost.load() == 0) work();
       work = nullptr;
       lock.lock();
@@ -71,6 +71,7 @@ struct HostDevice::Stream {
 
   const std::shared_ptr<Gate> gate;
   const std::atomic<int>& lost;
+  bool held = false;  // guarded by the gate
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<std::pair<std::function<void()>, bool>> queue;
@@ -111,6 +112,15 @@ void HostDevice::Hold(bool hold) {
   {
     std::lock_guard lock(gate_->mutex);
     gate_->hold = hold;
+  }
+  gate_->changed.notify_all();
+}
+
+void HostDevice::HoldStream(cudaStream_t stream, bool hold) {
+  Stream* const held = StreamOf(stream);
+  {
+    std::lock_guard lock(gate_->mutex);
+    held->held = hold;
   }
   gate_->changed.notify_all();
 }

@@ -40,6 +40,7 @@ class HostDevice final : public cuda::Device {
   void Lose(int error) { lost_.store(error); }
   // While true, streams finish what they are at and begin nothing.
   void Hold(bool hold);
+  void HoldStream(cudaStream_t stream, bool hold);
 
   enum Launch { kClear, kQuery, kFill, kInsert, kUpdate, kErase, kDump, kLaunches };
   uint64_t launches(Launch kind) const { return launches_[kind].load(); }

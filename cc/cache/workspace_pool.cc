@@ -86,8 +86,8 @@ Result<WorkspacePool::Lease> WorkspacePool::Acquire(uint32_t positions, Deadline
     if (may_make && state_->made < state_->options.limit) {
       ++state_->made;
       lock.unlock();
-      Result<std::unique_ptr<LookupWorkspace>> made =
-          LookupWorkspace::Make(state_->context, {std::max(positions, state_->options.size.positions), 0});
+      Result<std::unique_ptr<LookupWorkspace>> made = LookupWorkspace::Make(
+          state_->context, {std::max(positions, state_->options.size.positions), state_->options.size.staging_bytes});
       lock.lock();
       if (made.ok()) {
         lease.workspace_ = std::move(made).value();

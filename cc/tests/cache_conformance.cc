@@ -367,6 +367,29 @@ TEST_P(CacheConformance, WholeTableIsResident) {
   ExpectError(Insert(*cache, keys, 3), StatusCode::kFailedPrecondition, {"whole", "static", "dynamic"});
 }
 
+TEST_P(CacheConformance, PreloadFillsTheCacheAndEndsTheScan) {
+  const auto cache = Make(4, 700);
+  int chunks = 0;
+  const RowScan scan = [&](const ScanVisitor& visitor) -> Status {
+    for (; chunks < 100; ++chunks) {
+      const std::vector<Key> chunk = KeyRange(chunks * 150, 150);
+      HPS_RETURN_IF_ERROR(visitor(chunk, Buffer(RowsOf(chunk, 1, 4), 4)));
+    }
+    return OkStatus();
+  };
+  ASSERT_OK(cache->Preload(scan));
+  EXPECT_LT(chunks, 6);
+  const std::vector<Key> held = DumpAll(*cache, 100);
+  EXPECT_GT(held.size(), cache->spec().capacity_rows * 8 / 10);
+  ASSERT_NO_FATAL_FAILURE(ExpectHeld(*cache, KeyRange(0, 1000), VersionsOf(held, 1)));
+  const auto large = Make(4, 7000);
+  chunks = 98;
+  ASSERT_OK(large->Preload(scan));
+  EXPECT_EQ(DumpAll(*large, 100).size(), 300u);
+  ExpectError(large->Preload([](const ScanVisitor&) { return Unavailable("the tier is down"); }),
+              StatusCode::kUnavailable, {"down"});
+}
+
 TEST_P(CacheConformance, RefusesWhatDoesNotFit) {
   CacheSpec spec{.name = "model 'm', table 't'", .row_bytes = 6, .capacity_rows = 100};
   ExpectError(DeviceCache::Make(resources_, spec).status(), StatusCode::kInvalidArgument, {"table 't'", "6 bytes"});

@@ -240,6 +240,7 @@ TEST_F(DeviceLookupTest, WholeTablesAreNotWaitedFor) {
 
 TEST_F(DeviceLookupTest, ACacheThatGoesWaitsForWhatItsLookupsLeft) {
   CacheSpec spec = SpecOf(4, 0);
+  spec.type = CacheType::kStatic;
   const std::vector<Key> keys = KeyRange(0, 10);
   auto cache = Value(DeviceCache::MakeWhole(resources_, spec, [&](const ScanVisitor& visitor) -> Status {
     const std::vector<float> rows(40, 1.0f);
@@ -430,19 +431,28 @@ TEST_F(DeviceLookupTest, AnUpdateBetweenReadAndFillIsNotUndone) {
   Expect(Lookups(), KeyRange(0, 10), [](Key key) { return key == 3 || key == 4 ? 2 : key == 5 ? 0 : 1; });
 }
 
-// The fill was launched but not carried out when the update came.
+// The fill was launched but not carried out when the update came: the update must not overtake it.
 TEST_F(DeviceLookupTest, AnUpdateWaitsForFillsOnTheirWay) {
   source_->Put(0, KeyRange(0, 10), 1);
-  source_->AfterRead([&](const FetchLimits&) { device_->Hold(true); });
   TestStream stream(*device_);
+  source_->AfterRead([&](const FetchLimits&) { device_->HoldStream(stream.get(), true); });
   const Asked asked(*device_, cache_, 0, KeyRange(0, 10));
   const CachedLookup lookup = asked.lookup();
   ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), stream.get(), {}, nullptr));
   source_->AfterRead({});
   source_->Put(0, {3}, 2);
   ASSERT_OK(UpdateTo(*cache_, {3}, 2));
-  device_->Hold(false);
-  ASSERT_OK(cache_->Flush());
+  std::atomic<bool> flushed{false};
+  std::thread flush([&] {
+    EXPECT_EQ(cache_->Flush().code(), StatusCode::kOk);
+    flushed = true;
+  });
+  // Time enough for an update that does not wait; one that does is not done.
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+  while (!flushed && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  EXPECT_FALSE(flushed);
+  device_->HoldStream(stream.get(), false);
+  flush.join();
   Expect(Lookups(), KeyRange(0, 10), [](Key key) { return key == 3 ? 2 : 1; });
 }
 
