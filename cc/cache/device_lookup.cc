@@ -14,7 +14,7 @@ void Count(Counter* counter, uint64_t n) {
   if (counter != nullptr && n > 0) counter->Add(n);
 }
 
-constexpr uint64_t kMostPositions = uint64_t{1} << 30;
+constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 
 }  // namespace
 

@@ -32,6 +32,16 @@ void Pause() {
 
 }  // namespace
 
+size_t LookupWorkspace::StagingBytes(size_t keys, size_t row_bytes) {
+  return Aligned(keys * sizeof(uint64_t)) + Aligned(row_bytes) + Aligned(keys * sizeof(Key));
+}
+
+size_t LookupWorkspace::DeviceBytes(const WorkspaceSize& size) {
+  const size_t positions = std::max(size.positions, 1u);
+  return 256 + std::bit_ceil(2 * positions) * sizeof(uint64_t) + 3 * Aligned(positions * sizeof(uint32_t)) +
+         size.staging_bytes;
+}
+
 Result<std::unique_ptr<LookupWorkspace>> LookupWorkspace::Make(std::shared_ptr<DeviceContext> context,
                                                                const WorkspaceSize& size) {
   std::unique_ptr<LookupWorkspace> workspace(new LookupWorkspace(std::move(context)));
@@ -65,7 +75,7 @@ Status LookupWorkspace::AllocateQuery(uint32_t positions) {
   const size_t first_wins = std::bit_ceil(size_t{2} * positions);
   const size_t words = Aligned(size_t{positions} * sizeof(uint32_t));
   HPS_ASSIGN_OR_RETURN(DeviceMemory device,
-                       DeviceMemory::Allocate(*context_, 256 + first_wins * sizeof(uint64_t) + 3 * words,
+                       DeviceMemory::Allocate(*context_, DeviceBytes({positions, 0}),
                                               "lookups of " + std::to_string(positions) + " keys"));
   HPS_ASSIGN_OR_RETURN(PinnedMemory mapped,
                        PinnedMemory::Allocate(*context_, 256 + positions * sizeof(cuda::MissingKey),
@@ -103,7 +113,7 @@ Status LookupWorkspace::AllocateStaging(size_t bytes) {
 
 Status LookupWorkspace::Reserve(uint32_t positions) {
   if (positions <= size_.positions) return OkStatus();
-  if (positions > (uint32_t{1} << 30)) {
+  if (positions > kMostPositions) {
     return InvalidArgument(std::to_string(positions) +
                            " keys in one lookup on a device; split it, 1073741824 is the most");
   }
@@ -182,7 +192,7 @@ Status LookupWorkspace::Wait(DeviceStream stream, Deadline deadline, const std::
 Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes) {
   rows_at_ = Aligned(keys * sizeof(uint64_t));
   outdated_at_ = rows_at_ + Aligned(row_bytes);
-  const size_t needed = outdated_at_ + Aligned(keys * sizeof(Key));
+  const size_t needed = StagingBytes(keys, row_bytes);
   // The query of this use is done, and a fill of the last use was in the stream before it: Query saw to that.
   if (needed <= size_.staging_bytes) return OkStatus();
   return AllocateStaging(std::max(needed, std::min(2 * size_.staging_bytes, needed * 2)));

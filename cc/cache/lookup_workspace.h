@@ -25,6 +25,12 @@ struct WorkspaceSize {
 
 class LookupWorkspace {
  public:
+  static constexpr uint64_t kMostPositions = uint64_t{1} << 30;
+  // Staging for so many missing keys and bytes of rows.
+  static size_t StagingBytes(size_t keys, size_t row_bytes);
+  // Memory of the device that a workspace of the size takes.
+  static size_t DeviceBytes(const WorkspaceSize& size);
+
   static Result<std::unique_ptr<LookupWorkspace>> Make(std::shared_ptr<DeviceContext> context,
                                                        const WorkspaceSize& size);
   // Waits for the work of the last use.
