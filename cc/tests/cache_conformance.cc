@@ -243,8 +243,8 @@ TEST_P(CacheConformance, RowsMayLieApart) {
 }
 
 TEST_P(CacheConformance, BatchesOfManyPiecesAndRowsLargerThanAPiece) {
-  const auto cache = Make(64, 140'000);
-  const std::vector<Key> keys = KeyRange(0, 40'000);  // 10 MB
+  const auto cache = Make(128, 70'000);
+  const std::vector<Key> keys = KeyRange(0, 20'000);  // 10 MB
   ASSERT_OK(Insert(*cache, keys, 1));
   ASSERT_OK(Update(*cache, keys, 2));
   ASSERT_OK(cache->Flush());
@@ -467,29 +467,28 @@ TEST_P(CacheConformance, AgreesWithAModel) {
   }
 }
 
-// Readers check every row while writers change, evict and erase them in a few buckets.
-TEST_P(CacheConformance, RowsAreWholeUnderConcurrentWrites) {
-  constexpr uint32_t kWidth = 40;
-  const auto cache = Make(kWidth, 7 * 20);
-  const std::vector<Key> keys = KeyRange(0, 200);
+// Readers check every row while writers change, evict and erase them.
+void StormOf(DeviceCache& cache_under_test, const std::vector<Key>& keys) {
+  DeviceCache* const cache = &cache_under_test;
+  cuda::Device* const device = &cache->resources().context->device();
+  const uint32_t width = WidthOf(*cache);
   ASSERT_OK(Insert(*cache, keys, 1));
   std::atomic<bool> done{false};
   std::atomic<uint64_t> rows_found{0};
   const auto read = [&](uint64_t seed) {
     std::mt19937_64 random(seed);
-    TestStream stream(*device_);
+    TestStream stream(*device);
     std::vector<Key> asked(300);
     for (Key& key : asked) key = keys[random() % keys.size()];
-    const DeviceArray<Key> device_keys(*device_, asked);
-    const DeviceArray<float> answer(*device_, asked.size() * kWidth);
-    // Versions that a writer has written never go back, except that an erased row may come again in a newer version.
+    const DeviceArray<Key> device_keys(*device, asked);
+    const DeviceArray<float> answer(*device, asked.size() * width);
     while (!done) {
       std::vector<CacheMiss> misses;
       ASSERT_OK(cache->Query(device_keys.get(), static_cast<uint32_t>(asked.size()), answer.get(), stream.get(),
                              &misses, kNoDeadline));
       const std::vector<float> rows = answer.Get(stream.get());
       for (size_t i = 0; i < asked.size(); ++i) {
-        const int version = VersionOf(asked[i], rows.data() + i * kWidth, kWidth);
+        const int version = VersionOf(asked[i], rows.data() + i * width, width);
         ASSERT_GE(version, 0) << "a torn or foreign row of key " << asked[i];
         rows_found += version > 0;
       }
@@ -517,6 +516,13 @@ TEST_P(CacheConformance, RowsAreWholeUnderConcurrentWrites) {
   ASSERT_OK(cache->Flush());
   const std::vector<Key> left = DumpAll(*cache, 7);
   EXPECT_EQ(std::set<Key>(left.begin(), left.end()).size(), left.size()) << "a key twice";
+}
+
+TEST_P(CacheConformance, RowsAreWholeUnderConcurrentWrites) { StormOf(*Make(40, 7 * 20), KeyRange(0, 200)); }
+
+TEST_P(CacheConformance, RowsAreWholeUnderConcurrentWritesInOneBucket) {
+  const auto cache = Make(33, 7 * 16);
+  StormOf(*cache, KeysOfOneBucket(cache->num_buckets(), 20));
 }
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(CacheConformance);

@@ -10,6 +10,7 @@
 #include <set>
 #include <thread>
 
+#include "cc/cache/cache_refresher.h"
 #include "cc/core/tier_row_source.h"
 #include "cc/tests/cache_fixture.h"
 #include "cc/tests/fake_table.h"
@@ -263,6 +264,33 @@ TEST_F(DeviceLookupTest, ACacheThatGoesWaitsForWhatItsLookupsLeft) {
   release.join();
 }
 
+// Two devices over the same tiers: each has a cache of its own, and an update must be told to both.
+TEST_F(DeviceLookupTest, DevicesHaveCachesOfTheirOwn) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  auto second = std::make_shared<HostDevice>(HostDeviceOptions{.ordinal = 1});
+  const auto resources = Value(DeviceResources::Open(second, {.size = {64, 0}}));
+  const auto cache = Value(DeviceCache::Make(resources, SpecOf(4, 700)));
+  const DeviceLookup there(resources, source_, inserts_, {});
+  const Asked asked(*second, cache, 0, KeyRange(0, 100));
+  const CachedLookup lookup = asked.lookup();
+  Expect(Lookups(), KeyRange(0, 100), [](Key) { return 1; });
+  LookupReport report;
+  ASSERT_OK(there.Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+  EXPECT_EQ(report.rows_from_volatile, 100u) << "what the first device holds is not here";
+  source_->Put(0, {7}, 2);
+  for (DeviceCache* each : {cache_.get(), cache.get()}) {
+    ASSERT_OK(UpdateTo(*each, {7}, 2));
+    ASSERT_OK(each->Flush());
+  }
+  Expect(Lookups(), {7}, [](Key) { return 2; });
+  ASSERT_OK(there.Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+  EXPECT_EQ(asked.Versions()[7], 2);
+  // One that fails leaves the other alone.
+  second->Lose(cuda::kErrorLaunchFailure);
+  ExpectError(there.Lookup(std::span(&lookup, 1), nullptr, {}, nullptr), StatusCode::kInternal, {"device 1"});
+  Expect(Lookups(), KeyRange(0, 100), [](Key key) { return key == 7 ? 2 : 1; });
+}
+
 // Faults -----------------------------------------------------------------------------------------------------------
 
 TEST_F(DeviceLookupTest, AFailingTierFailsTheLookupAndNothingIsKept) {
@@ -470,9 +498,9 @@ TEST_F(DeviceLookupTest, ADeferredInsertDoesNotUndoAnUpdate) {
   Expect(Lookups(), KeyRange(0, 10), [](Key key) { return key == 3 ? 2 : 1; });
 }
 
-// Lookups from several streams, some exact and some deferred, beside updates and erasures, in a cache too small for the
-// keys. While it runs no row is torn and none is older than what the key had before the lookup began; at rest the
-// cache agrees with the tiers.
+// Lookups from several streams, some exact and some deferred, beside updates, erasures and refresh, in a cache too
+// small for the keys. While it runs no row is torn and none is older than what the key had before the lookup began; at
+// rest the cache agrees with the tiers.
 TEST_F(DeviceLookupTest, NoOldRowStaysAfterAStormOfUpdates) {
   const std::vector<Key> keys = KeyRange(0, 300);
   source_->Put(0, keys, 1);
@@ -508,11 +536,15 @@ TEST_F(DeviceLookupTest, NoOldRowStaysAfterAStormOfUpdates) {
       if (version % 16 == 0) ASSERT_OK(cache_->Erase(some));
     }
   };
+  CacheRefresher refresher;
+  refresher.Add({.cache = cache_, .source = source_, .fraction = 0.3, .interval = std::chrono::milliseconds(1)});
   std::vector<std::thread> lookers, writers;
   for (uint64_t i = 0; i < 3; ++i) lookers.emplace_back(look, i + 1, i == 2);
   for (uint64_t i = 0; i < 2; ++i) writers.emplace_back(update, i + 20);
   for (std::thread& thread : writers) thread.join();
   WaitUntil([&] { return rows_checked > 0; }, "a lookup");
+  WaitUntil([&] { return refresher.stats().refreshes > 0; }, "a refresh");
+  refresher.Stop();
   done = true;
   for (std::thread& thread : lookers) thread.join();
   inserts_->Drain();
