@@ -179,7 +179,7 @@ void HostFill(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorksp
 
 void HostInsert(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, bool spill,
                 uint32_t* evicted, BucketLocks& locks) {
-  for (uint32_t i = 0; i < count; ++i) {
+  for (uint32_t i = count; i-- > 0;) {
     const void* row = static_cast<const std::byte*>(rows) + uint64_t{i} * table.row_bytes;
     const bool evicts = InsertKey(table, keys[i], row, spill, locks);
     if (evicts && evicted != nullptr) std::atomic_ref(*evicted).fetch_add(1, std::memory_order_relaxed);
@@ -187,7 +187,7 @@ void HostInsert(const CacheTable& table, const int64_t* keys, const void* rows, 
 }
 
 void HostUpdate(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, BucketLocks& locks) {
-  for (uint32_t i = 0; i < count; ++i) {
+  for (uint32_t i = count; i-- > 0;) {
     const void* row = static_cast<const std::byte*>(rows) + uint64_t{i} * table.row_bytes;
     WithKey(table, keys[i], false, locks, [&](CacheBucket* first, CacheBucket* second) {
       for (CacheBucket* bucket : {first, second}) {

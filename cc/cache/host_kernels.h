@@ -2,7 +2,8 @@
 // caller's thread: the same buckets, marks, choice of ways, second buckets and versions, by the functions of
 // cache_bucket.h. What the GPU must do, said in the plainest way; also what the host device (host_device.h) runs.
 //
-// Differences that no contract speaks of: keys are served in order, and a bucket is locked while it is read, instead of
+// Differences that no contract speaks of: keys are served one after the other (those of an insert or update from the
+// last to the first, so that nobody relies on their order), and a bucket is locked while it is read, instead of
 // being read again after the row (the thread sanitizer understands locks). The lock bit of a bucket is not used.
 //
 // Thread safety: calls may overlap in any combination on one table, as on the device. Errors: as there.

@@ -78,6 +78,42 @@ TEST_F(DeviceLookupTest, MissesAreFetchedOnceAndKept) {
   EXPECT_EQ(source_->fetches(), fetches) << "all hit: no tier is asked";
 }
 
+TEST_F(DeviceLookupTest, MetricsCountWhatReportsSay) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  Counter from_cache, missed, deferred, unwaited, outdated;
+  const DeviceLookup lookups(resources_, source_, inserts_,
+                             {0.9, {&from_cache, &missed, &deferred, &unwaited, &outdated}});
+  LookupReport all;
+  const auto look = [&](const std::vector<Key>& keys) {
+    const Asked asked(*device_, cache_, 0, keys);
+    const CachedLookup lookup = asked.lookup();
+    LookupReport report;
+    ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+    EXPECT_EQ(report.keys, report.rows_from_cache + report.rows_from_volatile + report.rows_from_persistent +
+                               report.rows_from_default + report.rows_deferred + report.rows_repeated +
+                               report.rows_unwaited);
+    all.rows_from_cache += report.rows_from_cache;
+    all.rows_from_volatile += report.rows_from_volatile;
+    all.rows_from_default += report.rows_from_default;
+    all.rows_deferred += report.rows_deferred;
+  };
+  look(KeyRange(0, 60));
+  look(KeyRange(0, 63));
+  inserts_->Drain();
+  ASSERT_OK(cache_->Flush());
+  look(KeyRange(0, 120));
+  source_->AfterRead([&](const FetchLimits&) { ASSERT_OK(UpdateTo(*cache_, {5}, 1)); });
+  ASSERT_OK(cache_->Erase(std::vector<Key>{5, 6}));
+  ASSERT_OK(cache_->Flush());
+  look({5, 5, 6});
+  EXPECT_EQ(from_cache.value(), all.rows_from_cache);
+  EXPECT_EQ(missed.value(), all.rows_from_volatile + all.rows_from_default);
+  EXPECT_EQ(deferred.value(), all.rows_deferred);
+  EXPECT_EQ(deferred.value(), 3u);
+  EXPECT_EQ(outdated.value(), 1u);
+  EXPECT_EQ(cache_->stats().rows_outdated, 1u);
+}
+
 TEST_F(DeviceLookupTest, ManyTablesInOneCall) {
   source_->Put(0, KeyRange(0, 50), 1);
   source_->Put(1, KeyRange(0, 50), 2);

@@ -128,6 +128,8 @@ TEST_F(WorkspacePoolTest, UsesOnDifferentStreamsAreOrdered) {
   device_->HoldStream(one.get(), true);
   query(first, one.get());
   query(second, two.get());
+  const Deadline end = In(std::chrono::milliseconds(200));  // time enough for one that does not wait
+  while (device_->QueryStream(two.get()) != 0 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
   EXPECT_EQ(device_->QueryStream(two.get()), cuda::kErrorNotReady);
   device_->HoldStream(one.get(), false);
   EXPECT_EQ(second.Versions(two.get()), std::vector<int>(20, 0));
