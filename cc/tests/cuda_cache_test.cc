@@ -1,8 +1,10 @@
-// The same suite over the first GPU. Built where CUDA is, run by `./dev test-gpu`; without a GPU it fails.
+// The suites of caches and lookups over the first GPU. Built where CUDA is, run by `./dev test-gpu`; without a GPU it
+// fails.
 
 #include <iostream>
 
 #include "cc/tests/cache_conformance.h"
+#include "cc/tests/device_lookup_suite.h"
 #include "cuda_kernels/device.h"
 
 namespace hps::testing {
@@ -16,6 +18,9 @@ std::shared_ptr<cuda::Device> OpenFirstGpu() {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CacheConformance, ::testing::Values(CacheFixture{"Gpu", OpenFirstGpu}),
+                         [](const auto& info) { return info.param.name; });
+
+INSTANTIATE_TEST_SUITE_P(All, DeviceLookupSuite, ::testing::Values(CacheFixture{"Gpu", OpenFirstGpu}),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace
