@@ -63,6 +63,10 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
                              ", but the lookup is on device " +
                              std::to_string(resources_.context->device().info().ordinal));
     }
+    // A cache that goes waits for what lookups left with the workspaces it knows.
+    if (cache.resources().workspaces != resources_.workspaces) {
+      return Internal(cache.spec().name + ": its cache was made with other workspaces than the lookup's");
+    }
     storage[i] = {cache.table(), lookups[i].keys, lookups[i].count, cache.spec().default_value, lookups[i].rows};
     positions += lookups[i].count;
     all_whole = all_whole && cache.whole();

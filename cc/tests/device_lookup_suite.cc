@@ -66,6 +66,7 @@ TEST_P(DeviceLookupSuite, MetricsCountWhatReportsSay) {
     EXPECT_EQ(report.keys, report.rows_from_cache + report.rows_from_volatile + report.rows_from_persistent +
                                report.rows_from_default + report.rows_deferred + report.rows_repeated +
                                report.rows_unwaited);
+    asked.Versions();  // waits for the stream, which writes to `asked`
     all.rows_from_cache += report.rows_from_cache;
     all.rows_from_volatile += report.rows_from_volatile;
     all.rows_from_default += report.rows_from_default;

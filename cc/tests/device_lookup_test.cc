@@ -89,13 +89,17 @@ TEST_F(DeviceLookupTest, ACacheThatGoesWaitsForWhatItsLookupsLeft) {
     const CachedLookup lookup = asked->lookup();
     ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), stream.get(), {}, nullptr));
   }
+  std::atomic<bool> gone{false}, released{false};
   std::thread release([&] {
-    std::this_thread::yield();
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+    while (!gone && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    released = true;
     device_->Hold(false);
   });
   // The cache is the first to go: its memory must outlive the query.
   const_cast<std::shared_ptr<DeviceCache>&>(asked->cache).reset();
-  EXPECT_EQ(device_->QueryStream(stream.get()), 0);
+  EXPECT_TRUE(released);
+  gone = true;
   release.join();
 }
 
@@ -183,6 +187,10 @@ TEST_F(DeviceLookupTest, CachesOfAnotherDeviceAreRefused) {
   const CachedLookup lookup{cache, 0, nullptr, 1, nullptr};
   ExpectError(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, nullptr), StatusCode::kInvalidArgument,
               {"device 1", "device 0"});
+  DeviceResources others = resources_;
+  others.workspaces = Value(WorkspacePool::Open(resources_.context, {.size = {64, 0}}));
+  const CachedLookup stranger{Value(DeviceCache::Make(others, SpecOf(4, 700))), 0, nullptr, 1, nullptr};
+  ExpectError(Lookups().Lookup(std::span(&stranger, 1), nullptr, {}, nullptr), StatusCode::kInternal, {"workspaces"});
 }
 
 // Every allocation fails once: a clear error, nothing lost, nothing leaked, and the same lookup with memory succeeds.
