@@ -81,7 +81,7 @@ int LaunchQuery(const QueryPart* parts, int num_parts, const QueryWorkspace& wor
 struct FillRequest {
   const uint64_t* row_offsets = nullptr;  // (missing_keys) device-readable: where in `staging` the row of each missing
                                           // key begins; kNoRow: no tier holds it, the default value stays
-  const void* staging = nullptr;          // device-readable; rows at multiples of 16
+  const void* staging = nullptr;          // device-readable; rows at multiples of 4
   uint32_t missing_positions = 0;
   uint32_t missing_keys = 0;
   bool spill = false;  // a key whose bucket is full may go to a second one; see LaunchInsert

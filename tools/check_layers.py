@@ -40,9 +40,10 @@ LAYERS = (
         most=1,
     ),
     Layer("cc/loader", (CONTRACTS, "cc/base/", "cc/storage/", "cc/loader/")),
+    Layer("cc/cache", (CONTRACTS, "cc/base/", "cc/cache/", "cuda_kernels/")),
     Layer(
         "cc/core",
-        (CONTRACTS, "cc/base/", "cc/config/", "cc/metrics/", "cc/storage/", "cc/loader/", "cc/core/"),
+        (CONTRACTS, "cc/base/", "cc/config/", "cc/metrics/", "cc/storage/", "cc/loader/", "cc/cache/", "cc/core/"),
         ("nlohmann/",),
         most=1,
     ),
@@ -52,11 +53,11 @@ LAYERS = (
         (CONTRACTS, "cc/base/", "cc/python/", "cc/core/host_memory.h", "cc/storage/table_memory.h"),
         ("pybind11/", "Python.h"),
     ),
-    Layer("cc/tests", (CONTRACTS, "cc/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
+    Layer("cc/tests", (CONTRACTS, "cc/", "cuda_kernels/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
-    Layer("benchmarks", (CONTRACTS, "cc/", "benchmarks/"), ("hiredis/", "rocksdb/")),
+    Layer("benchmarks", (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/"), ("hiredis/", "rocksdb/")),
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")

@@ -1,3 +1,5 @@
+// A slot is its flight's until that takes it back or a write of its key frees it for others.
+//
 // A fetch claims keys, reads them, takes its claims back, hands rows to its waiters, and only then waits for others: no
 // two fetches wait for each other.
 //
@@ -119,6 +121,15 @@ Status SingleFlightTable::Fetch(const FetchRequest& request, std::vector<uint32_
   return FetchShared(request, misses);
 }
 
+void SingleFlightTable::EndSharing(std::span<const Key> keys) {
+  for (const Key key : keys) {
+    const size_t slot_index = SlotOf(key);
+    std::lock_guard lock(ShardOf(slot_index));
+    Slot& slot = slots_[slot_index];
+    if (slot.key == key) slot.flight = nullptr;
+  }
+}
+
 Status SingleFlightTable::FetchTimed(const FetchRequest& request, std::vector<uint32_t>* misses) const {
   const auto start = std::chrono::steady_clock::now();
   Status status = table_->Fetch(request, misses);
@@ -164,7 +175,7 @@ Status SingleFlightTable::FetchShared(const FetchRequest& request, std::vector<u
   }
   for (const size_t slot_index : claimed) {
     std::lock_guard lock(ShardOf(slot_index));
-    slots_[slot_index].flight = nullptr;
+    if (slots_[slot_index].flight == flight) slots_[slot_index].flight = nullptr;
   }
   flight->Land(status.ok(), own_request, spec().row_bytes, missing);
   HPS_RETURN_IF_ERROR(status);

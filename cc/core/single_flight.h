@@ -2,7 +2,8 @@
 //
 // An adaptor over a Table. The first fetch of a key claims it; fetches that come while it is on its way wait for it and
 // are given the row. A waiter's deadline or cancellation ends its own wait only. When the first fetch fails, its
-// waiters ask for themselves. A waiter may be given a row that was read shortly before it asked.
+// waiters ask for themselves. A waiter may be given a row that was read shortly before it asked, but none that was read
+// before an Upsert or Erase of this adaptor that had returned by then: those end the sharing of their keys.
 //
 // Waiting for another thread costs more than a quick read, so keys are claimed only while fetches of the table have
 // lately taken `slow_fetch` or longer on average, and only by fetches of at most kMostKeys keys: nobody with one key
@@ -41,9 +42,15 @@ class SingleFlightTable final : public Table {
     return table_->Locate(keys, rows);
   }
   Status Upsert(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) override {
-    return table_->Upsert(keys, rows, options);
+    Status status = table_->Upsert(keys, rows, options);
+    EndSharing(keys);
+    return status;
   }
-  Status Erase(std::span<const Key> keys, uint64_t* erased) override { return table_->Erase(keys, erased); }
+  Status Erase(std::span<const Key> keys, uint64_t* erased) override {
+    Status status = table_->Erase(keys, erased);
+    EndSharing(keys);
+    return status;
+  }
   Status Scan(const ScanVisitor& visitor) const override { return table_->Scan(visitor); }
   Result<TableStats> Stats() const override { return table_->Stats(); }
 
@@ -62,6 +69,7 @@ class SingleFlightTable final : public Table {
 
   static size_t SlotOf(Key key);
   std::mutex& ShardOf(size_t slot) const { return shards_[slot % kShards]; }
+  void EndSharing(std::span<const Key> keys);
   Status FetchTimed(const FetchRequest& request, std::vector<uint32_t>* misses) const;
   Status FetchShared(const FetchRequest& request, std::vector<uint32_t>* misses) const;
 

@@ -64,6 +64,29 @@ TEST_F(SingleFlightTest, OneKeyIsAskedOnceWhileItIsOnItsWay) {
   EXPECT_EQ(slow_->fetches(), 2);
 }
 
+// What was read before a write is not given to who asks after it.
+TEST_F(SingleFlightTest, AWriteEndsTheSharingOfItsKeys) {
+  slow_->Put(7, 1);
+  slow_->Put(8, 1);
+  slow_->Hang(true);
+  std::vector<Fetched> fetched(3);
+  std::thread before([&] { fetched[0] = Fetch({7, 8}); });
+  slow_->WaitForFetches(1);
+  const std::vector<float> row = Row(7, 2, kWidth);
+  ASSERT_OK(table_.Upsert(std::vector<Key>{7}, {reinterpret_cast<const std::byte*>(row.data()), kRowBytes}, {}));
+  std::thread after([&] { fetched[1] = Fetch({7}); });
+  slow_->WaitForFetches(2);  // its own
+  EXPECT_EQ(waited(), 0u);
+  std::thread other([&] { fetched[2] = Fetch({8}); });
+  WaitUntil([&] { return waited() == 1; }, "the waiter for the other key");
+  slow_->Hang(false);
+  for (std::thread* thread : {&before, &after, &other}) thread->join();
+  for (const Fetched& each : fetched) ASSERT_OK(each.status);
+  EXPECT_EQ(fetched[1].row(0), row);
+  EXPECT_EQ(slow_->fetches(), 2);
+  ExpectError(table_.Erase(std::vector<Key>{7}, nullptr), StatusCode::kUnimplemented);
+}
+
 TEST_F(SingleFlightTest, AFetchReadsWhatNobodyElseReadsAndTakesTheRestFromOthers) {
   for (Key key = 0; key < 10; ++key) slow_->Put(key, 1);
   slow_->Hang(true);

@@ -60,6 +60,12 @@ struct LookupReport {
   uint64_t rows_skipped_persistent = 0;
   uint64_t volatile_nanoseconds = 0;
   uint64_t persistent_nanoseconds = 0;
+  // Lookups over a device cache. There `keys` is the sum of these four and the first three rows_from_ above, which
+  // count each key that the cache missed once.
+  uint64_t rows_from_cache = 0;
+  uint64_t rows_deferred = 0;  // keys that got the default value and are inserted later (hit_rate_threshold)
+  uint64_t rows_repeated = 0;  // further positions of keys that the cache missed
+  uint64_t rows_unwaited = 0;  // of static caches: nobody waited to know which of them were there
 };
 
 struct LookupOptions {

@@ -1,0 +1,119 @@
+#include "cc/cache/cache_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cc/cache/device_cache.h"
+#include "cc/cache/static_placement.h"
+
+namespace hps {
+namespace {
+
+Status CheckModel(const ModelConfig& model, size_t num_tables, int num_devices) {
+  const std::string context = "model '" + model.name + "': ";
+  if (num_tables != model.tables.size()) {
+    return Internal(context + std::to_string(num_tables) + " row counts for " + std::to_string(model.tables.size()) +
+                    " tables");
+  }
+  if (model.cache_type == CacheType::kUvm) {
+    return Unimplemented(context +
+                         "not built yet: \"embedding_cache_type\": \"uvm\"; use \"dynamic\" with a smaller "
+                         "gpucacheper, which keeps the often read rows on the GPU too");
+  }
+  if (model.enable_pagelock) {
+    return Unimplemented(context +
+                         "not built yet: enable_pagelock; leave it out and let the table's rows lie in GPU "
+                         "memory, or use \"embedding_cache_type\": \"dynamic\"");
+  }
+  if (model.fp8_quant) {
+    return Unimplemented(context + "not built yet: fp8_quant; leave it out, rows are then kept as float32");
+  }
+  if (!(model.gpucacheper > 0.0 && model.gpucacheper <= 1.0)) {
+    return InvalidArgument(context + "gpucacheper is " + std::to_string(model.gpucacheper) +
+                           "; it is the part of a table's rows that the cache holds, above 0 and at most 1");
+  }
+  if (model.deployed_devices.empty()) {
+    return InvalidArgument(context +
+                           "deployed_device_list is empty; name the GPUs that get a cache, or set "
+                           "\"gpucache\": false");
+  }
+  for (size_t i = 0; i < model.deployed_devices.size(); ++i) {
+    const int device = model.deployed_devices[i];
+    if (device < 0 || device >= num_devices) {
+      return InvalidArgument(
+          context + "deployed_device_list names GPU " + std::to_string(device) + ", but this process sees " +
+          std::to_string(num_devices) +
+          " (numbered from 0, after CUDA_VISIBLE_DEVICES); name one of those, or set \"gpucache\": false");
+    }
+    if (std::count(model.deployed_devices.begin(), model.deployed_devices.end(), device) > 1) {
+      return InvalidArgument(context + "deployed_device_list names GPU " + std::to_string(device) + " twice");
+    }
+  }
+  return OkStatus();
+}
+
+TableCachePlan PlanTable(const ModelConfig& model, size_t table, uint64_t rows) {
+  const TableConfig& config = model.tables[table];
+  TableCachePlan plan;
+  plan.spec.name = "model '" + model.name + "', table '" + config.name + "'";
+  plan.spec.row_bytes = config.width * sizeof(float);
+  plan.spec.default_value = config.default_value;
+  plan.spec.type = model.cache_type;
+  const bool whole = model.cache_type == CacheType::kStatic || (model.init_ec && model.gpucacheper >= 1.0);
+  if (whole) {
+    plan.start = CacheStart::kWhole;
+    plan.spec.capacity_rows = StaticPlacement::BucketsFor(rows) * cuda::kCacheWays;
+  } else {
+    plan.start = model.init_ec ? CacheStart::kPreload : CacheStart::kEmpty;
+    plan.spec.capacity_rows = static_cast<uint64_t>(std::ceil(static_cast<double>(rows) * model.gpucacheper));
+  }
+  return plan;
+}
+
+// A call asks the largest batch of every table at once, and may miss all of it.
+WorkspaceSize PlanWorkspace(const ModelConfig& model) {
+  uint64_t positions = 0, staging = 0;
+  for (const TableConfig& table : model.tables) {
+    const uint64_t keys = uint64_t{model.max_batch_size} * table.max_keys_per_sample;
+    positions += keys;
+    staging += keys * table.width * sizeof(float);
+  }
+  WorkspaceSize size;
+  size.positions = static_cast<uint32_t>(std::clamp<uint64_t>(positions, 1, LookupWorkspace::kMostPositions));
+  if (model.cache_type != CacheType::kStatic) size.staging_bytes = LookupWorkspace::StagingBytes(positions, staging);
+  return size;
+}
+
+std::chrono::milliseconds Milliseconds(double seconds) {
+  return std::chrono::milliseconds(static_cast<int64_t>(std::min(std::max(seconds, 0.0) * 1000.0, 1e15)));
+}
+
+}  // namespace
+
+Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<const uint64_t> table_rows,
+                                           int num_devices) {
+  std::vector<DevicePlan> plans;
+  if (!model.gpucache) return plans;
+  HPS_RETURN_IF_ERROR(CheckModel(model, table_rows.size(), num_devices));
+  DevicePlan plan;
+  for (size_t i = 0; i < table_rows.size(); ++i) {
+    plan.tables.push_back(PlanTable(model, i, table_rows[i]));
+    plan.device_bytes += DeviceCache::DeviceBytes(plan.tables[i].spec.capacity_rows, plan.tables[i].spec.row_bytes);
+  }
+  plan.workspaces.reserved = std::max(model.worker_buffers, 1u);
+  plan.workspaces.limit = std::max(4 * plan.workspaces.reserved, 16u);
+  plan.workspaces.size = PlanWorkspace(model);
+  plan.device_bytes += plan.workspaces.reserved * LookupWorkspace::DeviceBytes(plan.workspaces.size);
+  plan.hit_rate_threshold = model.hit_rate_threshold;
+  if (model.cache_type == CacheType::kDynamic) plan.refresh_fraction = model.cache_refresh_percentage_per_iteration;
+  plan.refresh_delay = Milliseconds(model.refresh_delay_seconds);
+  plan.refresh_interval = Milliseconds(model.refresh_interval_seconds);
+  for (const int device : model.deployed_devices) {
+    plan.device = device;
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
+}  // namespace hps

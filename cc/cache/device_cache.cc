@@ -1,0 +1,186 @@
+#include "cc/cache/device_cache.h"
+
+#include <algorithm>
+
+#include "cc/cache/static_placement.h"
+
+namespace hps {
+namespace {
+
+uint64_t BucketsOf(uint64_t capacity_rows) {
+  return std::max<uint64_t>(capacity_rows / cuda::kCacheWays + (capacity_rows % cuda::kCacheWays != 0),
+                            cuda::kMinBuckets);
+}
+
+uint64_t BytesOf(uint64_t num_buckets, uint32_t row_bytes) {
+  return num_buckets * (sizeof(cuda::CacheBucket) + uint64_t{cuda::kCacheWays} * row_bytes);
+}
+
+std::span<const std::byte> BytesOf(const std::vector<cuda::CacheBucket>& buckets) {
+  return std::as_bytes(std::span(buckets));
+}
+
+}  // namespace
+
+Result<DeviceResources> DeviceResources::Open(std::shared_ptr<cuda::Device> device,
+                                              const WorkspacePoolOptions& workspaces,
+                                              std::shared_ptr<DeviceAllocator> allocator) {
+  DeviceResources resources;
+  resources.context = DeviceContext::Make(std::move(device), std::move(allocator));
+  HPS_ASSIGN_OR_RETURN(resources.writer, CacheWriter::Open(resources.context));
+  HPS_ASSIGN_OR_RETURN(std::unique_ptr<WorkspacePool> pool, WorkspacePool::Open(resources.context, workspaces));
+  resources.workspaces = std::move(pool);
+  return resources;
+}
+
+uint64_t DeviceCache::DeviceBytes(uint64_t capacity_rows, uint32_t row_bytes) {
+  return BytesOf(BucketsOf(capacity_rows), row_bytes);
+}
+
+Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources& resources, const CacheSpec& spec,
+                                                           uint64_t num_buckets) {
+  if (spec.row_bytes == 0 || spec.row_bytes % 4 != 0) {
+    return InvalidArgument(spec.name + ": rows of " + std::to_string(spec.row_bytes) +
+                           " bytes; a cache needs a positive multiple of 4");
+  }
+  // The device numbers rows by 32 bits.
+  if (num_buckets > 0xFFFFFFFE / cuda::kCacheWays) {
+    return InvalidArgument(spec.name + ": a cache of " + std::to_string(num_buckets * cuda::kCacheWays) +
+                           " rows; 4294967288 is the most, use a smaller gpucacheper");
+  }
+  std::shared_ptr<DeviceCache> cache(new DeviceCache(resources, spec));
+  DeviceContext& context = *resources.context;
+  HPS_ASSIGN_OR_RETURN(cache->buckets_, DeviceMemory::Allocate(context, num_buckets * sizeof(cuda::CacheBucket),
+                                                               "the keys of the cache of " + spec.name));
+  HPS_ASSIGN_OR_RETURN(cache->rows_,
+                       DeviceMemory::Allocate(context, num_buckets * cuda::kCacheWays * uint64_t{spec.row_bytes},
+                                              "the rows of the cache of " + spec.name +
+                                                  " (use a smaller gpucacheper, or fewer models on this device)"));
+  cache->spec_.capacity_rows = num_buckets * cuda::kCacheWays;
+  cache->cache_.table = {reinterpret_cast<cuda::CacheBucket*>(cache->buckets_.get()), num_buckets, cache->rows_.get(),
+                         spec.row_bytes};
+  cache->cache_.number = context.NextCache();
+  return cache;
+}
+
+Result<std::shared_ptr<DeviceCache>> DeviceCache::Make(const DeviceResources& resources, const CacheSpec& spec) {
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<DeviceCache> cache, Allocate(resources, spec, BucketsOf(spec.capacity_rows)));
+  HPS_RETURN_IF_ERROR(resources.writer->Clear(cache->cache_.table));
+  HPS_RETURN_IF_ERROR(resources.writer->Flush());  // queries on other streams must find it empty
+  return cache;
+}
+
+Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResources& resources, const CacheSpec& spec,
+                                                            const RowScan& scan) {
+  std::vector<Key> keys;
+  HPS_RETURN_IF_ERROR(scan([&](std::span<const Key> chunk, ConstRowBuffer) -> Status {
+    keys.insert(keys.end(), chunk.begin(), chunk.end());
+    return OkStatus();
+  }));
+  const uint64_t num_buckets =
+      std::max(StaticPlacement::BucketsFor(keys.size()), spec.capacity_rows == 0 ? 0 : BucketsOf(spec.capacity_rows));
+  StaticPlacement placement(spec.name, num_buckets);
+  HPS_RETURN_IF_ERROR(placement.Add(keys));
+  keys = {};
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<DeviceCache> cache, Allocate(resources, spec, num_buckets));
+  CacheWriter& writer = *resources.writer;
+  HPS_RETURN_IF_ERROR(writer.Upload(cache->buckets_.get(), BytesOf(placement.Finish())));
+  // Every key has its place now; rows follow as updates. Nobody else knows the cache yet, but tiers may change.
+  uint64_t rows = 0;
+  WriteCounters loading;
+  HPS_RETURN_IF_ERROR(scan([&](std::span<const Key> chunk, ConstRowBuffer buffer) -> Status {
+    for (const Key key : chunk) {
+      if (!placement.Contains(key)) {
+        return DataLoss(spec.name + ": key " + std::to_string(key) +
+                        " has come into the table while it was being loaded into the cache; load again");
+      }
+    }
+    rows += chunk.size();
+    return writer.Update(cache->cache_, chunk, buffer, &loading);
+  }));
+  HPS_RETURN_IF_ERROR(writer.Flush());
+  if (rows < placement.rows()) {
+    return DataLoss(spec.name + ": " + std::to_string(placement.rows()) + " keys and " + std::to_string(rows) +
+                    " rows: the table changed while it was being loaded into the cache; load again");
+  }
+  cache->whole_ = spec.type == CacheType::kStatic;
+  return cache;
+}
+
+Status DeviceCache::Preload(const RowScan& scan) {
+  const Stamp read_at = Now();
+  uint64_t rows = 0;
+  bool full = false;
+  const Status status = scan([&](std::span<const Key> chunk, ConstRowBuffer buffer) -> Status {
+    const size_t count = std::min<uint64_t>(chunk.size(), spec_.capacity_rows - rows);
+    rows += count;
+    HPS_RETURN_IF_ERROR(Insert(chunk.first(count), buffer, read_at));
+    full = rows == spec_.capacity_rows;
+    return full ? Cancelled("enough") : OkStatus();
+  });
+  if (!status.ok() && !full) return status;
+  return Flush();
+}
+
+// A lookup that runs holds the cache, so only what ended ones have left on their streams is waited for.
+DeviceCache::~DeviceCache() {
+  (void)resources_.writer->Flush();
+  (void)resources_.workspaces->Quiesce();
+}
+
+CacheStats DeviceCache::stats() const {
+  CacheStats stats;
+  stats.rows_inserted = counters_.inserted.load(std::memory_order_relaxed);
+  stats.rows_evicted = counters_.evicted.load(std::memory_order_relaxed);
+  stats.rows_updated = counters_.updated.load(std::memory_order_relaxed);
+  stats.rows_refreshed = counters_.refreshed.load(std::memory_order_relaxed);
+  stats.rows_erased = counters_.erased.load(std::memory_order_relaxed);
+  stats.rows_outdated = counters_.outdated.load(std::memory_order_relaxed);
+  stats.device_bytes = buckets_.bytes() + rows_.bytes();
+  return stats;
+}
+
+Status DeviceCache::Query(const Key* keys, uint32_t count, void* rows, DeviceStream stream,
+                          std::vector<CacheMiss>* misses, Deadline deadline) {
+  misses->clear();
+  HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
+  if (count == 0) return OkStatus();
+  HPS_ASSIGN_OR_RETURN(WorkspacePool::Lease workspace, resources_.workspaces->Acquire(count, deadline));
+  const cuda::QueryPart part{cache_.table, keys, count, spec_.default_value, rows};
+  Status status = workspace->Query(std::span(&part, 1), stream);
+  if (status.ok()) status = workspace->Wait(stream, deadline, nullptr);
+  if (status.ok()) {
+    for (const cuda::MissingKey& missing : workspace->missing()) misses->push_back({missing.key, missing.position});
+  }
+  const Status ended = workspace->End(stream);
+  return status.ok() ? ended : status;
+}
+
+Status DeviceCache::Insert(std::span<const Key> keys, ConstRowBuffer rows, Stamp read_at) {
+  if (spec_.type == CacheType::kStatic) {
+    return FailedPrecondition(spec_.name +
+                              ": the cache is static and holds the rows it was loaded with; use "
+                              "\"embedding_cache_type\": \"dynamic\" for one that takes new rows");
+  }
+  return resources_.writer->Insert(cache_, keys, rows, read_at, &counters_);
+}
+
+Status DeviceCache::Update(std::span<const Key> keys, ConstRowBuffer rows) {
+  return resources_.writer->Update(cache_, keys, rows, &counters_);
+}
+
+Status DeviceCache::Refresh(std::span<const Key> keys, ConstRowBuffer rows, Stamp read_at) {
+  return resources_.writer->Refresh(cache_, keys, rows, read_at, &counters_);
+}
+
+Status DeviceCache::Erase(std::span<const Key> keys) { return resources_.writer->Erase(cache_, keys, &counters_); }
+
+Status DeviceCache::Dump(uint64_t first, uint64_t last, std::vector<Key>* keys) {
+  if (first > last || last > num_buckets()) {
+    return InvalidArgument(spec_.name + ": buckets [" + std::to_string(first) + ", " + std::to_string(last) +
+                           ") of a cache of " + std::to_string(num_buckets()));
+  }
+  return resources_.writer->Dump(cache_.table, first, last, keys);
+}
+
+}  // namespace hps

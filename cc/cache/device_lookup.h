@@ -1,0 +1,90 @@
+// DeviceLookup: the lookup over the caches of one device. Keys of several tables on the device in, rows on the device
+// out, on the caller's stream.
+//
+// One launch asks all caches of a call. Then:
+//   all tables whole (static): nothing is waited for; a missing key has the default value.
+//   else the host waits for one word in mapped memory, and where nothing is missing for nothing more.
+//   of each table with missing keys, by its hit rate (1 - missing / asked; keys that are missing twice count once where
+//   that is all the device tells):
+//     below hit_rate_threshold, or without one: its missing rows are fetched from the tiers, each once, and one more
+//       launch puts them into the answer and the cache: the answer is exact;
+//     at or above it: its missing keys keep the DEFAULT VALUE in this answer, although a tier may hold them, and are
+//       inserted in the background, so that a later lookup finds them.
+//   So exact answers for all are one setting: no hit_rate_threshold (or one above 1).
+//
+// The rows are complete when the stream has passed the call. On error the answer holds nothing of value, and the stream
+// may still write to it.
+//
+// Thread safety: Lookup may be called from any number of threads, on any streams.
+// Errors: kDeadlineExceeded, kCancelled, kResourceExhausted (a workspace cannot grow so far), what the tiers report,
+// and for ever after a device has failed its failure.
+
+#ifndef HPS_CACHE_DEVICE_LOOKUP_H_
+#define HPS_CACHE_DEVICE_LOOKUP_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "cc/cache/device_cache.h"
+#include "cc/cache/insert_queue.h"
+#include "cc/cache/row_source.h"
+#include "hps/metrics.h"
+
+namespace hps {
+
+// One table's part of a call.
+struct CachedLookup {
+  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup
+  uint32_t table = 0;                  // for the row source
+  const Key* keys = nullptr;           // (count), device memory
+  uint32_t count = 0;
+  void* rows = nullptr;  // (count, row_bytes), device memory, written
+};
+
+// Each may be absent.
+struct DeviceLookupMetrics {
+  Counter* rows_from_cache = nullptr;
+  Counter* rows_missed = nullptr;  // fetched from the tiers, each key of a call once
+  Counter* rows_deferred = nullptr;
+  Counter* rows_unwaited = nullptr;
+  Counter* rows_outdated = nullptr;  // fetched, but not left in the cache: updated meanwhile
+};
+
+struct DeviceLookupOptions {
+  std::optional<double> hit_rate_threshold;
+  DeviceLookupMetrics metrics;
+};
+
+class DeviceLookup {
+ public:
+  // Without `inserts` there is no hit_rate_threshold: all misses are waited for.
+  DeviceLookup(DeviceResources resources, std::shared_ptr<RowSource> source, std::shared_ptr<InsertQueue> inserts,
+               const DeviceLookupOptions& options)
+      : resources_(std::move(resources)), source_(std::move(source)), inserts_(std::move(inserts)), options_(options) {}
+
+  Status Lookup(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
+                LookupReport* report) const;
+
+ private:
+  struct Misses;
+
+  Status LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
+                        LookupReport* report) const;
+  Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
+                      LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
+                      LookupReport* report) const;
+  Status FetchAndFill(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
+                      const Misses& misses, LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
+                      const FetchLimits& limits, LookupReport* report) const;
+
+  const DeviceResources resources_;
+  const std::shared_ptr<RowSource> source_;
+  const std::shared_ptr<InsertQueue> inserts_;
+  const DeviceLookupOptions options_;
+};
+
+}  // namespace hps
+
+#endif  // HPS_CACHE_DEVICE_LOOKUP_H_

@@ -1,0 +1,238 @@
+// Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done.
+// Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false.
+
+#include "cc/cache/lookup_workspace.h"
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace hps {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kSpin = std::chrono::microseconds(20);
+constexpr auto kYield = std::chrono::milliseconds(1);
+constexpr auto kSleep = std::chrono::microseconds(50);
+
+size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+}  // namespace
+
+size_t LookupWorkspace::StagingBytes(size_t keys, size_t row_bytes) {
+  return Aligned(keys * sizeof(uint64_t)) + Aligned(row_bytes) + Aligned(keys * sizeof(Key));
+}
+
+size_t LookupWorkspace::DeviceBytes(const WorkspaceSize& size) {
+  const size_t positions = std::max(size.positions, 1u);
+  return 256 + std::bit_ceil(2 * positions) * sizeof(uint64_t) + 3 * Aligned(positions * sizeof(uint32_t)) +
+         size.staging_bytes;
+}
+
+Result<std::unique_ptr<LookupWorkspace>> LookupWorkspace::Make(std::shared_ptr<DeviceContext> context,
+                                                               const WorkspaceSize& size) {
+  std::unique_ptr<LookupWorkspace> workspace(new LookupWorkspace(std::move(context)));
+  HPS_ASSIGN_OR_RETURN(workspace->done_, OwnedEvent::Create(*workspace->context_));
+  HPS_RETURN_IF_ERROR(workspace->AllocateQuery(std::max(size.positions, 1u)));
+  if (size.staging_bytes > 0) HPS_RETURN_IF_ERROR(workspace->AllocateStaging(size.staging_bytes));
+  return workspace;
+}
+
+LookupWorkspace::~LookupWorkspace() {
+  if (done_.get() == nullptr) return;
+  (void)WaitForLastUse();
+  UpdateGate& gate = context_->gate();
+  std::lock_guard lock(gate.mutex());
+  gate.ForgetFill(done_.get());
+}
+
+bool LookupWorkspace::idle() {
+  if (in_use_ && context_->device().QueryEvent(done_.get()) == 0) in_use_ = false;
+  return !in_use_;
+}
+
+Status LookupWorkspace::WaitForLastUse() {
+  if (!in_use_) return OkStatus();
+  HPS_RETURN_IF_ERROR(context_->Check(context_->device().SynchronizeEvent(done_.get()), "waiting for a lookup"));
+  in_use_ = false;
+  return OkStatus();
+}
+
+Status LookupWorkspace::AllocateQuery(uint32_t positions) {
+  const size_t first_wins = std::bit_ceil(size_t{2} * positions);
+  const size_t words = Aligned(size_t{positions} * sizeof(uint32_t));
+  HPS_ASSIGN_OR_RETURN(DeviceMemory device,
+                       DeviceMemory::Allocate(*context_, DeviceBytes({positions, 0}),
+                                              "lookups of " + std::to_string(positions) + " keys"));
+  HPS_ASSIGN_OR_RETURN(PinnedMemory mapped,
+                       PinnedMemory::Allocate(*context_, 256 + positions * sizeof(cuda::MissingKey),
+                                              "lookups of " + std::to_string(positions) + " keys"));
+  HPS_RETURN_IF_ERROR(WaitForLastUse());
+  device_ = std::move(device);
+  mapped_ = std::move(mapped);
+  std::byte* next = device_.get();
+  workspace_.counters = reinterpret_cast<uint32_t*>(next);
+  workspace_.first_wins = reinterpret_cast<uint64_t*>(next += 256);
+  workspace_.positions = reinterpret_cast<uint32_t*>(next += first_wins * sizeof(uint64_t));
+  workspace_.leaders = reinterpret_cast<uint32_t*>(next += words);
+  workspace_.unique_of = reinterpret_cast<uint32_t*>(next += words);
+  workspace_.first_wins_size = static_cast<uint32_t>(first_wins);
+  workspace_.max_positions = positions;
+  workspace_.result = reinterpret_cast<cuda::QueryResult*>(mapped_.device());
+  workspace_.missing = reinterpret_cast<cuda::MissingKey*>(mapped_.device() + 256);
+  result_ = reinterpret_cast<cuda::QueryResult*>(mapped_.get());
+  missing_ = reinterpret_cast<cuda::MissingKey*>(mapped_.get() + 256);
+  std::memset(mapped_.get(), 0, sizeof(cuda::QueryResult));
+  size_.positions = positions;
+  zeroed_ = false;
+  stamp_ = 0;
+  return OkStatus();
+}
+
+Status LookupWorkspace::AllocateStaging(size_t bytes) {
+  HPS_ASSIGN_OR_RETURN(PinnedMemory pinned, PinnedMemory::Allocate(*context_, bytes, "missing rows of a lookup"));
+  HPS_ASSIGN_OR_RETURN(DeviceMemory device, DeviceMemory::Allocate(*context_, bytes, "missing rows of a lookup"));
+  staging_ = std::move(pinned);
+  staging_device_ = std::move(device);
+  size_.staging_bytes = bytes;
+  return OkStatus();
+}
+
+Status LookupWorkspace::Reserve(uint32_t positions) {
+  if (positions <= size_.positions) return OkStatus();
+  if (positions > kMostPositions) {
+    return InvalidArgument(std::to_string(positions) +
+                           " keys in one lookup on a device; split it, 1073741824 is the most");
+  }
+  return AllocateQuery(positions);
+}
+
+Status LookupWorkspace::ShrinkTo(const WorkspaceSize& size) {
+  HPS_RETURN_IF_ERROR(WaitForLastUse());
+  if (size_.positions > size.positions) HPS_RETURN_IF_ERROR(AllocateQuery(std::max(size.positions, 1u)));
+  if (size_.staging_bytes <= size.staging_bytes) return OkStatus();
+  if (size.staging_bytes > 0) return AllocateStaging(size.staging_bytes);
+  staging_ = {};
+  staging_device_ = {};
+  size_.staging_bytes = 0;
+  return OkStatus();
+}
+
+Status LookupWorkspace::Query(std::span<const cuda::QueryPart> parts, DeviceStream stream) {
+  HPS_RETURN_IF_ERROR(context_->CheckAlive());
+  cuda::Device& device = context_->device();
+  if (!idle()) HPS_RETURN_IF_ERROR(context_->Check(device.WaitEvent(stream, done_.get()), "ordering lookups"));
+  in_use_ = true;
+  // The dedup table tells queries apart by their stamps, which must not come again.
+  if (!zeroed_ || stamp_ == ~uint32_t{0}) {
+    int error = device.Zero(workspace_.counters, 256, stream);
+    if (error == 0) error = device.Zero(workspace_.first_wins, workspace_.first_wins_size * sizeof(uint64_t), stream);
+    HPS_RETURN_IF_ERROR(context_->Check(error, "preparing a lookup"));
+    zeroed_ = true;
+    if (stamp_ == ~uint32_t{0}) stamp_ = 0;
+  }
+  ++stamp_;
+  return context_->Check(device.Query(parts.data(), static_cast<int>(parts.size()), workspace_, stamp_, stream),
+                         "a query of the cache");
+}
+
+Status LookupWorkspace::Wait(DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled) {
+  const std::atomic_ref<uint64_t> word(result_->done);
+  const auto arrived = [&] { return word.load(std::memory_order_acquire) >> 32 == stamp_; };
+  const auto begin = Clock::now();
+  auto now = begin;
+  for (uint32_t turn = 1; !arrived(); ++turn) {
+    if (now - begin < kSpin) {
+      for (int i = 0; i < 32 && !arrived(); ++i) Pause();
+      now = Clock::now();
+      continue;
+    }
+    if (cancelled != nullptr && cancelled->load(std::memory_order_relaxed)) {
+      return Cancelled("the caller gave the lookup up while it waited for the device");
+    }
+    now = Clock::now();
+    if (now >= deadline) {
+      return DeadlineExceeded("the lookup's deadline has passed while it waited for the device's stream");
+    }
+    // A kernel that died never says so in that word.
+    if (turn % 16 == 0) {
+      const int error = context_->device().QueryStream(stream);
+      if (error == 0 && !arrived()) {
+        return context_->Check(cuda::kErrorLaunchFailure, "a query of the cache has ended without a result");
+      }
+      if (error != 0 && error != cuda::kErrorNotReady) return context_->Check(error, "a query of the cache");
+    }
+    if (now - begin < kYield) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kSleep);
+    }
+  }
+  missing_positions_ = static_cast<uint32_t>(word.load(std::memory_order_acquire));
+  missing_keys_ = missing_positions_ == 0 ? 0 : result_->missing_keys;
+  if (missing_positions_ > size_.positions || missing_keys_ > missing_positions_) {
+    return context_->Check(cuda::kErrorLaunchFailure, "a query of the cache has given an impossible result");
+  }
+  return OkStatus();
+}
+
+Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes) {
+  rows_at_ = Aligned(keys * sizeof(uint64_t));
+  outdated_at_ = rows_at_ + Aligned(row_bytes);
+  const size_t needed = StagingBytes(keys, row_bytes);
+  // The query of this use is done, and a fill of the last use was in the stream before it: Query saw to that.
+  if (needed <= size_.staging_bytes) return OkStatus();
+  return AllocateStaging(std::max(needed, std::min(2 * size_.staging_bytes, needed * 2)));
+}
+
+Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, std::span<const Outdated> outdated,
+                             DeviceStream stream) {
+  cuda::Device& device = context_->device();
+  const size_t bytes = outdated_at_;
+  HPS_RETURN_IF_ERROR(context_->Check(device.Copy(staging_device_.get(), staging_.get(), bytes, stream),
+                                      "copying missing rows to the device"));
+  cuda::FillRequest request;
+  request.row_offsets = reinterpret_cast<const uint64_t*>(staging_device_.get());
+  request.staging = staging_device_.get() + rows_at_;
+  request.missing_positions = missing_positions_;
+  request.missing_keys = missing_keys_;
+  HPS_RETURN_IF_ERROR(context_->Check(
+      device.Fill(parts.data(), static_cast<int>(parts.size()), workspace_, request, stream), "filling a cache"));
+  if (!outdated.empty()) {
+    auto* const keys = reinterpret_cast<Key*>(staging_.get() + outdated_at_);
+    auto* const device_keys = reinterpret_cast<const int64_t*>(staging_device_.get() + outdated_at_);
+    for (size_t i = 0; i < outdated.size(); ++i) keys[i] = outdated[i].key;
+    HPS_RETURN_IF_ERROR(
+        context_->Check(device.Copy(staging_device_.get() + outdated_at_, keys, outdated.size() * sizeof(Key), stream),
+                        "copying keys to the device"));
+    for (size_t first = 0, last = 0; first < outdated.size(); first = last) {
+      while (last < outdated.size() && outdated[last].table.buckets == outdated[first].table.buckets) ++last;
+      HPS_RETURN_IF_ERROR(context_->Check(
+          device.Erase(outdated[first].table, device_keys + first, static_cast<uint32_t>(last - first), stream),
+          "taking outdated rows out of a cache"));
+    }
+  }
+  HPS_RETURN_IF_ERROR(context_->Check(device.RecordEvent(done_.get(), stream), "filling a cache"));
+  context_->gate().NoteFill(done_.get());
+  return OkStatus();
+}
+
+Status LookupWorkspace::End(DeviceStream stream) {
+  if (!in_use_) return OkStatus();
+  return context_->Check(context_->device().RecordEvent(done_.get(), stream), "ending a lookup");
+}
+
+}  // namespace hps

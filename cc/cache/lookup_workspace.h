@@ -1,0 +1,104 @@
+// LookupWorkspace: what one lookup needs on a device from its query to its fill. WorkspacePool lends them.
+//
+// A query's part has a size for so many positions (keys of a call, repetitions counted), the fill's part (staging) for
+// so many missing keys and bytes of rows. Both grow on demand; a growth that fails leaves what was there.
+//
+// Thread safety: one user at a time. The work of one use may still be on its stream when the next one begins on
+// another; Begin and PrepareFill wait for what they must.
+
+#ifndef HPS_CACHE_LOOKUP_WORKSPACE_H_
+#define HPS_CACHE_LOOKUP_WORKSPACE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "cc/cache/device_context.h"
+
+namespace hps {
+
+struct WorkspaceSize {
+  uint32_t positions = 0;
+  size_t staging_bytes = 0;
+};
+
+class LookupWorkspace {
+ public:
+  static constexpr uint64_t kMostPositions = uint64_t{1} << 30;
+  // Staging for so many missing keys and bytes of rows.
+  static size_t StagingBytes(size_t keys, size_t row_bytes);
+  // Memory of the device that a workspace of the size takes.
+  static size_t DeviceBytes(const WorkspaceSize& size);
+
+  static Result<std::unique_ptr<LookupWorkspace>> Make(std::shared_ptr<DeviceContext> context,
+                                                       const WorkspaceSize& size);
+  // Waits for the work of the last use.
+  ~LookupWorkspace();
+
+  const WorkspaceSize& size() const { return size_; }
+  size_t device_bytes() const { return device_.bytes() + staging_device_.bytes(); }
+  // Whether the work of the last use is done.
+  bool idle();
+  Status WaitForLastUse();
+
+  // Makes room for a query of so many positions.
+  Status Reserve(uint32_t positions);
+  // Back to `size` where it is larger; waits for the last use.
+  Status ShrinkTo(const WorkspaceSize& size);
+
+  // Begins a use on the stream, launches the query.
+  Status Query(std::span<const cuda::QueryPart> parts, DeviceStream stream);
+  // Waits for the query's word in mapped memory and for nothing else. An error of the device ends the wait, as do
+  // deadline and cancellation; then the stream may still be writing.
+  Status Wait(DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled);
+  // After Wait.
+  uint32_t missing_positions() const { return missing_positions_; }
+  std::span<const cuda::MissingKey> missing() const { return {missing_, missing_keys_}; }
+
+  // Room for the rows of `keys` missing keys, free for the processor to write. May wait for the last use.
+  Status PrepareFill(size_t keys, size_t row_bytes);
+  std::byte* staging_rows() { return staging_.get() + rows_at_; }
+  // Where the row of missing key i begins, from staging_rows(); cuda::kNoRow: no row.
+  uint64_t* row_offsets() { return reinterpret_cast<uint64_t*>(staging_.get()); }
+  // Copies the rows to the device and launches the fill. Then of `outdated`, each a cache and a key, the rows are taken
+  // out again. REQUIRES: the gate is held; it is told of the fill.
+  struct Outdated {
+    cuda::CacheTable table;
+    Key key;
+  };
+  Status Fill(std::span<const cuda::QueryPart> parts, std::span<const Outdated> outdated, DeviceStream stream);
+
+  // Ends the use: what is on the stream now is the work of it.
+  Status End(DeviceStream stream);
+
+  // For tests: the next query's stamp is the one after this.
+  void set_stamp(uint32_t stamp) { stamp_ = stamp; }
+
+ private:
+  explicit LookupWorkspace(std::shared_ptr<DeviceContext> context) : context_(std::move(context)) {}
+  Status AllocateQuery(uint32_t positions);
+  Status AllocateStaging(size_t bytes);
+
+  const std::shared_ptr<DeviceContext> context_;
+  WorkspaceSize size_;
+  OwnedEvent done_;
+  bool in_use_ = false;  // done_ was recorded and may not have been reached
+  bool zeroed_ = false;
+  uint32_t stamp_ = 0;
+  DeviceMemory device_;
+  PinnedMemory mapped_;
+  PinnedMemory staging_;  // offsets, rows, outdated keys
+  DeviceMemory staging_device_;
+  cuda::QueryWorkspace workspace_;
+  cuda::MissingKey* missing_ = nullptr;
+  cuda::QueryResult* result_ = nullptr;
+  uint32_t missing_positions_ = 0;
+  uint32_t missing_keys_ = 0;
+  size_t rows_at_ = 0;
+  size_t outdated_at_ = 0;
+};
+
+}  // namespace hps
+
+#endif  // HPS_CACHE_LOOKUP_WORKSPACE_H_

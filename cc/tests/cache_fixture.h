@@ -1,0 +1,151 @@
+// What the tests of lookups over caches share: tiers in a map with hooks, and a fixture over the host device.
+
+#ifndef HPS_TESTS_CACHE_FIXTURE_H_
+#define HPS_TESTS_CACHE_FIXTURE_H_
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cc/cache/device_lookup.h"
+#include "cc/cache/host_device.h"
+#include "cc/tests/cache_conformance.h"
+
+namespace hps::testing {
+
+// The tiers of several tables: which version each key has. Rows are Row(key, version, width).
+class MapSource final : public RowSource {
+ public:
+  explicit MapSource(std::vector<uint32_t> widths) : widths_(std::move(widths)), tables_(widths_.size()) {}
+
+  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) override {
+    {
+      std::lock_guard lock(mutex_);
+      ++fetches_;
+      if (!failure_.ok()) return failure_;
+      for (const RowRequest& request : requests) {
+        const size_t row_bytes = widths_[request.table] * sizeof(float);
+        for (size_t i = 0; i < request.keys.size(); ++i) {
+          asked_.push_back(request.keys[i]);
+          const auto held = tables_[request.table].find(request.keys[i]);
+          request.found[i] = held != tables_[request.table].end();
+          std::memset(request.rows + i * row_bytes, 0x77, row_bytes);  // what a tier may leave there
+          if (!request.found[i]) {
+            ++report->rows_from_default;
+            report->rows_unavailable += unavailable_;
+            continue;
+          }
+          ++report->rows_from_volatile;
+          const std::vector<float> row = Row(request.keys[i], held->second, widths_[request.table]);
+          std::memcpy(request.rows + i * row_bytes, row.data(), row_bytes);
+        }
+      }
+    }
+    // Rows have been read, but are not where they are going.
+    if (after_read_) after_read_(limits);
+    if (limits.cancelled != nullptr && limits.cancelled->load()) return Cancelled("map: given up");
+    return OkStatus();
+  }
+
+  void Put(uint32_t table, const std::vector<Key>& keys, uint32_t version) {
+    std::lock_guard lock(mutex_);
+    for (const Key key : keys) tables_[table][key] = version;
+  }
+  void Erase(uint32_t table, Key key) {
+    std::lock_guard lock(mutex_);
+    tables_[table].erase(key);
+  }
+  uint32_t VersionOf(uint32_t table, Key key) const {
+    std::lock_guard lock(mutex_);
+    const auto held = tables_[table].find(key);
+    return held == tables_[table].end() ? 0 : held->second;
+  }
+  void Fail(Status status) {
+    std::lock_guard lock(mutex_);
+    failure_ = std::move(status);
+  }
+  // Missing keys count as not to be had, because a tier is down.
+  void SetUnavailable(bool unavailable) {
+    std::lock_guard lock(mutex_);
+    unavailable_ = unavailable;
+  }
+  // Before threads use the source.
+  void AfterRead(std::function<void(const FetchLimits&)> hook) { after_read_ = std::move(hook); }
+  std::vector<Key> TakeAsked() {
+    std::lock_guard lock(mutex_);
+    return std::exchange(asked_, {});
+  }
+  int fetches() const {
+    std::lock_guard lock(mutex_);
+    return fetches_;
+  }
+
+ private:
+  const std::vector<uint32_t> widths_;
+  std::function<void(const FetchLimits&)> after_read_;
+  mutable std::mutex mutex_;
+  std::vector<std::map<Key, uint32_t>> tables_;
+  std::vector<Key> asked_;
+  Status failure_;
+  bool unavailable_ = false;
+  int fetches_ = 0;
+};
+
+inline CacheSpec SpecOf(uint32_t width, uint64_t capacity_rows, const std::string& name = "table 't'") {
+  return {.name = name, .row_bytes = width * 4, .capacity_rows = capacity_rows, .default_value = kCacheDefault};
+}
+
+// The version of a row, 0 for the default row, -1 for anything else.
+inline int VersionOfRow(Key key, const float* row, uint32_t width) {
+  if (std::all_of(row, row + width, [](float x) { return x == kCacheDefault; })) return 0;
+  const std::vector<float> expected = Row(key, static_cast<uint32_t>(row[0]), width);
+  return std::equal(expected.begin(), expected.end(), row) ? static_cast<int>(row[0]) : -1;
+}
+
+inline Status UpdateTo(DeviceCache& cache, const std::vector<Key>& keys, uint32_t version) {
+  const uint32_t width = cache.spec().row_bytes / 4;
+  std::vector<float> rows;
+  for (const Key key : keys) {
+    const std::vector<float> row = Row(key, version, width);
+    rows.insert(rows.end(), row.begin(), row.end());
+  }
+  return cache.Update(keys, {reinterpret_cast<const std::byte*>(rows.data()), width * 4});
+}
+
+// One call's keys for one table, and its answer on the device.
+struct Asked {
+  Asked(cuda::Device& device, std::shared_ptr<DeviceCache> the_cache, uint32_t the_table, std::vector<Key> the_keys)
+      : cache(std::move(the_cache)),
+        table(the_table),
+        keys(std::move(the_keys)),
+        width(cache->spec().row_bytes / 4),
+        device_keys(device, keys),
+        rows(device, keys.size() * width) {}
+  CachedLookup lookup() const {
+    return {cache, table, device_keys.get(), static_cast<uint32_t>(keys.size()), rows.get()};
+  }
+  std::vector<int> Versions(DeviceStream stream = nullptr) const {
+    const std::vector<float> answer = rows.Get(stream);
+    std::vector<int> versions;
+    for (size_t i = 0; i < keys.size(); ++i)
+      versions.push_back(VersionOfRow(keys[i], answer.data() + i * width, width));
+    return versions;
+  }
+
+  const std::shared_ptr<DeviceCache> cache;
+  const uint32_t table;
+  const std::vector<Key> keys;
+  const uint32_t width;
+  const DeviceArray<Key> device_keys;
+  const DeviceArray<float> rows;
+};
+
+}  // namespace hps::testing
+
+#endif  // HPS_TESTS_CACHE_FIXTURE_H_

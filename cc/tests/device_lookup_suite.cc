@@ -1,0 +1,327 @@
+// Exact and deferred misses, reports, and updates that race with fills.
+
+#include "cc/tests/device_lookup_suite.h"
+
+#include <atomic>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "cc/cache/cache_refresher.h"
+
+namespace hps::testing {
+namespace {
+
+bool IsHost(const cuda::Device& device) { return dynamic_cast<const HostDevice*>(&device) != nullptr; }
+// 0 for a GPU, which does not count.
+uint64_t QueryLaunches(const cuda::Device& device) {
+  const auto* host = dynamic_cast<const HostDevice*>(&device);
+  return host == nullptr ? 0 : host->launches(HostDevice::kQuery);
+}
+
+}  // namespace
+
+TEST_P(DeviceLookupSuite, MissesAreFetchedOnceAndKept) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  const DeviceLookup lookups = Lookups();
+  std::vector<Key> keys = KeyRange(50, 100);  // 100 .. 149 are nowhere
+  keys.insert(keys.end(), {60, 60, 120, 61});
+  const auto version = [](Key key) { return key < 100 ? 1 : 0; };
+  LookupReport report;
+  Expect(lookups, keys, version, &report);
+  EXPECT_EQ(report.keys, 104u);
+  EXPECT_EQ(report.rows_from_cache, 0u);
+  EXPECT_EQ(report.rows_from_volatile, 50u);
+  EXPECT_EQ(report.rows_from_default, 50u);
+  EXPECT_EQ(report.rows_repeated, 4u);
+  std::vector<Key> asked = source_->TakeAsked();
+  EXPECT_EQ(std::set<Key>(asked.begin(), asked.end()).size(), asked.size());
+
+  Expect(lookups, keys, version, &report);
+  EXPECT_EQ(report.rows_from_cache, 53u);
+  EXPECT_EQ(report.rows_from_volatile, 0u);
+  EXPECT_EQ(report.rows_from_default, 50u);
+  EXPECT_EQ(report.rows_repeated, 1u);
+  asked = source_->TakeAsked();
+  EXPECT_EQ(asked.size(), 50u) << "only keys that no tier holds are asked again";
+
+  source_->Put(0, {120}, 5);  // a new key is seen at once
+  Expect(lookups, {120}, [](Key) { return 5; });
+  const int fetches = source_->fetches();
+  Expect(lookups, KeyRange(50, 50), version);
+  EXPECT_EQ(source_->fetches(), fetches) << "all hit: no tier is asked";
+}
+
+TEST_P(DeviceLookupSuite, MetricsCountWhatReportsSay) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  Counter from_cache, missed, deferred, unwaited, outdated;
+  const DeviceLookup lookups(resources_, source_, inserts_,
+                             {0.9, {&from_cache, &missed, &deferred, &unwaited, &outdated}});
+  LookupReport all;
+  const auto look = [&](const std::vector<Key>& keys) {
+    const Asked asked(*device_, cache_, 0, keys);
+    const CachedLookup lookup = asked.lookup();
+    LookupReport report;
+    ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+    EXPECT_EQ(report.keys, report.rows_from_cache + report.rows_from_volatile + report.rows_from_persistent +
+                               report.rows_from_default + report.rows_deferred + report.rows_repeated +
+                               report.rows_unwaited);
+    asked.Versions();  // waits for the stream, which writes to `asked`
+    all.rows_from_cache += report.rows_from_cache;
+    all.rows_from_volatile += report.rows_from_volatile;
+    all.rows_from_default += report.rows_from_default;
+    all.rows_deferred += report.rows_deferred;
+  };
+  look(KeyRange(0, 60));
+  look(KeyRange(0, 63));
+  inserts_->Drain();
+  ASSERT_OK(cache_->Flush());
+  look(KeyRange(0, 120));
+  source_->AfterRead([&](const FetchLimits&) { ASSERT_OK(UpdateTo(*cache_, {5}, 1)); });
+  ASSERT_OK(cache_->Erase(std::vector<Key>{5, 6}));
+  ASSERT_OK(cache_->Flush());
+  look({5, 5, 6});
+  EXPECT_EQ(from_cache.value(), all.rows_from_cache);
+  EXPECT_EQ(missed.value(), all.rows_from_volatile + all.rows_from_default);
+  EXPECT_EQ(deferred.value(), all.rows_deferred);
+  EXPECT_EQ(deferred.value(), 3u);
+  EXPECT_EQ(outdated.value(), 1u);
+  EXPECT_EQ(cache_->stats().rows_outdated, 1u);
+}
+
+TEST_P(DeviceLookupSuite, ManyTablesInOneCall) {
+  source_->Put(0, KeyRange(0, 50), 1);
+  source_->Put(1, KeyRange(0, 50), 2);
+  source_->Put(2, KeyRange(0, 50), 3);
+  std::vector<std::shared_ptr<DeviceCache>> caches{cache_, Value(DeviceCache::Make(resources_, SpecOf(16, 700))),
+                                                   Value(DeviceCache::Make(resources_, SpecOf(7, 700)))};
+  for (const size_t tables : {3, 48, 49, 120}) {
+    for (int turn = 0; turn < 2; ++turn) {
+      std::vector<std::unique_ptr<Asked>> asked;
+      std::vector<CachedLookup> lookups;
+      for (size_t i = 0; i < tables; ++i) {
+        std::vector<Key> keys = KeyRange(static_cast<Key>(i % 7), i % 4 == 1 ? 0 : 60);
+        asked.push_back(std::make_unique<Asked>(*device_, caches[i % 3], i % 3, std::move(keys)));
+        lookups.push_back(asked.back()->lookup());
+      }
+      const uint64_t launches = QueryLaunches(*device_);
+      LookupReport report;
+      ASSERT_OK(Lookups().Lookup(lookups, nullptr, {}, &report));
+      if (IsHost(*device_)) EXPECT_EQ(QueryLaunches(*device_) - launches, (tables + 47) / 48);
+      EXPECT_EQ(report.keys,
+                report.rows_from_cache + report.rows_from_volatile + report.rows_from_default + report.rows_repeated);
+      for (const auto& part : asked) {
+        const std::vector<int> versions = part->Versions();
+        for (size_t i = 0; i < part->keys.size(); ++i) {
+          ASSERT_EQ(versions[i], part->keys[i] < 50 ? static_cast<int>(part->table) + 1 : 0) << part->keys[i];
+        }
+      }
+    }
+  }
+}
+
+TEST_P(DeviceLookupSuite, NothingToAsk) {
+  LookupReport report;
+  ASSERT_OK(Lookups().Lookup({}, nullptr, {}, &report));
+  EXPECT_EQ(report.keys, 0u);
+  Expect(Lookups(), {}, [](Key) { return 0; });
+  EXPECT_EQ(QueryLaunches(*device_), 0u);
+}
+
+TEST_P(DeviceLookupSuite, BelowTheThresholdTheAnswerIsExactAboveItIsDeferred) {
+  source_->Put(0, KeyRange(0, 200), 1);
+  const DeviceLookup lookups = Lookups(0.5);
+  LookupReport report;
+  const auto there = [](Key) { return 1; };
+  Expect(lookups, KeyRange(0, 100), there, &report);  // nothing was there: exact
+  EXPECT_EQ(report.rows_deferred, 0u);
+
+  Expect(
+      lookups, KeyRange(0, 150), [](Key key) { return key < 100 ? 1 : 0; }, &report);  // two thirds were there
+  EXPECT_EQ(report.rows_from_cache, 100u);
+  EXPECT_EQ(report.rows_deferred, 50u);
+  EXPECT_EQ(report.rows_from_volatile, 0u);
+  inserts_->Drain();
+  ASSERT_OK(cache_->Flush());
+  EXPECT_EQ(inserts_->stats().inserted, 50u);
+  Expect(lookups, KeyRange(0, 150), there, &report);
+  EXPECT_EQ(report.rows_from_cache, 150u);
+
+  // A repeated missing key counts with its repetitions.
+  std::vector<Key> keys = KeyRange(0, 10);
+  keys.insert(keys.end(), 20, 160);
+  Expect(lookups, keys, there, &report);
+  EXPECT_EQ(report.rows_deferred, 0u);
+  EXPECT_EQ(report.rows_repeated, 19u);
+
+  // Above 1: never deferred. 0: always.
+  Expect(Lookups(1.5), KeyRange(161, 1), there, &report);
+  Expect(
+      Lookups(0.0), KeyRange(170, 3), [](Key) { return 0; }, &report);
+  EXPECT_EQ(report.rows_deferred, 3u);
+  // 1: only where nothing is missing, so exact as well.
+  Expect(Lookups(1.0), KeyRange(100, 70), there, &report);
+}
+
+TEST_P(DeviceLookupSuite, TheThresholdIsEachTablesOwn) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  source_->Put(1, KeyRange(0, 100), 2);
+  const auto other = Value(DeviceCache::Make(resources_, SpecOf(16, 700)));
+  const DeviceLookup lookups = Lookups(0.6);
+  Expect(lookups, KeyRange(0, 90), [](Key) { return 1; });
+  const Asked warm(*device_, cache_, 0, KeyRange(0, 100)), cold(*device_, other, 1, KeyRange(0, 100));
+  const CachedLookup both[] = {warm.lookup(), cold.lookup()};
+  LookupReport report;
+  ASSERT_OK(lookups.Lookup(both, nullptr, {}, &report));
+  EXPECT_EQ(report.rows_deferred, 10u);
+  EXPECT_EQ(report.rows_from_volatile, 100u);
+  const std::vector<int> versions = warm.Versions();
+  for (Key key = 0; key < 100; ++key) EXPECT_EQ(versions[static_cast<size_t>(key)], key < 90 ? 1 : 0);
+  EXPECT_EQ(cold.Versions(), std::vector<int>(100, 2));
+}
+
+TEST_P(DeviceLookupSuite, DeferredKeysBeyondTheQueueAreDroppedAndCounted) {
+  inserts_ = std::make_shared<InsertQueue>(25);
+  source_->Put(0, KeyRange(0, 100), 1);
+  std::atomic<bool> go{false};
+  source_->AfterRead([&](const FetchLimits&) {
+    while (!go) std::this_thread::yield();
+  });
+  const DeviceLookup lookups = Lookups(0.0);
+  const auto nothing = [](Key) { return 0; };
+  Expect(lookups, KeyRange(0, 10), nothing);
+  Expect(lookups, KeyRange(0, 10), nothing);   // queued already
+  Expect(lookups, KeyRange(10, 10), nothing);  // fits
+  Expect(lookups, KeyRange(20, 10), nothing);  // does not
+  EXPECT_EQ(inserts_->stats().repeated, 10u);
+  EXPECT_EQ(inserts_->stats().dropped, 10u);
+  go = true;
+  inserts_->Drain();
+  EXPECT_EQ(inserts_->stats().inserted, 20u);
+  EXPECT_EQ(inserts_->stats().queued, 0u);
+  source_->Fail(Unavailable("the tier is down"));
+  Expect(lookups, KeyRange(40, 5), nothing);
+  inserts_->Drain();
+  EXPECT_EQ(inserts_->stats().failed, 5u);
+  ExpectError(inserts_->last_error(), StatusCode::kUnavailable, {"tier is down"});
+  inserts_->Stop();
+  Expect(lookups, KeyRange(50, 5), nothing);
+  EXPECT_EQ(inserts_->stats().dropped, 15u);
+}
+
+TEST_P(DeviceLookupSuite, StopCancelsAFetchUnderWay) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  std::atomic<bool> reading{false};
+  source_->AfterRead([&](const FetchLimits& limits) {
+    reading = true;
+    while (!limits.cancelled->load()) std::this_thread::yield();
+  });
+  Expect(Lookups(0.0), KeyRange(0, 10), [](Key) { return 0; });
+  WaitUntil([&] { return reading.load(); }, "the fetch");
+  inserts_->Stop();
+  EXPECT_EQ(inserts_->stats().dropped, 10u);
+  EXPECT_EQ(inserts_->stats().queued, 0u);
+}
+
+TEST_P(DeviceLookupSuite, AFailingTierFailsTheLookupAndNothingIsKept) {
+  source_->Put(0, KeyRange(0, 10), 1);
+  source_->Fail(Unavailable("the tier is down"));
+  const Asked asked(*device_, cache_, 0, KeyRange(0, 10));
+  const CachedLookup lookup = asked.lookup();
+  ExpectError(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, nullptr), StatusCode::kUnavailable, {"tier"});
+  EXPECT_EQ(resources_.workspaces->stats().lent, 0u);
+  source_->Fail(OkStatus());
+  Expect(Lookups(), KeyRange(0, 10), [](Key) { return 1; });
+}
+
+// The tiers were read, then the update came: it finds no row in the cache, and the old row is on its way.
+TEST_P(DeviceLookupSuite, AnUpdateBetweenReadAndFillIsNotUndone) {
+  source_->Put(0, KeyRange(0, 10), 1);
+  bool updated = false;
+  source_->AfterRead([&](const FetchLimits&) {
+    if (std::exchange(updated, true)) return;
+    source_->Put(0, {3, 4}, 2);
+    ASSERT_OK(UpdateTo(*cache_, {3, 4}, 2));
+    source_->Erase(0, 5);
+    ASSERT_OK(cache_->Erase(std::vector<Key>{5}));
+  });
+  Expect(Lookups(), KeyRange(0, 10), [](Key) { return 1; });  // may be old: it began before the update
+  EXPECT_EQ(cache_->stats().rows_outdated, 3u);
+  Expect(Lookups(), KeyRange(0, 10), [](Key key) { return key == 3 || key == 4 ? 2 : key == 5 ? 0 : 1; });
+}
+
+TEST_P(DeviceLookupSuite, ADeferredInsertDoesNotUndoAnUpdate) {
+  source_->Put(0, KeyRange(0, 10), 1);
+  bool updated = false;
+  source_->AfterRead([&](const FetchLimits&) {
+    if (std::exchange(updated, true)) return;
+    source_->Put(0, {3}, 2);
+    ASSERT_OK(UpdateTo(*cache_, {3}, 2));
+  });
+  Expect(Lookups(0.0), KeyRange(0, 10), [](Key) { return 0; });
+  inserts_->Drain();
+  ASSERT_OK(cache_->Flush());
+  Expect(Lookups(), KeyRange(0, 10), [](Key key) { return key == 3 ? 2 : 1; });
+}
+
+// Lookups from several streams, some exact and some deferred, beside updates, erasures and refresh, in a cache too
+// small for the keys. While it runs no row is torn; at rest the cache agrees with the tiers.
+TEST_P(DeviceLookupSuite, NoOldRowStaysAfterAStormOfUpdates) {
+  const std::vector<Key> keys = KeyRange(0, 300);
+  source_->Put(0, keys, 1);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(4, 7 * 32)));
+  std::atomic<bool> done{false};
+  std::atomic<uint64_t> rows_checked{0};
+  const auto look = [&](uint64_t seed, bool deferring) {
+    std::mt19937_64 random(seed);
+    TestStream stream(*device_);
+    const DeviceLookup lookups = Lookups(deferring ? std::optional(0.3) : std::nullopt);
+    std::vector<std::unique_ptr<Asked>> batches;
+    for (int i = 0; i < 4; ++i) {
+      std::vector<Key> asked(50);
+      for (Key& key : asked) key = keys[random() % keys.size()];
+      batches.push_back(std::make_unique<Asked>(*device_, cache_, 0, asked));
+    }
+    while (!done) {
+      const Asked& asked = *batches[random() % batches.size()];
+      const CachedLookup lookup = asked.lookup();
+      ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), stream.get(), {}, nullptr));
+      for (const int version : asked.Versions(stream.get())) ASSERT_GE(version, deferring ? 0 : 1) << "a wrong row";
+      rows_checked += asked.keys.size();
+    }
+  };
+  const auto update = [&](uint64_t seed) {
+    std::mt19937_64 random(seed);
+    // Each writer has keys of its own, so that versions of a key come in order.
+    for (uint32_t version = 2; version < 300; ++version) {
+      std::vector<Key> some;
+      for (int i = 0; i < 10; ++i) some.push_back(static_cast<Key>(random() % 150 * 2 + seed % 2));
+      source_->Put(0, some, version);
+      ASSERT_OK(UpdateTo(*cache_, some, version));
+      if (version % 16 == 0) ASSERT_OK(cache_->Erase(some));
+    }
+  };
+  CacheRefresher refresher;
+  refresher.Add({.cache = cache_, .source = source_, .fraction = 0.3, .interval = std::chrono::milliseconds(1)});
+  std::vector<std::thread> lookers, writers;
+  for (uint64_t i = 0; i < 3; ++i) lookers.emplace_back(look, i + 1, i == 2);
+  for (uint64_t i = 0; i < 2; ++i) writers.emplace_back(update, i + 20);
+  for (std::thread& thread : writers) thread.join();
+  WaitUntil([&] { return rows_checked > 0; }, "a lookup");
+  WaitUntil([&] { return refresher.stats().refreshes > 0; }, "a refresh");
+  refresher.Stop();
+  done = true;
+  for (std::thread& thread : lookers) thread.join();
+  inserts_->Drain();
+  ASSERT_OK(cache_->Flush());
+  const int fetches = source_->fetches();
+  std::vector<Key> held;
+  ASSERT_OK(cache_->Dump(0, cache_->num_buckets(), &held));
+  EXPECT_FALSE(held.empty());
+  Expect(Lookups(), held, [&](Key key) { return static_cast<int>(source_->VersionOf(0, key)); });
+  EXPECT_EQ(source_->fetches(), fetches) << "those rows came from the cache";
+}
+
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(DeviceLookupSuite);
+
+}  // namespace hps::testing
