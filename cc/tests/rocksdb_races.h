@@ -1,5 +1,5 @@
 // Tells thread sanitizer about librocksdb: it is not instrumented, so its own locks are not seen, and memory that it
-// hands from thread to thread (grouped write batches, memtables, cached blocks, statics that go at exit) looks racy. The
+// hands from thread to thread (grouped write batches, memtables, cached blocks, what goes at exit) looks racy. The
 // functions of std named here (a string's, and growing a set of strings) are those that the library calls in our copy.
 // Include in one source of a test program.
 
