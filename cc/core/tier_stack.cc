@@ -4,6 +4,7 @@
 #include "cc/core/tier_stack.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -43,12 +44,17 @@ Deadline TierDeadline(const Tier& tier, Clock::time_point now, Deadline deadline
 }
 
 Status AskTable(const Tier& tier, const FetchRequest& request, const LookupLimits& limits,
-                std::vector<uint32_t>* misses) {
+                std::vector<uint32_t>* misses, bool probe = false) {
   if (tier.breaker == nullptr) return tier.table->Fetch(request, misses);
   HPS_RETURN_IF_ERROR(tier.breaker->Admit());
   Status status = tier.table->Fetch(request, misses);
   if (status.ok()) {
-    tier.breaker->Succeeded();
+    // A probe may end the time of a store that is left out, and says nothing about the rows that lookups ask for.
+    if (probe && tier.breaker->closed()) {
+      tier.breaker->Undecided();
+    } else {
+      tier.breaker->Succeeded();
+    }
     return status;
   }
   Count(tier.fetches_failed, 1);
@@ -302,14 +308,18 @@ bool IsUnavailable(const Tier& tier, const Status& error, const LookupLimits& li
 
 Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest) {
   const auto timeout = tier.timeout.count() > 0 ? std::min(tier.timeout, longest) : longest;
-  const Key key = 0;
-  std::vector<std::byte> row(tier.table->spec().row_bytes);
+  // So many that every node and partition of a store is asked, and files here and there.
+  std::array<Key, 256> keys;
+  std::iota(keys.begin(), keys.end(), Key{0});
+  const size_t row_bytes = tier.table->spec().row_bytes;
+  std::vector<std::byte> rows(keys.size() * row_bytes);
   std::vector<uint32_t> misses;
   FetchRequest request;
-  request.keys = std::span(&key, 1);
-  request.rows = {row.data(), row.size()};
+  request.keys = keys;
+  request.rows = {rows.data(), row_bytes};
+  request.output_bytes = rows.size();
   request.deadline = Clock::now() + timeout;
-  return Explain(tier, AskTable(tier, request, {}, &misses), {});
+  return Explain(tier, AskTable(tier, request, {}, &misses, /*probe=*/true), {});
 }
 
 Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, const LookupLimits& limits,

@@ -95,7 +95,7 @@ Status CheckLimits(const LookupLimits& limits);
 // row, answers instead.
 bool IsUnavailable(const Tier& tier, const Status& error, const LookupLimits& limits);
 
-// Asks the tier for one key, as a lookup would.
+// Asks the tier for some keys, as a lookup would; 256, so that every node of a store is asked.
 Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest);
 
 // Keys in one piece of parallel work: below this everything is done inline on the caller's thread.

@@ -509,6 +509,17 @@ TEST_F(FaultyServerTest, ReadinessNamesWhatLookupsNeed) {
   EXPECT_NE(readiness.reason.find("closed"), std::string::npos);
 }
 
+TEST_F(FaultyServerTest, ProbesThatSucceedDoNotKeepTheBreakerClosed) {
+  auto server = Open();
+  for (int i = 0; i < 5; ++i) {  // lookups fail, probes do not
+    volatile_->Fail(Unavailable("gone"));
+    ASSERT_OK(Lookup(*server, "m", 0, kServerWidth, keys_).status);
+    volatile_->Heal();
+    EXPECT_TRUE(server->CheckReadiness().ready);
+    EXPECT_EQ(Stats(*server)["tier_states"]["volatile"]["openings"], i < 4 ? 0 : 1);
+  }
+}
+
 TEST_F(FaultyServerTest, CountersAreWhatWasDone) {
   auto server = Open([](ServerConfig* config) {
     config->volatile_db.initial_cache_rate = 0.5;
