@@ -31,6 +31,7 @@
 #include <thread>
 #include <utility>
 
+#include "cc/storage/rocksdb_manifest.h"
 #include "cc/storage/table_memory.h"
 #include "hps/log.h"
 
@@ -300,6 +301,7 @@ Status Database::TryStart(const RocksDbOptions& options) {
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
   if (fs::exists(fs::path(path_) / kCurrentFile)) {
+    HPS_RETURN_IF_ERROR(CheckManifest(path_, Where()));
     HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
   }
   std::vector<rocksdb::ColumnFamilyDescriptor> descriptors(names.size());
@@ -324,6 +326,7 @@ Status Database::TryStart(const RocksDbOptions& options) {
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
     if (error) return MapError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+    NoteManifest(path_);
   }
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == rocksdb::kDefaultColumnFamilyName) {
@@ -350,6 +353,7 @@ Database::~Database() {
     }
   }
   if (Status status = Map(db_->Close()); !status.ok()) Log(LogLevel::kWarning, status.ToString());
+  if (!read_only_) NoteManifest(path_);
 }
 
 std::shared_ptr<Family> Database::Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle) {
@@ -646,6 +650,7 @@ Status Database::Flush() {
   }
   std::lock_guard lock(log_mutex_);
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
+  NoteManifest(path_);  // it names the rows' files by now
   return Map(db_->FlushWAL(/*sync=*/true));
 }
 
