@@ -21,7 +21,7 @@ Status CheckNotForked(uint64_t opened) {
   if (opened == ForkGeneration()) return OkStatus();
   return FailedPrecondition(
       "this parameter server was opened before fork() and cannot be used in the child process; start workers with the "
-      "'spawn' method (multiprocessing.get_context(\"spawn\")) or open the server in the child");
+      "'spawn' method (multiprocessing.get_context(\"spawn\")) or open the server in the child alone");
 }
 
 }  // namespace hps

@@ -247,7 +247,7 @@ class ParameterServer::Impl {
     HPS_RETURN_IF_ERROR(CheckBuiltModel(config));
     std::shared_ptr<ModelSlot> slot = FindSlot(config.name);
     if (slot && !replace) {
-      return AlreadyExists("model '" + config.name + "' is loaded already; use ReplaceModel for a new version");
+      return AlreadyExists("model '" + config.name + "' is loaded already; replace it to serve a new version");
     }
     if (!slot && replace) return NoSuchModel(config.name);
     std::shared_ptr<const Model> old;
