@@ -94,7 +94,34 @@ class Builder {
       if (!fingerprint.ok()) return fingerprint.status().WithContext(Context(table));
       wanted_[table.name] = std::move(fingerprint).value();
     }
-    return shared_->Prepare(options_.load_volatile ? wanted_ : std::map<std::string, std::string>());
+    std::map<std::string, SharedTier::Wanted> wanted;
+    for (const TableConfig& table : config_.tables) wanted[table.name] = {wanted_[table.name], Spec(table)};
+    return shared_->Prepare(wanted, {.load = options_.load_volatile, .whole = SharedTierIsWhole() && !persistent_});
+  }
+
+  // Whether every row of a table goes into the shared tier and stays there.
+  bool SharedTierIsWhole() const {
+    return shared_ && !volatile_->capabilities().bounded && options_.initial_cache_rate >= 1.0;
+  }
+
+  // At the end of all loads: the load of one table may have pushed out rows of another.
+  Status CheckSharedRows() {
+    if (!SharedTierIsWhole()) return OkStatus();
+    for (size_t i = 0; i < config_.tables.size(); ++i) {
+      const TableConfig& table = config_.tables[i];
+      const ModelTable& built = model_->tables[i];
+      if (built.load.rows_written.empty()) continue;  // nothing was loaded
+      const Table& stored = *built.stack.volatile_tier.table;
+      if (persistent_) {  // it serves what is lost; the count is for nodes that have none
+        HPS_ASSIGN_OR_RETURN(const TableStats stats, stored.Stats());
+        shared_rows_[table.name] = stats.rows_estimated ? 0 : stats.rows;
+        continue;
+      }
+      const auto held = CheckNothingLost(stored, table.path, built.load.rows_written[0], *volatile_);
+      if (!held.ok()) return held.status().WithContext(Context(table));
+      shared_rows_[table.name] = *held;
+    }
+    return OkStatus();
   }
 
   static std::string Context(const TableConfig& table) { return "table '" + table.name + "' (" + table.path + ")"; }
@@ -110,7 +137,10 @@ class Builder {
       record_changed_ = false;  // the version exists there: nothing to undo
       created_persistent_.clear();
     }
-    if (shared_) HPS_RETURN_IF_ERROR(shared_->Publish(shared_rows_));
+    if (shared_) {
+      HPS_RETURN_IF_ERROR(CheckSharedRows());
+      HPS_RETURN_IF_ERROR(shared_->Publish(shared_rows_));
+    }
     if (Writable() && options_.load_persistent) DropOtherGenerations();
     return OkStatus();
   }
@@ -219,7 +249,6 @@ class Builder {
     }
     bool fill_volatile = false;
     if (volatile_) HPS_RETURN_IF_ERROR(OpenVolatile(table, cache_rows, &stack, &fill_volatile));
-    shared_rows_[table.name] = cache_rows;
 
     model_table.source = from_folder ? "folder" : "persistent";
     if (from_folder) {
@@ -412,9 +441,9 @@ class Builder {
   const BuildOptions& options_;
   TableStore* const volatile_;
   TableStore* const persistent_;
-  std::optional<SharedTier> shared_;           // where the volatile store is shared
-  std::map<std::string, std::string> wanted_;  // fingerprint by table, for shared_
-  std::map<std::string, uint64_t> shared_rows_;
+  std::optional<SharedTier> shared_;             // where the volatile store is shared
+  std::map<std::string, std::string> wanted_;    // fingerprint by table, for shared_
+  std::map<std::string, uint64_t> shared_rows_;  // held after the load, where all of them stay
   ModelRecord old_record_;
   ModelRecord new_record_;
   bool record_changed_ = false;

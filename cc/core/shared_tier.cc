@@ -46,16 +46,59 @@ SharedTier::~SharedTier() {
 
 bool SharedTier::Holds(const std::string& table, const std::string& fingerprint) const {
   const auto found = record_.tables.find(table);
-  return found != record_.tables.end() && (fingerprint.empty() || found->second.fingerprint == fingerprint);
+  return found != record_.tables.end() && !short_.contains(table) &&
+         (fingerprint.empty() || found->second.fingerprint == fingerprint);
 }
 
-Status SharedTier::Prepare(const std::map<std::string, std::string>& wanted) {
-  HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
-  if (std::all_of(wanted.begin(), wanted.end(), [&](const auto& entry) { return Holds(entry.first, entry.second); })) {
+std::string SharedTier::Shortage::ToString() const {
+  return stored_name + " has lost rows: it holds " + std::to_string(held) + " of the " + std::to_string(recorded) +
+         " that were loaded into it (" + std::to_string(recorded - held) + " are missing)";
+}
+
+Status SharedTier::Prepare(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use) {
+  HPS_RETURN_IF_ERROR(ReadState(wanted, use.whole));
+  if (!use.load) {
+    if (short_.empty()) return OkStatus();
+    const auto& [table, shortage] = *short_.begin();
+    return DataLoss("table '" + table + "': in the volatile tier (" + std::string(store_.kind()) + ") " +
+                    shortage.ToString() +
+                    ", which would be answered with the default value; load it anew (start once with "
+                    "volatile_db.initialize_after_startup true), and see that the store loses no rows");
+  }
+  if (std::all_of(wanted.begin(), wanted.end(),
+                  [&](const auto& entry) { return Holds(entry.first, entry.second.fingerprint); })) {
     return OkStatus();
   }
   HPS_RETURN_IF_ERROR(AcquireClaim());
+  HPS_RETURN_IF_ERROR(ReadState(wanted, use.whole));  // another node may have loaded meanwhile
+  for (const auto& [table, shortage] : short_) {
+    Log(LogLevel::kWarning, "model '" + model_ + "', table '" + table + "': in the volatile tier (" +
+                                std::string(store_.kind()) + ") " + shortage.ToString() + "; it is loaded anew");
+  }
+  return OkStatus();
+}
+
+Status SharedTier::ReadState(const std::map<std::string, Wanted>& wanted, bool whole) {
+  short_.clear();
   HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
+  if (!whole) return OkStatus();
+  for (const auto& [table, want] : wanted) {
+    if (!Holds(table, want.fingerprint)) continue;
+    const TableRecord& recorded = record_.tables.at(table);
+    if (recorded.rows == 0) continue;  // not known
+    TableSpec spec = want.spec;
+    spec.name = StoredTableName(model_, table, recorded.generation);
+    const auto opened = store_.OpenTable(spec);
+    // Open deals with both: it makes what is not there, and refuses what does not fit.
+    if (opened.status().code() == StatusCode::kNotFound) continue;
+    if (opened.status().code() == StatusCode::kFailedPrecondition) continue;
+    if (!opened.ok()) return opened.status();
+    const auto stats = (*opened)->Stats();
+    if (stats.status().code() == StatusCode::kNotFound) continue;  // dropped meanwhile
+    if (!stats.ok()) return stats.status();
+    if (stats->rows_estimated || stats->rows >= recorded.rows) continue;
+    short_[table] = {spec.name, stats->rows, recorded.rows};
+  }
   return OkStatus();
 }
 

@@ -11,6 +11,10 @@
 // ("hps.load.<model>") and the others wait for it. The claim saves work only; if two nodes both believe to hold it, or
 // its owner dies, rows stay right.
 //
+// The record also says how many rows a table held when its load ended. Where none of them may be missing
+// (SharedTierUse::whole) a table that holds fewer is damaged, and is loaded into a new generation like one that is
+// not there. More rows are fine: updates add some.
+//
 // Thread safety: one thread at a time. Ownership: the store outlives it.
 
 #ifndef HPS_CORE_SHARED_TIER_H_
@@ -34,6 +38,11 @@ struct ClaimOptions {
   std::chrono::milliseconds stale_after{30'000};  // a claim that is not renewed for so long is taken over
 };
 
+struct SharedTierUse {
+  bool load = true;    // what is missing is loaded
+  bool whole = false;  // no table may hold fewer rows than its record says
+};
+
 class SharedTier {
  public:
   SharedTier(TableStore& store, std::string model, const ClaimOptions& options);
@@ -41,11 +50,16 @@ class SharedTier {
   SharedTier(const SharedTier&) = delete;
   SharedTier& operator=(const SharedTier&) = delete;
 
-  // Reads the record; where a table is not there with the wanted fingerprint, waits for the claim and reads again.
-  // `wanted`: by table name.
-  Status Prepare(const std::map<std::string, std::string>& wanted);
+  struct Wanted {
+    std::string fingerprint;  // empty: any
+    TableSpec spec;           // without a name
+  };
+  // Reads the record; where a table is to be loaded and is not there with the wanted fingerprint, or not whole, waits
+  // for the claim and reads again. `wanted`: by table name.
+  // kDataLoss: a table is not whole, and nothing is to be loaded.
+  Status Prepare(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use);
 
-  // Whether, after Prepare, the table is recorded with the fingerprint; with any if that is empty.
+  // Whether, after Prepare, the table is recorded with the fingerprint, with any if that is empty, and not damaged.
   bool Holds(const std::string& table, const std::string& fingerprint) const;
 
   // The table for this version. *fill: it was made new and rows may be put in.
@@ -67,6 +81,14 @@ class SharedTier {
  private:
   using Clock = std::chrono::steady_clock;
 
+  struct Shortage {
+    std::string stored_name;
+    uint64_t held = 0;
+    uint64_t recorded = 0;
+    std::string ToString() const;
+  };
+
+  Status ReadState(const std::map<std::string, Wanted>& wanted, bool whole);
   Status AcquireClaim();
   void DropOlder(const std::string& table, uint64_t oldest_kept);
 
@@ -85,7 +107,8 @@ class SharedTier {
   uint64_t renewals_ = 0;
   Clock::time_point renewed_{};
   ModelRecord record_;
-  std::map<std::string, Made> made_;  // by table name
+  std::map<std::string, Shortage> short_;  // recorded tables that have lost rows, by table name
+  std::map<std::string, Made> made_;       // by table name
 };
 
 }  // namespace hps

@@ -11,6 +11,7 @@
 #define HPS_CORE_VOLATILE_SHARE_H_
 
 #include <cstdint>
+#include <string>
 
 #include "hps/status.h"
 #include "hps/table_store.h"
@@ -23,6 +24,11 @@ Result<uint64_t> VolatileShare(uint64_t rows, double initial_cache_rate, const T
 // After a load into a table without a persistent tier below: kResourceExhausted if chance has filled a partition beyond
 // its margin, so that rows are gone.
 Status CheckNothingEvicted(const Table& table);
+
+// After a load of the first `rows` rows of a folder into an empty table that never gives up a row by itself, without a
+// persistent tier below: how many rows it holds. kDataLoss: fewer than the folder has different keys.
+Result<uint64_t> CheckNothingLost(const Table& table, const std::string& folder, uint64_t rows,
+                                  const TableStore& store);
 
 }  // namespace hps
 

@@ -270,4 +270,28 @@ Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_
   return found;
 }
 
+Result<uint64_t> CountDistinctKeys(const std::string& path, uint64_t rows, uint64_t keys_at_once) {
+  constexpr uint64_t kBlockKeys = 8192;
+  constexpr uint64_t kSpread = 0x9e3779b97f4a7c15;  // keys in a row go to different shares
+  if (rows == 0) return uint64_t{0};
+  HPS_ASSIGN_OR_RETURN(const File file, File::Open(path + "/key"));
+  const uint64_t shares = (rows - 1) / std::max<uint64_t>(keys_at_once, 1) + 1;
+  std::vector<Key> block(kBlockKeys);
+  std::vector<Key> share_keys;
+  uint64_t distinct = 0;
+  for (uint64_t share = 0; share < shares; ++share) {
+    share_keys.clear();
+    for (uint64_t first = 0; first < rows; first += kBlockKeys) {
+      const uint64_t count = std::min(kBlockKeys, rows - first);
+      HPS_RETURN_IF_ERROR(file.ReadAt(first * sizeof(Key), block.data(), count * sizeof(Key)));
+      for (uint64_t i = 0; i < count; ++i) {
+        if (((static_cast<uint64_t>(block[i]) * kSpread) >> 32) % shares == share) share_keys.push_back(block[i]);
+      }
+    }
+    std::sort(share_keys.begin(), share_keys.end());
+    distinct += static_cast<uint64_t>(std::unique(share_keys.begin(), share_keys.end()) - share_keys.begin());
+  }
+  return distinct;
+}
+
 }  // namespace hps

@@ -185,7 +185,7 @@ class RedisTable final : public Table {
     }
     return Unavailable(where_ +
                        ": the table has vanished from Redis: another process dropped it, or the servers lost their "
-                       "contents; load the model again");
+                       "contents or evict (set maxmemory-policy to noeviction); load the model again");
   }
 
   Result<std::shared_ptr<const RedisTablePlace>> PlaceToWrite() const {

@@ -4,6 +4,7 @@
 #ifndef HPS_TESTS_FAULTY_STORE_H_
 #define HPS_TESTS_FAULTY_STORE_H_
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -36,6 +37,9 @@ class Faults {
       hanging_ = false;
     });
   }
+  // After each upsert the first `rows` of its rows are gone, as from a store that evicts.
+  void LoseOf(size_t rows) { lost_ = rows; }
+  size_t lost() const { return lost_; }
   uint64_t fetches() const { return fetches_; }
   uint64_t upserts() const { return upserts_; }
 
@@ -68,6 +72,7 @@ class Faults {
   std::condition_variable changed_;
   Status failure_;
   bool hanging_ = false;
+  std::atomic<size_t> lost_{0};
   std::atomic<uint64_t> fetches_{0};
   std::atomic<uint64_t> upserts_{0};
 };
@@ -101,7 +106,9 @@ class FaultyTable final : public Table {
   Status Upsert(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) override {
     HPS_RETURN_IF_ERROR(state_->CheckOpen());
     HPS_RETURN_IF_ERROR(state_->faults->PassUpsert());
-    return table_->Upsert(keys, rows, options);
+    HPS_RETURN_IF_ERROR(table_->Upsert(keys, rows, options));
+    const size_t lost = std::min(state_->faults->lost(), keys.size());
+    return lost == 0 ? OkStatus() : table_->Erase(keys.first(lost), nullptr);
   }
   Status Erase(std::span<const Key> keys, uint64_t* erased) override {
     HPS_RETURN_IF_ERROR(Ask());

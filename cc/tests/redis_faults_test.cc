@@ -238,5 +238,54 @@ TEST(RedisFaults, ScanGoesOnAfterARestart) {
   EXPECT_EQ(seen, KeyRange(0, 20'000)) << "each row once, though cursors of the old process mean nothing";
 }
 
+// A partition that is gone, with nothing below that could serve its rows.
+TEST(RedisFaults, AServerLoadsATableAnewThatHasLostAPartition) {
+  constexpr uint32_t kWidth = 4;
+  const std::vector<Key> keys = KeyRange(0, 1000);
+  TempFolder folder;
+  WriteTable(folder / "t", keys, kWidth, 1);
+  const auto redis = Value(RedisService::Start());
+  ServerConfig config = MakeServer(Tiers::kVolatile, "", {MakeModel("m", {MakeTable("t", folder / "t", kWidth)})});
+  config.volatile_db.type = VolatileType::kRedisCluster;
+  config.volatile_db.address = redis->address_list();
+  ASSERT_OK(Value(ParameterServer::Open(config, {.show_progress = false}))->Close());
+  const RedisLayout layout(RedisLayout::Version::kCurrent, "hps_et.m.t", config.volatile_db.num_partitions, 8);
+  ASSERT_EQ(Ask(*redis, {"DEL", layout.ValuesKey(1)}), "1");
+  config.volatile_db.initialize_after_startup = false;
+  ExpectError(ParameterServer::Open(config).status(), StatusCode::kDataLoss,
+              {"table 't'", "redis_cluster", "of the 1000", "initialize_after_startup"});
+  config.volatile_db.initialize_after_startup = true;
+  for (int start = 0; start < 2; ++start) {
+    CapturedLog log;
+    const auto server = Value(ParameterServer::Open(config, {.show_progress = false}));
+    ExpectRows(Lookup(*server, "m", 0, kWidth, keys), keys, 1);
+    EXPECT_EQ(log.text().find("has lost rows") != std::string::npos, start == 0) << log.text();
+    ASSERT_OK(server->Close());
+  }
+}
+
+// Redis that evicts while a model is loaded.
+TEST(RedisFaults, ALoadIntoAServerThatEvictsIsRefused) {
+  constexpr uint32_t kWidth = 64;
+  TempFolder folder;
+  WriteTable(folder / "t", KeyRange(0, 40'000), kWidth, 1);  // 10 MB of rows
+  const auto redis =
+      Value(RedisService::Start({.maxmemory_bytes = 8 << 20, .directives = {"maxmemory-policy allkeys-random"}}));
+  ServerConfig config = MakeServer(Tiers::kVolatile, "", {MakeModel("m", {MakeTable("t", folder / "t", kWidth)})});
+  config.volatile_db.type = VolatileType::kRedisCluster;
+  config.volatile_db.address = redis->address_list();
+  config.volatile_db.num_partitions = 64;
+  // Chance decides what goes: rows, or what Redis knows of the table itself. Both are refused; wait for the former.
+  Status status;
+  for (int i = 0; i < 50 && status.code() != StatusCode::kDataLoss; ++i) {
+    Ask(*redis, {"FLUSHALL"});
+    status = ParameterServer::Open(config, {.show_progress = false}).status();
+    if (status.code() != StatusCode::kDataLoss) {
+      ExpectError(status, StatusCode::kUnavailable, {"table 't'", "has vanished", "maxmemory-policy"});
+    }
+  }
+  ExpectError(status, StatusCode::kDataLoss, {"table 't'", "40000 were written", "noeviction"});
+}
+
 }  // namespace
 }  // namespace hps::testing

@@ -14,6 +14,7 @@
 #include "cc/storage/rocksdb_store.h"
 #include "cc/tests/core_fixture.h"
 #include "cc/tests/faulty_store.h"
+#include "hps/model_reader.h"
 
 namespace hps::testing {
 namespace {
@@ -222,6 +223,107 @@ TEST_F(SharedTierTest, AStoreThatWasEmptiedIsFilledAgain) {
   auto server = Start({Version(1)}, "database");
   EXPECT_EQ(Source(*server), "persistent");
   ExpectVersion(*server, 1);
+}
+
+// Keys that somebody else takes out of the store.
+void Lose(TableStore& store, const std::string& name, size_t rows) {
+  const auto table = Value(store.OpenTable({.name = name, .row_bytes = kWidth * sizeof(float)}));
+  uint64_t erased = 0;
+  ASSERT_OK(table->Erase(std::span(kKeys).first(rows), &erased));
+  ASSERT_EQ(erased, rows);
+}
+
+TEST_F(SharedTierTest, ATableThatHasLostRowsIsLoadedAnew) {
+  auto serving = Start({Version(1)});
+  Lose(*shared_, "hps_et.m.t", 7);
+  {
+    CapturedLog log;
+    auto server = Start({Version(1)});
+    EXPECT_EQ(Source(*server), "folder");
+    ExpectVersion(*server, 1);
+    for (const char* part : {"model 'm'", "table 't'", "hps_et.m.t", "holds 993 of the 1000", "7 are missing"}) {
+      EXPECT_NE(log.text().find(part), std::string::npos) << part << " is not in " << log.text();
+    }
+  }
+  // What others still serve stays, and the next node finds the new one whole.
+  EXPECT_EQ(Stored(), (Names{"hps_et.m.t", "hps_et.m.t@1"}));
+  EXPECT_FALSE(Claim().has_value());
+  auto next = Start({Version(1)});
+  EXPECT_EQ(Source(*next), "volatile");
+  ExpectVersion(*next, 1);
+}
+
+TEST_F(SharedTierTest, ATableThatHasLostRowsAndIsNotToBeLoadedIsRefused) {
+  const auto as_it_is = [](ServerConfig* config) { config->volatile_db.initialize_after_startup = false; };
+  ASSERT_OK(Start({Version(1)})->Close());
+  ExpectVersion(*Start({Version(1)}, "", as_it_is), 1);
+  Lose(*shared_, "hps_et.m.t", 7);
+  ExpectError(TryStart({Version(1)}, "", as_it_is).status(), StatusCode::kDataLoss,
+              {"model 'm'", "table 't'", "holds 993 of the 1000", "7 are missing", "initialize_after_startup"});
+  EXPECT_EQ(Stored(), (Names{"hps_et.m.t"}));
+}
+
+TEST_F(SharedTierTest, RowsThatUpdatesAddedAndDuplicatesAreNoLoss) {
+  std::vector<Key> keys = kKeys;
+  keys.insert(keys.end(), kKeys.begin(), kKeys.begin() + 100);
+  WriteTable(Folder(1), keys, kWidth, 1);
+  ASSERT_OK(Start({Version(1)})->Close());
+  auto again = Start({Version(1)});
+  EXPECT_EQ(Source(*again), "volatile");
+  const auto table = Value(shared_->OpenTable({.name = "hps_et.m.t", .row_bytes = kWidth * sizeof(float)}));
+  const std::vector<float> row = Row(5000, 1, kWidth);
+  ASSERT_OK(
+      table->Upsert(std::vector<Key>{5000}, {reinterpret_cast<const std::byte*>(row.data()), kWidth * sizeof(float)}));
+  EXPECT_EQ(Source(*Start({Version(1)})), "volatile");
+  // Duplicates do not hide a loss.
+  Lose(*shared_, "hps_et.m.t", 2);
+  EXPECT_EQ(Source(*Start({Version(1)})), "folder");
+}
+
+TEST_F(SharedTierTest, ADatabaseServesWhatTheTierHasLost) {
+  ASSERT_OK(Start({Version(1)}, "database")->Close());
+  Lose(*shared_, "hps_et.m.t", 7);
+  const uint64_t written = faults_->upserts();
+  auto server = Start({Version(1)}, "database");
+  EXPECT_EQ(faults_->upserts(), written);
+  ExpectRows(Lookup(*server, "m", 0, kWidth, kKeys), kKeys, 1);
+  // A node without one cannot do with the rest.
+  auto other = Start({Version(1)});
+  EXPECT_EQ(Source(*other), "folder");
+  ExpectVersion(*other, 1);
+}
+
+TEST_F(SharedTierTest, ARecordWithoutACountIsNotChecked) {
+  ASSERT_OK(Start({Version(1)})->Close());
+  ModelRecord record = Value(ReadModelRecord(*shared_, "m"));
+  EXPECT_EQ(record.tables["t"].rows, kKeys.size());
+  record.tables["t"].rows = 0;
+  ASSERT_OK(WriteModelRecord(*shared_, "m", record));
+  Lose(*shared_, "hps_et.m.t", 7);
+  EXPECT_EQ(Source(*Start({Version(1)})), "volatile");
+}
+
+TEST_F(SharedTierTest, ALoadOfWhichRowsGetLostIsRefused) {
+  std::vector<Key> keys = kKeys;
+  keys.insert(keys.end(), kKeys.begin(), kKeys.begin() + 100);
+  WriteTable(Folder(1), keys, kWidth, 1);
+  faults_->LoseOf(3);
+  ExpectError(TryStart({Version(1)}).status(), StatusCode::kDataLoss,
+              {"model 'm'", "table 't'", "1000 were written", "100 duplicates", "holds 997"});
+  EXPECT_EQ(Stored(), Names());
+  EXPECT_FALSE(Claim().has_value());
+  faults_->LoseOf(0);
+  ExpectVersion(*Start({Version(1)}), 1);
+}
+
+TEST_F(SharedTierTest, DistinctKeysAreCountedInShares) {
+  std::vector<Key> keys = kKeys;
+  keys.insert(keys.end(), {-1, 5, std::numeric_limits<Key>::min(), std::numeric_limits<Key>::max(), -1});
+  WriteTable(Folder(1), keys, kWidth, 1);
+  for (const uint64_t at_once : {uint64_t{1}, uint64_t{100}, uint64_t{1} << 20}) {
+    EXPECT_EQ(Value(CountDistinctKeys(Folder(1).string(), keys.size(), at_once)), kKeys.size() + 3);
+  }
+  EXPECT_EQ(Value(CountDistinctKeys(Folder(1).string(), 10)), 10u);
 }
 
 TEST_F(SharedTierTest, ItNeverShadowsNewerRowsOfTheDatabase) {

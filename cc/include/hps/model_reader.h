@@ -51,6 +51,10 @@ struct DenseKeys {
 };
 Result<DenseKeys> CountDenseKeys(const std::string& path, uint64_t rows, uint64_t whole_rows = uint64_t{8} << 20);
 
+// How many different keys the first `rows` rows of a folder have, exactly. Reads the key file once for about every
+// `keys_at_once` rows, of which it keeps the keys in memory: for rare cases.
+Result<uint64_t> CountDistinctKeys(const std::string& path, uint64_t rows, uint64_t keys_at_once = uint64_t{16} << 20);
+
 }  // namespace hps
 
 #endif  // HPS_MODEL_READER_H_
