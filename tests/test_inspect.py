@@ -347,13 +347,28 @@ def test_a_configuration_whose_places_are_broken(tmp_path, capsys):
     config = write_config(
         tmp_path / "ps.json",
         [model_config("films", {"gone": (tmp_path / "gone", 4), "narrow": (tmp_path / "narrow", 8)})],
-        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database"), "read_only": True},
     )
     assert main(["inspect", config]) == 1
     out = capsys.readouterr().out
     assert "gone/key: No such file or directory" in out
     assert "the files fit width 4" in out
     assert "database does not exist" in out
+
+
+def test_a_database_that_the_first_start_makes_is_no_problem(tmp_path, capsys):
+    write_table(tmp_path / "table", np.arange(10), np.ones((10, 4)))
+    database = tmp_path / "database"
+    models = [model_config("films", {"table": (tmp_path / "table", 4)})]
+    section = {"type": "rocks_db", "path": str(database)}
+    config = write_config(tmp_path / "ps.json", models, persistent_db=section)
+    assert main(["inspect", config]) == 0
+    assert f"RocksDB database {database}: not made yet" in capsys.readouterr().out
+    assert not database.exists()
+    database.mkdir()
+    (database / "other").write_text("no database")
+    assert main(["inspect", config]) == 1
+    assert "is no RocksDB database" in capsys.readouterr().out
 
 
 def test_the_help_shows_each_command_with_an_example(capsys):

@@ -291,7 +291,8 @@ const Section<VolatileConfig>& VolatileSection() {
       "/volatile_db", "the volatile tier: rows in memory",
       {
           Plain("type", &V::type, {}, "`hash_map` and `parallel_hash_map` select the same store"),
-          WithDefaultText(Plain("num_partitions", &V::num_partitions, Between(1, 65536), "parts of a table"),
+          WithDefaultText(Plain("num_partitions", &V::num_partitions, Between(1, 65536),
+                                "parts of a table; at most 4096 for hash_map and multi_process_hash_map"),
                           "hash_map: the number of cores, at most 16; multi_process_hash_map: 16; redis_cluster: 8"),
           DatabaseBatchSize<V>(),
           Plain(

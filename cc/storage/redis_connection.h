@@ -24,7 +24,11 @@ namespace hps {
 struct RedisEndpoint {
   std::string host;
   uint16_t port = 0;
-  std::string ToString() const { return host + ":" + std::to_string(port); }
+  // "host:port", for messages and as a name; an IPv6 address stands in brackets.
+  std::string ToString() const {
+    const bool colons = host.find(':') != std::string::npos;
+    return (colons ? "[" + host + "]" : host) + ":" + std::to_string(port);
+  }
 };
 
 // What certificates a server must show, and which one this client shows.

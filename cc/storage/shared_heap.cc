@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cc/base/fork_guard.h"
+#include "hps/config.h"
 #include "hps/log.h"
 
 namespace hps {
@@ -31,12 +32,25 @@ struct Prefix {  // what is needed of a SharedHeader to know whether it is ours
 static_assert(offsetof(SharedHeader, layout) == offsetof(Prefix, layout));
 static_assert(offsetof(SharedHeader, auto_remove) == offsetof(Prefix, auto_remove));
 
+// As it is written in ps.json; a number that this version does not know as it is.
+std::string PolicyName(uint32_t policy) {
+  switch (static_cast<OverflowPolicy>(policy)) {
+    case OverflowPolicy::kEvictOldest: return "evict_oldest";
+    case OverflowPolicy::kEvictRandom: return "evict_random";
+    case OverflowPolicy::kEvictLeastUsed: return "evict_least_used";
+  }
+  return std::to_string(policy);
+}
+
 std::string Differences(const SharedLayout& there, const SharedLayout& here) {
   std::string text;
-  const auto compare = [&](const char* name, uint64_t left, uint64_t right) {
+  const auto compare_texts = [&](const char* name, const std::string& left, const std::string& right) {
     if (left == right) return;
     if (!text.empty()) text += ", ";
-    text += std::string(name) + " is " + std::to_string(left) + " there and " + std::to_string(right) + " here";
+    text += std::string(name) + " is " + left + " there and " + right + " here";
+  };
+  const auto compare = [&](const char* name, uint64_t left, uint64_t right) {
+    compare_texts(name, std::to_string(left), std::to_string(right));
   };
   compare("the format", there.format, here.format);
   if (text.empty()) {
@@ -45,9 +59,12 @@ std::string Differences(const SharedLayout& there, const SharedLayout& here) {
     compare("num_partitions", there.num_partitions, here.num_partitions);
     compare("the bytes of a key (supportlonglong)", there.key_bytes, here.key_bytes);
     compare("overflow_margin", there.overflow_margin, here.overflow_margin);
-    compare("the number of overflow_policy", there.overflow_policy, here.overflow_policy);
+    if ((there.overflow_margin == 0) == (here.overflow_margin == 0)) {  // without a margin there is no policy
+      compare_texts("overflow_policy", PolicyName(there.overflow_policy), PolicyName(here.overflow_policy));
+    }
     compare("overflow_margin * overflow_resolution_target", there.overflow_target_rows, here.overflow_target_rows);
-    compare("refresh_time_after_fetch", there.refresh_time_after_fetch, here.refresh_time_after_fetch);
+    compare_texts("refresh_time_after_fetch", there.refresh_time_after_fetch != 0 ? "true" : "false",
+                  here.refresh_time_after_fetch != 0 ? "true" : "false");
   }
   return text;
 }

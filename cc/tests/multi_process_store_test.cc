@@ -79,9 +79,11 @@ TEST_F(MultiProcessTest, AnotherLayoutIsRefusedAndSaysWhatDiffers) {
   refused([](auto& options) { options.key_bytes = 4; }, "supportlonglong) is 8 there and 4 here");
   refused([](auto& options) { options.overflow.margin = 999; }, "overflow_margin is 1000 there and 999 here");
   refused([](auto& options) { options.overflow = {}; }, "overflow_margin is 1000 there and 0 here");
-  refused([](auto& options) { options.overflow.policy = OverflowPolicy::kEvictRandom; }, "overflow_policy");
+  refused([](auto& options) { options.overflow.policy = OverflowPolicy::kEvictRandom; },
+          "overflow_policy is evict_oldest there and evict_random here");
   refused([](auto& options) { options.overflow.resolution_target = 0.5; }, "is 800 there and 500 here");
-  refused([](auto& options) { options.overflow.refresh_time_after_fetch = true; }, "refresh_time_after_fetch");
+  refused([](auto& options) { options.overflow.refresh_time_after_fetch = true; },
+          "refresh_time_after_fetch is false there and true here");
   bounded.auto_remove = false;  // no part of the layout
   EXPECT_TRUE(OpenMultiProcessStore(bounded).ok());
 }

@@ -71,9 +71,9 @@ TEST(RedisEndpoint, Forms) {
   EXPECT_EQ(parsed("host"), "host:7000");
   EXPECT_EQ(parsed("host:1"), "host:1");
   EXPECT_EQ(parsed(":6381"), "asked:6381");
-  EXPECT_EQ(parsed("[::1]:5"), "::1:5");
-  EXPECT_EQ(parsed("[::1]"), "::1:7000");
-  EXPECT_EQ(parsed("::1"), "::1:7000");
+  EXPECT_EQ(parsed("[::1]:5"), "[::1]:5");
+  EXPECT_EQ(parsed("[::1]"), "[::1]:7000");
+  EXPECT_EQ(parsed("::1"), "[::1]:7000");
   EXPECT_EQ(parsed("host:"), "refused");
   EXPECT_EQ(parsed("host:x"), "refused");
   EXPECT_EQ(parsed("host:70000"), "refused");

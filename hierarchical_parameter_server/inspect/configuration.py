@@ -74,7 +74,10 @@ def inspect_config(path: Path, shown: int, exact: bool, timeout_seconds: float) 
     persistent = volatile = None
     if config["persistent_db"]["type"] == "rocks_db":
         database = Path(config["persistent_db"]["path"])
-        persistent = _part(report, lambda: inspect_database(database, shown, exact), f"RocksDB database {database}")
+        if not os.path.lexists(database) and not config["persistent_db"]["read_only"]:
+            report.notes.append(f"RocksDB database {database}: not made yet; the first start makes it")
+        else:
+            persistent = _part(report, lambda: inspect_database(database, shown, exact), f"RocksDB database {database}")
     if config["volatile_db"]["type"] == "redis_cluster":
         section = config["volatile_db"]
         volatile = _part(
