@@ -488,7 +488,7 @@ TEST_F(ParameterServerTest, ModelsComeAndGo) {
   for (Tiers tiers : kAllTiers) {
     fs::remove_all(database());
     auto server = Open(Config(tiers, {OneTable()}));
-    ExpectError(server->LoadModel(OneTable()), StatusCode::kAlreadyExists, {"'m'", "ReplaceModel"});
+    ExpectError(server->LoadModel(OneTable()), StatusCode::kAlreadyExists, {"'m'", "replace it"});
     ModelConfig other = OneTable();
     other.name = "other";
     ExpectError(server->ReplaceModel(other), StatusCode::kNotFound, {"'other'", "'m'"});
