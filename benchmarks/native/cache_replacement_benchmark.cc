@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <functional>
 #include <list>
 #include <random>
@@ -23,6 +22,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "benchmarks/native/run_record.h"
 #include "cuda_kernels/cache_bucket.h"
 
 namespace hps::cuda {
@@ -243,29 +243,13 @@ void Simulate(const std::string& workload, size_t batch, const char* name, Cache
   Print(workload.c_str(), batch, name, counted);
 }
 
-std::string Line(const char* command) {
-  std::string text;
-  FILE* pipe = ::popen(command, "r");
-  for (int c = pipe == nullptr ? EOF : std::fgetc(pipe); c != EOF && c != '\n'; c = std::fgetc(pipe)) {
-    if (c != '"') text += static_cast<char>(c);
-  }
-  if (pipe != nullptr) ::pclose(pipe);
-  return text;
-}
-
 void PrintRun(uint64_t rows) {
-  char date[32];
-  const std::time_t now = std::time(nullptr);
-  std::strftime(date, sizeof(date), "%Y-%m-%d %H:%M UTC", std::gmtime(&now));
-  const std::string commit = Line("git rev-parse --short=12 HEAD");
-  const std::string changes = Line("git status --porcelain | head -1").empty() ? "" : "+changes";
   std::printf(
-      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"cache_replacement_benchmark %llu\", \"commit\": \"%s%s\", "
+      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"cache_replacement_benchmark %llu\", \"commit\": \"%s\", "
       "\"machine\": {\"cpu\": \"%s\"}, \"note\": \"a simulation: no times\", \"table_rows\": %llu, \"cache_rows\": "
       "%llu}\n",
-      date, static_cast<unsigned long long>(rows), commit.c_str(), changes.c_str(),
-      Line("grep -m1 'model name' /proc/cpuinfo | sed 's/.*: //'").c_str(), static_cast<unsigned long long>(rows),
-      static_cast<unsigned long long>(rows / 10));
+      UtcNow().c_str(), static_cast<unsigned long long>(rows), Commit().c_str(), CpuName().c_str(),
+      static_cast<unsigned long long>(rows), static_cast<unsigned long long>(rows / 10));
 }
 
 }  // namespace

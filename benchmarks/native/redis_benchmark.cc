@@ -27,6 +27,7 @@
 #include <thread>
 #include <vector>
 
+#include "benchmarks/native/run_record.h"
 #include "cc/storage/redis_layout.h"
 #include "cc/storage/redis_store.h"
 #include "cc/tests/redis_service.h"
@@ -51,31 +52,15 @@ T Value(Result<T> result) {
   return std::move(result).value();
 }
 
-std::string Line(const char* command) {
-  std::string text;
-  FILE* pipe = ::popen(command, "r");
-  for (int c = pipe == nullptr ? EOF : std::fgetc(pipe); c != EOF && c != '\n'; c = std::fgetc(pipe)) {
-    if (c != '"') text += static_cast<char>(c);
-  }
-  if (pipe != nullptr) ::pclose(pipe);
-  return text;
-}
-
 void PrintRun(int argc, char** argv) {
   std::string command = "redis_benchmark";
   for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
   double load = 0;
   ::getloadavg(&load, 1);
-  char date[32];
-  const std::time_t now = std::time(nullptr);
-  std::strftime(date, sizeof(date), "%Y-%m-%d %H:%M UTC", std::gmtime(&now));
-  const std::string commit = Line("git rev-parse --short=12 HEAD");
-  const std::string changes = Line("git status --porcelain | head -1").empty() ? "" : "+changes";
   std::printf(
-      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"%s\", \"commit\": \"%s%s\", \"machine\": {\"cpu\": "
+      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"%s\", \"commit\": \"%s\", \"machine\": {\"cpu\": "
       "\"%s\", \"cores\": %ld}, \"redis\": \"%s\", \"load_average\": %.2f}\n",
-      date, command.c_str(), commit.c_str(), changes.c_str(),
-      Line("grep -m1 'model name' /proc/cpuinfo | sed 's/.*: //'").c_str(), ::sysconf(_SC_NPROCESSORS_ONLN),
+      UtcNow().c_str(), command.c_str(), Commit().c_str(), CpuName().c_str(), ::sysconf(_SC_NPROCESSORS_ONLN),
       Line("redis-server --version | sed 's/.*v=\\([0-9.]*\\).*/\\1/'").c_str(), load);
 }
 

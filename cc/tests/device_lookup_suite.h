@@ -9,16 +9,19 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cc/tests/cache_fixture.h"
 
 namespace hps::testing {
 
-class DeviceLookupSuite : public ::testing::TestWithParam<CacheFixture> {
+// What both kinds of tests look up with: one cache over tables in a map.
+template <typename DeviceType>
+class DeviceLookupFixture {
  protected:
-  void SetUp() override {
-    device_ = GetParam().open();
+  void Open(std::shared_ptr<DeviceType> device) {
+    device_ = std::move(device);
     ASSERT_NE(device_, nullptr);
     resources_ = Value(DeviceResources::Open(device_, {.reserved = 1, .limit = 4, .size = {64, 0}}));
     cache_ = Value(DeviceCache::Make(resources_, SpecOf(4, 7000)));
@@ -26,7 +29,7 @@ class DeviceLookupSuite : public ::testing::TestWithParam<CacheFixture> {
   DeviceLookup Lookups(std::optional<double> threshold = std::nullopt) {
     return DeviceLookup(resources_, source_, inserts_, {threshold, {}});
   }
-  // Looks keys of table 0 up; expects each in the version that `versions` tells, 0: default.
+  // Looks keys of table 0 up; expects each in the version that `version` tells, 0: default.
   void Expect(const DeviceLookup& lookups, const std::vector<Key>& keys, const std::function<int(Key)>& version,
               LookupReport* report = nullptr) {
     const Asked asked(*device_, cache_, 0, keys);
@@ -37,11 +40,16 @@ class DeviceLookupSuite : public ::testing::TestWithParam<CacheFixture> {
     for (size_t i = 0; i < keys.size(); ++i) ASSERT_EQ(versions[i], version(keys[i])) << "key " << keys[i];
   }
 
-  std::shared_ptr<cuda::Device> device_;
+  std::shared_ptr<DeviceType> device_;
   const std::shared_ptr<MapSource> source_ = std::make_shared<MapSource>(std::vector<uint32_t>{4, 16, 7});
   DeviceResources resources_;
   std::shared_ptr<DeviceCache> cache_;
   std::shared_ptr<InsertQueue> inserts_ = std::make_shared<InsertQueue>();
+};
+
+class DeviceLookupSuite : public ::testing::TestWithParam<CacheFixture>, public DeviceLookupFixture<cuda::Device> {
+ protected:
+  void SetUp() override { Open(GetParam().open()); }
 };
 
 }  // namespace hps::testing

@@ -20,31 +20,9 @@ INSTANTIATE_TEST_SUITE_P(All, DeviceLookupSuite,
 
 constexpr std::chrono::seconds kSoon{20};
 
-class DeviceLookupTest : public ::testing::Test {
+class DeviceLookupTest : public ::testing::Test, public DeviceLookupFixture<HostDevice> {
  protected:
-  void SetUp() override {
-    resources_ = Value(DeviceResources::Open(device_, {.reserved = 1, .limit = 4, .size = {64, 0}}));
-    cache_ = Value(DeviceCache::Make(resources_, SpecOf(4, 7000)));
-  }
-  DeviceLookup Lookups(std::optional<double> threshold = std::nullopt) {
-    return DeviceLookup(resources_, source_, inserts_, {threshold, {}});
-  }
-  // Looks keys of table 0 up; expects each in the version that `versions` tells, 0: default.
-  void Expect(const DeviceLookup& lookups, const std::vector<Key>& keys, const std::function<int(Key)>& version,
-              LookupReport* report = nullptr) {
-    const Asked asked(*device_, cache_, 0, keys);
-    const CachedLookup lookup = asked.lookup();
-    LookupReport local;
-    ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, report != nullptr ? report : &local));
-    const std::vector<int> versions = asked.Versions();
-    for (size_t i = 0; i < keys.size(); ++i) ASSERT_EQ(versions[i], version(keys[i])) << "key " << keys[i];
-  }
-
-  const std::shared_ptr<HostDevice> device_ = std::make_shared<HostDevice>();
-  const std::shared_ptr<MapSource> source_ = std::make_shared<MapSource>(std::vector<uint32_t>{4, 16, 7});
-  DeviceResources resources_;
-  std::shared_ptr<DeviceCache> cache_;
-  std::shared_ptr<InsertQueue> inserts_ = std::make_shared<InsertQueue>();
+  void SetUp() override { Open(std::make_shared<HostDevice>()); }
 };
 
 TEST_F(DeviceLookupTest, WholeTablesAreNotWaitedFor) {
