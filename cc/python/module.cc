@@ -122,6 +122,11 @@ auto Interruptible(Body body) {
   return done.get();
 }
 
+// Python looks up on the host: caches on devices would take memory for nobody.
+hps::ServerOptions OnHost(const std::atomic<bool>* cancelled) {
+  return {.cancelled = cancelled, .device_caches = false};
+}
+
 // An element of "models" as LoadModel wants it.
 hps::ModelConfig ParseModel(const std::string& json) {
   std::vector<std::string> warnings;
@@ -166,6 +171,10 @@ py::dict ReportDict(const hps::LookupReport& report) {
   dict["rows_skipped_persistent"] = report.rows_skipped_persistent;
   dict["volatile_nanoseconds"] = report.volatile_nanoseconds;
   dict["persistent_nanoseconds"] = report.persistent_nanoseconds;
+  dict["rows_from_cache"] = report.rows_from_cache;
+  dict["rows_deferred"] = report.rows_deferred;
+  dict["rows_repeated"] = report.rows_repeated;
+  dict["rows_unwaited"] = report.rows_unwaited;
   return dict;
 }
 
@@ -247,14 +256,14 @@ PYBIND11_MODULE(_hps, m) {
 
   m.def("open_server", [](const std::string& path) {
     return Unwrap(Interruptible([&](const auto* cancelled) {
-      return hps::ParameterServer::Open(path, hps::ServerOptions{.cancelled = cancelled});
+      return hps::ParameterServer::Open(path, OnHost(cancelled));
     }));
   });
   m.def("open_server_from_json", [](const std::string& json) {
     hps::ServerConfig config = Unwrap(hps::ParseConfig(json));
     Check(hps::MakePathsAbsolute("", &config));
     return Unwrap(Interruptible([&](const auto* cancelled) {
-      return hps::ParameterServer::Open(config, hps::ServerOptions{.cancelled = cancelled});
+      return hps::ParameterServer::Open(config, OnHost(cancelled));
     }));
   });
   m.def("init_default_server", [](const std::string& path) {
