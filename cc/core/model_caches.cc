@@ -191,22 +191,24 @@ void ModelCaches::Stop(ServerDevices& devices) const {
   PublishMetrics(/*last=*/true);
 }
 
-Status ModelCaches::Update(uint32_t table, std::span<const Key> keys, ConstRowBuffer rows) const {
+// Devices work side by side: all are given their part before any is waited for.
+Status ModelCaches::OnEach(uint32_t table, const std::function<Status(DeviceCache& cache)>& write) const {
   Status status;
-  for (const ModelDevice& device : devices_) {
-    const Status updated = device.caches[table]->Update(keys, rows);
-    if (status.ok() && device.resources.context->CheckAlive().ok()) status = updated;
+  for (const auto& step : {write, std::function<Status(DeviceCache&)>([](DeviceCache& cache) { return cache.Flush(); })}) {
+    for (const ModelDevice& device : devices_) {
+      const Status done = step(*device.caches[table]);
+      if (status.ok() && device.resources.context->CheckAlive().ok()) status = done;
+    }
   }
   return status;
 }
 
+Status ModelCaches::Update(uint32_t table, std::span<const Key> keys, ConstRowBuffer rows) const {
+  return OnEach(table, [&](DeviceCache& cache) { return cache.Update(keys, rows); });
+}
+
 Status ModelCaches::Erase(uint32_t table, std::span<const Key> keys) const {
-  Status status;
-  for (const ModelDevice& device : devices_) {
-    const Status erased = device.caches[table]->Erase(keys);
-    if (status.ok() && device.resources.context->CheckAlive().ok()) status = erased;
-  }
-  return status;
+  return OnEach(table, [&](DeviceCache& cache) { return cache.Erase(keys); });
 }
 
 Status ModelCaches::Refresh(std::optional<int> device, const std::atomic<bool>* cancelled,

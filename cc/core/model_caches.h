@@ -94,8 +94,8 @@ class ModelCaches {
   // When it is no longer: what runs in the background lets go of the caches.
   void Stop(ServerDevices& devices) const;
 
-  // To the caches of every device, after the tiers were written. A device that has failed is passed over: it answers
-  // nothing any more.
+  // To the caches of every device, after the tiers were written; waits until they are there. A device that has failed
+  // is passed over: it answers nothing any more.
   Status Update(uint32_t table, std::span<const Key> keys, ConstRowBuffer rows) const;
   Status Erase(uint32_t table, std::span<const Key> keys) const;
 
@@ -110,6 +110,7 @@ class ModelCaches {
   Status AddDevice(const DevicePlan& plan, std::span<const CachedTable> tables, const CacheBuildOptions& options,
                    ServerDevices& devices, MetricsRegistry& metrics);
   void AddMetrics(ModelDevice& device, MetricsRegistry& metrics);
+  Status OnEach(uint32_t table, const std::function<Status(DeviceCache& cache)>& write) const;
 
   const std::string model_;
   std::vector<std::string> table_names_;

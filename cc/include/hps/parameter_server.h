@@ -79,8 +79,7 @@ class ParameterServer {
   std::vector<std::string> ModelNames() const;
 
   // Inserts or overwrites rows of a loaded model in all its tiers, then brings them to the caches of its devices. When
-  // the call has returned, no lookup that begins later gives an older row (lookups on a device: once their stream has
-  // passed the update, and no other process writes the same keys). A static cache takes new rows of its keys, but no
+  // the call has returned, no lookup that begins later gives an older row. A static cache takes new rows of its keys, but no
   // new keys: those are there for the host's lookups only, until the model is replaced. Where a new version of the
   // model is being loaded, the keys are looked at again before it takes over: it serves what its lowest tier then
   // holds.
