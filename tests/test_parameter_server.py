@@ -152,6 +152,10 @@ def test_the_report_says_where_rows_came_from(tmp_path):
         "rows_unavailable": 0,
         "rows_skipped_volatile": 0,
         "rows_skipped_persistent": 0,
+        "rows_from_cache": 0,
+        "rows_deferred": 0,
+        "rows_repeated": 0,
+        "rows_unwaited": 0,
     }
 
 

@@ -7,9 +7,6 @@
 namespace hps {
 namespace {
 
-// What a device takes for itself, before its first model.
-constexpr uint64_t kWriterBytes = 2 * CacheWriter::kPieceBytes;
-
 std::string Mebibytes(uint64_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; }
 
 }  // namespace
@@ -49,17 +46,17 @@ Status ServerDevices::CheckFreeMemory(const std::vector<Need>& needs) {
     uint64_t free = 0;
     HPS_RETURN_IF_ERROR(
         shared->context->Check(shared->context->device().FreeMemory(&free), "asking for its free memory"));
-    uint64_t bytes = shared->writer == nullptr ? kWriterBytes : 0;
+    uint64_t bytes = shared->writer == nullptr ? CacheWriter::kBufferBytes : 0;
     for (const Need* want : wants) bytes += want->bytes;
     if (bytes <= free) continue;
     const Need& largest = **std::max_element(wants.begin(), wants.end(),
                                              [](const Need* a, const Need* b) { return a->bytes < b->bytes; });
-    const std::string whose =
-        wants.size() == 1 ? "the caches and workspaces of model '" + largest.model + "' need "
-                          : "the caches and workspaces of " + std::to_string(wants.size()) + " models (most of all '" +
-                                largest.model + "' with " + Mebibytes(largest.bytes) + ") need ";
-    return ResourceExhausted("device " + std::to_string(device) + " (" + shared->context->device().info().name + "): " +
-                             whose + std::to_string(bytes) + " bytes (" + Mebibytes(bytes) + ") and " +
+    const std::string whose = wants.size() == 1 ? "the caches and workspaces of model '" + largest.model + "' need "
+                                                : "the caches and workspaces of " + std::to_string(wants.size()) +
+                                                      " models (most of all '" + largest.model + "' with " +
+                                                      Mebibytes(largest.bytes) + ") need ";
+    return ResourceExhausted("device " + std::to_string(device) + " (" + shared->context->device().info().name +
+                             "): " + whose + std::to_string(bytes) + " bytes (" + Mebibytes(bytes) + ") and " +
                              std::to_string(free) + " (" + Mebibytes(free) +
                              ") are free; use a smaller gpucacheper or max_batch_size, give the device fewer models "
                              "(deployed_device_list), unload models, or set \"gpucache\": false");

@@ -16,7 +16,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr uint64_t kWriterBytes = 2 * CacheWriter::kPieceBytes;
+constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
 const std::vector<Key> kKeys = KeyRange(0, 1000);
 const std::vector<Key> kSome = KeyRange(100, 50);
 
@@ -153,8 +153,7 @@ TEST_F(DeviceServerTest, RowsThatOtherNodesUpdatedInTheSharedTierCountAsTheNewer
 
 TEST_F(DeviceServerTest, AHostWithoutDevicesServesFromTheTiersAndSaysSoOnce) {
   CapturedLog log;
-  auto server = Value(
-      ParameterServer::Open(Config({Model("a", 1, {0}), Model("b", 2, {0, 7})}), Options(/*count=*/0)));
+  auto server = Value(ParameterServer::Open(Config({Model("a", 1, {0}), Model("b", 2, {0, 7})}), Options(/*count=*/0)));
   ExpectRows(Lookup(*server, "b", 0, kWidth, kKeys), kKeys, 2);
   const std::string text = log.text();
   const size_t first = text.find("no GPU cache is available here");
@@ -182,7 +181,8 @@ TEST_F(DeviceServerTest, AnAbsentDeviceIsRefusedBeforeAnythingIsLoaded) {
   EXPECT_EQ(faults_->upserts(), upserts);
   ModelConfig without = Model("without", 1, {});
   ASSERT_OK(server->LoadModel(without));
-  ExpectError(Look(*server, "without", 0, kSome).status, StatusCode::kInvalidArgument, {"deployed_device_list is empty"});
+  ExpectError(Look(*server, "without", 0, kSome).status, StatusCode::kInvalidArgument,
+              {"deployed_device_list is empty"});
 }
 
 // ---- memory -----------------------------------------------------------------------------------------------------
@@ -215,7 +215,8 @@ TEST_F(DeviceServerTest, ALaterModelOrVersionThatDoesNotFitLeavesTheOthersServin
   const uint64_t upserts = faults_->upserts();
   ExpectError(server->ReplaceModel(Model("m", 2, {0, 1}, {20'000})), StatusCode::kResourceExhausted,
               {"device 0", "model 'm'", "unload"});
-  ExpectError(server->LoadModel(Model("n", 2, {1}, {20'000})), StatusCode::kResourceExhausted, {"device 1", "model 'n'"});
+  ExpectError(server->LoadModel(Model("n", 2, {1}, {20'000})), StatusCode::kResourceExhausted,
+              {"device 1", "model 'n'"});
   EXPECT_EQ(faults_->upserts(), upserts);
   EXPECT_EQ(Bytes(0), bytes);
   EXPECT_TRUE(Look(*server, "m", 1, kSome).AllOf(1));
@@ -336,9 +337,8 @@ TEST_F(DeviceServerTest, DeadlineAndCancellationEndALookupThatWaits) {
   // One that waits for a tier.
   faults_->Hang();
   ASSERT_OK(server->EraseRows("m", 0, {}));
-  const DeviceAnswer hanging =
-      Look(session, 0, KeyRange(500, 10), 0,
-           {.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20)});
+  const DeviceAnswer hanging = Look(session, 0, KeyRange(500, 10), 0,
+                                    {.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20)});
   EXPECT_EQ(hanging.status.code(), StatusCode::kDeadlineExceeded) << hanging.status.ToString();
   faults_->Heal();
   EXPECT_TRUE(Look(session, 0, KeyRange(500, 10)).AllOf(1));
@@ -584,7 +584,8 @@ TEST_F(DeviceServerTest, RefreshBringsInWhatOthersWroteToTheTiers) {
   ASSERT_OK(server->RefreshCaches("m"));
   EXPECT_TRUE(Look(*server, "m", 1, kSome).AllOf(2));
   ExpectError(server->RefreshCaches("fixed"), StatusCode::kFailedPrecondition, {"static", "replace"});
-  ExpectError(server->RefreshCaches("m", 2), StatusCode::kInvalidArgument, {"device 2", "deployed_device_list is 0, 1"});
+  ExpectError(server->RefreshCaches("m", 2), StatusCode::kInvalidArgument,
+              {"device 2", "deployed_device_list is 0, 1"});
   ExpectError(server->RefreshCaches("x"), StatusCode::kNotFound, {"'x'"});
   const std::atomic<bool> cancelled{true};
   ExpectError(server->RefreshCaches("m", std::nullopt, &cancelled), StatusCode::kCancelled);
