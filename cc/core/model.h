@@ -37,11 +37,11 @@ struct Model {
   ModelConfig config;
   uint64_t version = 1;  // counts replacements
   std::vector<ModelTable> tables;
-  OwnedModelCaches caches;  // or nullptr: no device has one
+  std::unique_ptr<ModelCaches> caches;  // or nullptr: no device has one
 };
 
-// What sessions share with their server and keep alive. Members are destroyed bottom up: what has threads ends first. In a
-// forked child they are not destroyed: their threads, for which that would wait, do not exist there.
+// What sessions share with their server and keep alive. Members are destroyed bottom up: what has threads ends first.
+// In a forked child they are not destroyed: their threads, for which that would wait, do not exist there.
 struct ServerResources {
   ServerResources() = default;
   ServerResources(const ServerResources&) = delete;

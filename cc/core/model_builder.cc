@@ -156,10 +156,8 @@ class Builder {
     options.executor = resources_.executor.get();
     options.io_executor = resources_.executor.get();
     options.cancelled = options_.cancelled;
-    HPS_ASSIGN_OR_RETURN(std::unique_ptr<ModelCaches> caches, ModelCaches::Build(config_, tables, options,
-                                                                                 *resources_.devices,
-                                                                                 resources_.metrics));
-    model_->caches.reset(caches.release());
+    HPS_ASSIGN_OR_RETURN(model_->caches,
+                         ModelCaches::Build(config_, tables, options, *resources_.devices, resources_.metrics));
     return OkStatus();
   }
 

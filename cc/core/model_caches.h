@@ -1,8 +1,7 @@
 // ModelCaches: the caches of one version of a model on its devices, and the lookups over them.
 //
 // Thread safety: immutable once built, but for what metrics remember; all methods may be called from any thread.
-// Ownership: the model owns it. It keeps the tables of the model's tiers alive, not the model. In a forked child it is
-// not destroyed: a device does not outlive a fork.
+// Ownership: the model owns it. It keeps the tables of the model's tiers alive, not the model.
 
 #ifndef HPS_CORE_MODEL_CACHES_H_
 #define HPS_CORE_MODEL_CACHES_H_
@@ -17,7 +16,6 @@
 #include <string>
 #include <vector>
 
-#include "cc/base/fork_guard.h"
 #include "cc/cache/cache_plan.h"
 #include "cc/cache/device_lookup.h"
 #include "cc/core/server_devices.h"
@@ -83,8 +81,6 @@ class ModelCaches {
   static Result<std::unique_ptr<ModelCaches>> Build(const ModelConfig& model, std::span<const CachedTable> tables,
                                                     const CacheBuildOptions& options, ServerDevices& devices,
                                                     MetricsRegistry& metrics);
-  ~ModelCaches() = default;
-
   // nullptr: no cache there.
   const ModelDevice* Find(int device) const;
   const std::vector<ModelDevice>& devices() const { return devices_; }
@@ -122,15 +118,6 @@ class ModelCaches {
 
 // The model's caches on the device. kInvalidArgument where there are none, saying what to do; `caches` may be nullptr.
 Result<const ModelDevice*> FindCaches(const ModelConfig& model, const ModelCaches* caches, int device);
-
-// Destroys caches; in a child of the process that made them it leaves them alone.
-struct DeleteModelCaches {
-  uint64_t fork_generation = ForkGeneration();
-  void operator()(ModelCaches* caches) const {
-    if (fork_generation == ForkGeneration()) delete caches;
-  }
-};
-using OwnedModelCaches = std::unique_ptr<ModelCaches, DeleteModelCaches>;
 
 }  // namespace hps
 

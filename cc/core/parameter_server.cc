@@ -1,6 +1,7 @@
 // Lock order: load_mutex_ (one load, replacement or unload at a time), then slots_mutex_ (the map of models), then the
-// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. Lookups take only the last, for the time of copying a pointer. LiveServers::mutex is a
-// leaf. In a forked child no lock is touched: threads that do not exist there may have held them.
+// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. Lookups take only the last,
+// for the time of copying a pointer. LiveServers::mutex is a leaf. In a forked child no lock is touched: threads that
+// do not exist there may have held them.
 
 #include "hps/parameter_server.h"
 
@@ -268,7 +269,7 @@ class ParameterServer::Impl {
     }
     // A load that runs has lost its stores and ends with the next rows it writes.
     std::lock_guard load_lock(load_mutex_);
-    // But they stay: lookups that still run may use them.
+    // These end, but stay: lookups that still run may use them.
     if (resources_->promoter) resources_->promoter->Stop();
     if (resources_->devices) resources_->devices->Stop();
     return status;

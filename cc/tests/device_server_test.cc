@@ -471,7 +471,10 @@ TEST_F(DeviceServerTest, AnUnloadedModelLeavesNothingInTheBackground) {
   ServerConfig config = Config({model}, Tiers::kPersistent);
   auto server = Value(ParameterServer::Open(config, Options()));
   faults_->Hang();
-  ASSERT_EQ(Look(*server, "m", 0, kKeys).report.rows_deferred, kKeys.size());
+  // One batch is being fetched, another one waits.
+  ASSERT_EQ(Look(*server, "m", 0, KeyRange(0, 500)).report.rows_deferred, 500u);
+  WaitUntil([&] { return faults_->fetches() > 0; }, "the fetch");
+  ASSERT_EQ(Look(*server, "m", 0, KeyRange(500, 500)).report.rows_deferred, 500u);
   // Unloading waits for nobody: what fetches is told to give up.
   std::thread unload([&] { EXPECT_EQ(server->UnloadModel("m").code(), StatusCode::kOk); });
   unload.join();
@@ -520,6 +523,25 @@ TEST_F(DeviceServerTest, UpdatesReachTheCachesOfEveryDevice) {
     ASSERT_OK(server->Close());
     fs::remove_all(folder_ / "database");
   }
+}
+
+TEST_F(DeviceServerTest, AnUpdateIsThereWhenItsCallHasReturned) {
+  auto server = Open({Model("m", 1, {0, 1})});
+  for (int device : {0, 1}) ASSERT_TRUE(Look(*server, "m", device, kSome).AllOf(1));
+  devices_[1]->Hold(true);
+  std::atomic<bool> returned{false};
+  std::thread update([&] {
+    EXPECT_EQ(Update(*server, "m", kSome, 2).code(), StatusCode::kOk);
+    returned = true;
+  });
+  WaitUntil([&] { return Look(*server, "m", 0, kSome).AllOf(2); }, "the update on the other device");
+  // Time enough for a call that does not wait; one that does has not returned.
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+  while (!returned && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  EXPECT_FALSE(returned);
+  devices_[1]->Hold(false);
+  update.join();
+  EXPECT_TRUE(Look(*server, "m", 1, kSome).AllOf(2));
 }
 
 // Rows of one key never go back, on any device, whatever lookups bring in meanwhile.
@@ -674,6 +696,15 @@ TEST_F(DeviceServerTest, AForkedChildIsRefusedAndHarmsNothing) {
             }),
             0);
   WaitUntil([&] { return Look(*session, 1, kSome).AllOf(1); }, "deferred rows");
+  // A session whose server is gone is the last to hold what the server had.
+  auto gone = Open({Model("gone", 1, {0})});
+  auto left = std::make_unique<LookupSession>(Value(gone->NewSession("gone")));
+  gone.reset();
+  EXPECT_EQ(InChild([&] {
+              left.reset();
+              return 0;
+            }),
+            0);
   ASSERT_OK(server->UnloadModel("m"));
   EXPECT_EQ(Bytes(0), kWriterBytes);
 }
