@@ -324,8 +324,8 @@ Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPar
                              " keys, but no memory for " + (lookup.keys == nullptr ? "them" : "their rows") +
                              " (a null pointer)");
     }
-    cached.push_back({on->caches[lookup.table], lookup.table, static_cast<const Key*>(lookup.keys), lookup.count,
-                      lookup.rows});
+    cached.push_back(
+        {on->caches[lookup.table], lookup.table, static_cast<const Key*>(lookup.keys), lookup.count, lookup.rows});
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));

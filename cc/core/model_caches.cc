@@ -14,7 +14,8 @@ namespace {
 RowScan ScanOf(const CachedTable& cached, CacheStart start, const std::atomic<bool>* cancelled) {
   return [cached, start, cancelled](const ScanVisitor& visitor) -> Status {
     const ScanVisitor visit = [&](std::span<const Key> keys, ConstRowBuffer rows) -> Status {
-      if (cancelled != nullptr && cancelled->load(std::memory_order_relaxed)) return Cancelled("the load was cancelled");
+      if (cancelled != nullptr && cancelled->load(std::memory_order_relaxed))
+        return Cancelled("the load was cancelled");
       return visitor(keys, rows);
     };
     const Table* const above = cached.stack->volatile_tier.table.get();
@@ -147,8 +148,10 @@ Result<const ModelDevice*> FindCaches(const ModelConfig& model, const ModelCache
   const std::string context = "model '" + model.name + "' has no cache on device " + std::to_string(device) + ": ";
   const std::string on_host = "; or look up in host memory";
   if (!model.gpucache) {
-    return InvalidArgument(context + "its \"gpucache\" is false; set it to true and name the device in its "
-                                     "deployed_device_list" + on_host);
+    return InvalidArgument(context +
+                           "its \"gpucache\" is false; set it to true and name the device in its "
+                           "deployed_device_list" +
+                           on_host);
   }
   if (model.deployed_devices.empty()) {
     return InvalidArgument(context + "its deployed_device_list is empty; name the device there" + on_host);
@@ -160,8 +163,10 @@ Result<const ModelDevice*> FindCaches(const ModelConfig& model, const ModelCache
   for (const ModelDevice& each : caches->devices()) {
     there += (there.empty() ? "" : ", ") + std::to_string(each.plan.device);
   }
-  return InvalidArgument(context + "its deployed_device_list is " + there + "; look up there, or add the device to "
-                                   "the list and load the model anew" + on_host);
+  return InvalidArgument(context + "its deployed_device_list is " + there +
+                         "; look up there, or add the device to "
+                         "the list and load the model anew" +
+                         on_host);
 }
 
 void ModelCaches::Start(ServerDevices& devices) const {
@@ -194,7 +199,8 @@ void ModelCaches::Stop(ServerDevices& devices) const {
 // Devices work side by side: all are given their part before any is waited for.
 Status ModelCaches::OnEach(uint32_t table, const std::function<Status(DeviceCache& cache)>& write) const {
   Status status;
-  for (const auto& step : {write, std::function<Status(DeviceCache&)>([](DeviceCache& cache) { return cache.Flush(); })}) {
+  for (const auto& step :
+       {write, std::function<Status(DeviceCache&)>([](DeviceCache& cache) { return cache.Flush(); })}) {
     for (const ModelDevice& device : devices_) {
       const Status done = step(*device.caches[table]);
       if (status.ok() && device.resources.context->CheckAlive().ok()) status = done;

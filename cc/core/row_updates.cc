@@ -31,8 +31,7 @@ Status Reapply(const Model& version, uint32_t table, std::span<const Key> keys) 
   Table* const below = stack.persistent_tier.table.get();
   std::vector<std::byte> rows(keys.size() * row_bytes);
   std::vector<uint32_t> misses;
-  HPS_RETURN_IF_ERROR(
-      (below ? below : above)->Fetch({.keys = keys, .rows = {rows.data(), row_bytes}}, &misses));
+  HPS_RETURN_IF_ERROR((below ? below : above)->Fetch({.keys = keys, .rows = {rows.data(), row_bytes}}, &misses));
   std::vector<Key> held, gone;
   size_t missed = 0;
   for (size_t i = 0; i < keys.size(); ++i) {

@@ -19,8 +19,9 @@ namespace hps {
 inline Status CheckShortKeys(std::span<const Key> keys) {
   for (const Key key : keys) {
     if (key == static_cast<int32_t>(key)) continue;
-    return OutOfRange("key " + std::to_string(key) +
-                      " does not fit in 32 bits; set \"supportlonglong\": true in the configuration to use 64-bit keys");
+    return OutOfRange(
+        "key " + std::to_string(key) +
+        " does not fit in 32 bits; set \"supportlonglong\": true in the configuration to use 64-bit keys");
   }
   return OkStatus();
 }
@@ -31,7 +32,11 @@ class TierRowSource final : public RowSource {
   // kOutOfRange.
   TierRowSource(std::vector<const TierStack*> stacks, std::shared_ptr<const void> owner, Executor& executor,
                 Executor& io_executor, bool long_keys = true)
-      : stacks_(std::move(stacks)), owner_(std::move(owner)), executor_(&executor), io_executor_(&io_executor), long_keys_(long_keys) {}
+      : stacks_(std::move(stacks)),
+        owner_(std::move(owner)),
+        executor_(&executor),
+        io_executor_(&io_executor),
+        long_keys_(long_keys) {}
 
   Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) override {
     std::vector<TierWalk> walks(requests.size());

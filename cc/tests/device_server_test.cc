@@ -414,6 +414,10 @@ TEST_F(DeviceServerTest, DeferredRowsComeLaterAndEverythingIsCounted) {
   expect("hps_workspaces_lent_count{model=\"m\",device=\"1\"} 0");
   expect("hps_keys_asked_total{model=\"m\",table=\"t0\"} " +
          std::to_string(Json::parse(server->StatsJson())["models"][0]["tables"][0]["keys"].get<uint64_t>()));
+  for (size_t at = text.find("# TYPE "); at != std::string::npos; at = text.find("# TYPE ", at + 1)) {
+    const std::string name = text.substr(at + 7, text.find(' ', at + 7) - at - 7);
+    EXPECT_NE(text.find("# HELP " + name + " "), std::string::npos) << name << " is not explained";
+  }
   // Counters go on when the model is replaced; what it holds is not counted twice.
   ASSERT_OK(server->ReplaceModel(Model("m", 3, {1})));
   const std::string after = server->PrometheusText();

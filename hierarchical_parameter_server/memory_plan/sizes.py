@@ -1,8 +1,8 @@
 """How many bytes rows take in each tier. Every formula is held against a measurement by tests/test_memory_plan.py.
 
 Those of the memory of this host (cc/storage/table_memory.h) and of GPUs (cc/cache/cache_plan.h) are the server's own,
-which it uses to refuse loads that cannot fit. Sources of the others: measured files (RocksDB), the structures of Redis 7
-with jemalloc (Redis).
+which it uses to refuse loads that cannot fit. Sources of the others: measured files (RocksDB), the structures of Redis
+7 with jemalloc (Redis).
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ struct SparseLookup {
 // One table's part of a lookup on a device, over the model's caches there. Both arrays are memory of that device.
 struct DeviceLookupPart {
   uint32_t table = 0;
-  uint32_t width = 0;         // must be the table's
-  uint32_t key_bytes = 8;     // size of one key: 8
-  const void* keys = nullptr; // (count) int64
+  uint32_t width = 0;          // must be the table's
+  uint32_t key_bytes = 8;      // size of one key: 8
+  const void* keys = nullptr;  // (count) int64
   uint32_t count = 0;
-  float* rows = nullptr;      // (count, width), written
+  float* rows = nullptr;  // (count, width), written
 };
 
 // Where the rows of a call came from; keys are counted with repetitions.
@@ -98,8 +98,8 @@ class LookupSession {
   Status LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options = {},
                       LookupReport* report = nullptr) const;
 
-  // The same on a device of the model's deployed_device_list, on the caller's stream. The call returns when all its work
-  // is on the stream; the rows are complete when the stream has passed it, and until then keys and rows must stay.
+  // The same on a device of the model's deployed_device_list, on the caller's stream. The call returns when all its
+  // work is on the stream; the rows are complete when the stream has passed it, and until then keys and rows must stay.
   // Answers are exact unless the model has a hit_rate_threshold (embedding_cache.h, rows_deferred of the report).
   // options.executor has no effect: rows that the cache misses are fetched by the server's own threads.
   // Further errors: kInvalidArgument (no cache on the device, keys of another size), kResourceExhausted (no memory on

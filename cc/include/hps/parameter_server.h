@@ -79,9 +79,9 @@ class ParameterServer {
   std::vector<std::string> ModelNames() const;
 
   // Inserts or overwrites rows of a loaded model in all its tiers, then brings them to the caches of its devices. When
-  // the call has returned, no lookup that begins later gives an older row. A static cache takes new rows of its keys, but no
-  // new keys: those are there for the host's lookups only, until the model is replaced. Where a new version of the
-  // model is being loaded, the keys are looked at again before it takes over: it serves what its lowest tier then
+  // the call has returned, no lookup that begins later gives an older row. A static cache takes new rows of its keys,
+  // but no new keys: those are there for the host's lookups only, until the model is replaced. Where a new version of
+  // the model is being loaded, the keys are looked at again before it takes over: it serves what its lowest tier then
   // holds.
   // kNotFound, kInvalidArgument, kOutOfRange (a key beyond 32 bits where supportlonglong is false),
   // kFailedPrecondition (a database that is read-only), and what tiers and devices report; then some tiers may have
@@ -96,9 +96,10 @@ class ParameterServer {
   Status RefreshCaches(std::string_view model, std::optional<int> device = std::nullopt,
                        const std::atomic<bool>* cancelled = nullptr);
 
-  // Ready: the server is open, every model of its configuration is loaded (unless it was unloaded on purpose), no device
-  // with caches has failed, and each tier without which lookups fail answered just now. Asks each tier for one row and waits at most a second for it;
-  // while a tier is known not to answer it is asked as rarely as lookups ask it, so that recovery is noticed here too.
+  // Ready: the server is open, every model of its configuration is loaded (unless it was unloaded on purpose), no
+  // device with caches has failed, and each tier without which lookups fail answered just now. Asks each tier for one
+  // row and waits at most a second for it; while a tier is known not to answer it is asked as rarely as lookups ask it,
+  // so that recovery is noticed here too.
   Readiness CheckReadiness() const;
 
   // A JSON object: configuration hash, models, tables, rows per tier, memory, load reports, counters, latencies.
