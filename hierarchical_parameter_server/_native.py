@@ -12,6 +12,7 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     ParameterServer,
     available_memory_bytes,
     bind_handle,
+    cache_writer_bytes,
     capacity_rows,
     config_hash,
     config_json_schema,
@@ -27,6 +28,7 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     open_server_from_json,
     open_servers,
     parse_config,
+    plan_caches,
     prometheus_text,
     release_handle,
     rocksdb_bulk_bytes,
@@ -34,6 +36,7 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     shared_memory_own_bytes,
     shared_table_bytes,
     shutdown_servers,
+    whole_table_bytes,
 )
 
 TENSORFLOW_MINOR = "2.21"

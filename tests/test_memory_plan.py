@@ -246,20 +246,30 @@ def test_redis_and_its_margin(tmp_path):
 
 
 def test_gpu(tmp_path):
+    """The sums are those of the server; device_server_test holds them against what a server takes."""
     tables = {"items": (np.arange(10_000), 16), "users": (np.arange(10_000), 32)}
     model = {"gpucache": True, "deployed_device_list": [0, 1], "gpucacheper": 0.5, "max_batch_size": 100}
     plan = memory_plan(make_config(tmp_path, tables, model=model), gpu_memory=1 << 30)
     assert set(plan.gpus) == {0, 1}
-    assert plan.gpus[0].items["cached rows and their index"] == sum(
-        sizes.gpu_cache_bytes(5_000, width * 4, 8) for width in (16, 32)
-    )
-    assert plan.gpus[0].items["buffers of whole batches"] == 100 * (8 + 64) + 100 * (8 + 128)
-    assert plan.host.items["pinned buffers of whole batches, for the GPUs"] == 2 * plan.gpus[0].items[
-        "buffers of whole batches"]  # fmt: skip
+    gpu = plan.gpus[0]
+    buckets = -(-5_000 // 7)
+    assert gpu.items["cached rows and their index"] == sum(buckets * (64 + 7 * width * 4) for width in (16, 32))
+    assert [table.gpu_bytes for table in plan.tables] == [buckets * (64 + 7 * width * 4) for width in (16, 32)]
+    assert all(5_000 <= table.gpu_rows < 5_007 for table in plan.tables)
+    # Two keys a sample: 200 positions of 28 bytes and their table, rows of 64 and 128 bytes with offsets and keys.
+    assert gpu.items["buffers of whole batches"] == pytest.approx(200 * (28 + 16) + 100 * (64 + 128), rel=0.2)
+    assert gpu.items["buffers of writes to caches"] == 8 << 20
+    assert gpu.temporary["a model's next version beside it"] == sum(gpu.items.values()) - (8 << 20)
+    assert plan.host.items["pinned buffers of whole batches, for the GPUs"] >= 2 * ((8 << 20) + 100 * (64 + 128))
+    assert plan.fits
     static = memory_plan(
         make_config(tmp_path, tables, model={**model, "embedding_cache_type": "static"}), gpu_memory=1 << 30
     )
-    assert static.tables[0].gpu_rows == 10_000
+    assert 10_000 <= static.tables[0].gpu_rows < 11_000
+    tight = memory_plan(make_config(tmp_path, tables, model=model), gpu_memory=8 << 20)
+    assert not tight.fits
+    uvm = memory_plan(make_config(tmp_path, tables, model={**model, "embedding_cache_type": "uvm"}), gpu_memory=1 << 30)
+    assert not uvm.gpus and "not built yet" in "".join(uvm.notes)
 
 
 def test_gpus_are_found_through_the_driver(tmp_path, monkeypatch):

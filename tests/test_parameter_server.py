@@ -145,14 +145,18 @@ def test_the_report_says_where_rows_came_from(tmp_path):
         assert rows.shape == (120, WIDTH)
         assert report.pop("volatile_nanoseconds") > 0 and report.pop("persistent_nanoseconds") > 0
         assert report == {
-        "keys": 120,
-        "rows_from_volatile": 25,
-        "rows_from_persistent": 75,
-        "rows_from_default": 20,
-        "rows_unavailable": 0,
-        "rows_skipped_volatile": 0,
-        "rows_skipped_persistent": 0,
-    }
+            "keys": 120,
+            "rows_from_volatile": 25,
+            "rows_from_persistent": 75,
+            "rows_from_default": 20,
+            "rows_unavailable": 0,
+            "rows_skipped_volatile": 0,
+            "rows_skipped_persistent": 0,
+            "rows_from_cache": 0,
+            "rows_deferred": 0,
+            "rows_repeated": 0,
+            "rows_unwaited": 0,
+        }
 
 
 def test_several_models_and_widths(tmp_path):

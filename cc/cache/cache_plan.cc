@@ -91,6 +91,10 @@ std::chrono::milliseconds Milliseconds(double seconds) {
 
 }  // namespace
 
+uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes) {
+  return DeviceCache::DeviceBytes(StaticPlacement::BucketsFor(rows) * cuda::kCacheWays, row_bytes);
+}
+
 Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<const uint64_t> table_rows,
                                            int num_devices) {
   std::vector<DevicePlan> plans;
@@ -104,6 +108,7 @@ Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<c
   plan.workspaces.reserved = std::max(model.worker_buffers, 1u);
   plan.workspaces.limit = std::max(4 * plan.workspaces.reserved, 16u);
   plan.workspaces.size = PlanWorkspace(model);
+  plan.pinned_bytes = plan.workspaces.reserved * LookupWorkspace::PinnedBytes(plan.workspaces.size);
   plan.device_bytes += plan.workspaces.reserved * LookupWorkspace::DeviceBytes(plan.workspaces.size);
   plan.hit_rate_threshold = model.hit_rate_threshold;
   if (model.cache_type == CacheType::kDynamic) plan.refresh_fraction = model.cache_refresh_percentage_per_iteration;

@@ -45,7 +45,11 @@ struct DevicePlan {
   std::chrono::milliseconds refresh_interval{0};  // 0: only by call
   // Memory of the device for caches and workspaces; the writer's buffers, one pair a device, are not in it.
   uint64_t device_bytes = 0;
+  uint64_t pinned_bytes = 0;  // of the host, for the workspaces
 };
+
+// Memory of the device that a cache takes which holds all of a table.
+uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes);
 
 // table_rows[i] is how many rows table i has. No plans where gpucache is false. kInvalidArgument: a device that is not
 // among the `num_devices` there are, or named twice; gpucacheper that makes no sense. kUnimplemented: what this build

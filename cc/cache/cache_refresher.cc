@@ -66,7 +66,8 @@ Status RefreshCache(DeviceCache& cache, RowSource& source, uint32_t table, doubl
   return cache.Flush();
 }
 
-CacheRefresher::CacheRefresher() : thread_([this] { Run(); }) {}
+CacheRefresher::CacheRefresher(std::chrono::milliseconds trim_interval)
+    : trim_interval_(trim_interval), thread_([this] { Run(); }) {}
 
 CacheRefresher::~CacheRefresher() { Stop(); }
 
@@ -103,6 +104,10 @@ void CacheRefresher::Stop() {
   }
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
+  std::vector<Planned> jobs;  // freed after the lock
+  std::lock_guard lock(mutex_);
+  jobs.swap(jobs_);
+  pools_.clear();
 }
 
 CacheRefresher::Stats CacheRefresher::stats() const {
@@ -115,50 +120,87 @@ Status CacheRefresher::last_error() const {
   return last_error_;
 }
 
+void CacheRefresher::AddPool(std::weak_ptr<WorkspacePool> pool) {
+  {
+    std::lock_guard lock(mutex_);
+    if (pools_.empty()) trim_due_ = Clock::now() + trim_interval_;
+    pools_.push_back(std::move(pool));
+  }
+  changed_.notify_all();
+}
+
+void CacheRefresher::TrimPools(std::unique_lock<std::mutex>& lock) {
+  const std::vector<std::weak_ptr<WorkspacePool>> pools = pools_;
+  lock.unlock();
+  Status status;
+  for (const auto& pool : pools) {
+    const std::shared_ptr<WorkspacePool> held = pool.lock();
+    if (held == nullptr) continue;
+    const Status trimmed = held->Trim();
+    if (status.ok()) status = trimmed;
+  }
+  lock.lock();
+  if (!status.ok()) last_error_ = status;
+  ++stats_.trims;
+  std::erase_if(pools_, [](const auto& pool) { return pool.expired(); });
+  trim_due_ = Clock::now() + trim_interval_;
+}
+
+void CacheRefresher::RunJob(std::unique_lock<std::mutex>& lock, Planned& planned) {
+  Job job = planned.job;
+  // Again an interval after its end; until then it is never due.
+  planned.due = Clock::time_point::max();
+  busy_ = job.cache.get();
+  cancelled_.store(false);
+  lock.unlock();
+  RefreshReport report;
+  const Status status = RefreshCache(*job.cache, *job.source, job.table, job.fraction, &cancelled_, &report);
+  const DeviceCache* const cache = job.cache.get();
+  job.source.reset();
+  job.cache.reset();  // may free it, when it was removed meanwhile
+  lock.lock();
+  stats_.total.rows_refreshed += report.rows_refreshed;
+  stats_.total.rows_erased += report.rows_erased;
+  stats_.total.rows_kept += report.rows_kept;
+  stats_.total.steps += report.steps;
+  if (status.ok()) {
+    ++stats_.refreshes;
+  } else if (status.code() != StatusCode::kCancelled) {
+    ++stats_.failures;
+    last_error_ = status;
+  }
+  for (size_t i = jobs_.size(); i-- > 0;) {
+    if (jobs_[i].job.cache.get() != cache || jobs_[i].due != Clock::time_point::max()) continue;
+    if (job.interval.count() > 0) {
+      jobs_[i].due = Clock::now() + job.interval;
+    } else {
+      jobs_.erase(jobs_.begin() + static_cast<ptrdiff_t>(i));
+    }
+  }
+  busy_ = nullptr;
+  changed_.notify_all();
+}
+
 void CacheRefresher::Run() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
     const auto next =
         std::min_element(jobs_.begin(), jobs_.end(), [](const auto& a, const auto& b) { return a.due < b.due; });
-    if (next == jobs_.end()) {
+    const bool trims = !pools_.empty();
+    if (next == jobs_.end() && !trims) {
       changed_.wait(lock);
       continue;
     }
-    if (next->due > Clock::now()) {
-      changed_.wait_until(lock, Clock::time_point(next->due));
-      continue;
+    const auto now = Clock::now();
+    if (trims && trim_due_ <= now) {
+      TrimPools(lock);
+    } else if (next != jobs_.end() && next->due <= now) {
+      RunJob(lock, *next);
+    } else {
+      Clock::time_point due = trims ? trim_due_ : Clock::time_point::max();
+      if (next != jobs_.end()) due = std::min(due, next->due);
+      changed_.wait_until(lock, due);
     }
-    Job job = next->job;
-    // Again an interval after its end; until then it is never due.
-    next->due = Clock::time_point::max();
-    busy_ = job.cache.get();
-    cancelled_.store(false);
-    lock.unlock();
-    RefreshReport report;
-    const Status status = RefreshCache(*job.cache, *job.source, job.table, job.fraction, &cancelled_, &report);
-    const DeviceCache* const cache = job.cache.get();
-    job.cache.reset();  // may free it, when it was removed meanwhile
-    lock.lock();
-    stats_.total.rows_refreshed += report.rows_refreshed;
-    stats_.total.rows_erased += report.rows_erased;
-    stats_.total.rows_kept += report.rows_kept;
-    stats_.total.steps += report.steps;
-    if (status.ok()) {
-      ++stats_.refreshes;
-    } else if (status.code() != StatusCode::kCancelled) {
-      ++stats_.failures;
-      last_error_ = status;
-    }
-    for (size_t i = jobs_.size(); i-- > 0;) {
-      if (jobs_[i].job.cache.get() != cache || jobs_[i].due != Clock::time_point::max()) continue;
-      if (job.interval.count() > 0) {
-        jobs_[i].due = Clock::now() + job.interval;
-      } else {
-        jobs_.erase(jobs_.begin() + static_cast<ptrdiff_t>(i));
-      }
-    }
-    busy_ = nullptr;
-    changed_.notify_all();
   }
 }
 

@@ -34,7 +34,7 @@ struct RefreshReport {
 Status RefreshCache(DeviceCache& cache, RowSource& source, uint32_t table, double fraction,
                     const std::atomic<bool>* cancelled, RefreshReport* report);
 
-// Refreshes caches again and again by one thread.
+// Refreshes caches again and again by one thread, which also trims pools of workspaces.
 class CacheRefresher {
  public:
   struct Job {
@@ -46,19 +46,24 @@ class CacheRefresher {
     std::chrono::milliseconds interval{0};  // refresh_interval: between end and beginning; 0: only once
   };
 
-  CacheRefresher();
+  static constexpr std::chrono::milliseconds kTrimInterval{10'000};
+
+  explicit CacheRefresher(std::chrono::milliseconds trim_interval = kTrimInterval);
   ~CacheRefresher();
 
   void Add(Job job);
   // The cache is not refreshed any more once this returns.
   void Remove(const DeviceCache* cache);
-  // Ends the thread. Idempotent.
+  // Calls Trim of the pool again and again for as long as somebody else holds it.
+  void AddPool(std::weak_ptr<WorkspacePool> pool);
+  // Ends the thread and lets go of all caches. Idempotent.
   void Stop();
 
   struct Stats {
     uint64_t refreshes = 0;  // of a whole cache
     uint64_t failures = 0;
     RefreshReport total;
+    uint64_t trims = 0;  // of all pools
   };
   Stats stats() const;
   Status last_error() const;
@@ -71,11 +76,16 @@ class CacheRefresher {
   };
 
   void Run();
+  void RunJob(std::unique_lock<std::mutex>& lock, Planned& planned);
+  void TrimPools(std::unique_lock<std::mutex>& lock);
 
+  const std::chrono::milliseconds trim_interval_;
   std::mutex stop_mutex_;     // before mutex_
   mutable std::mutex mutex_;  // guards the following members
   std::condition_variable changed_;
   std::vector<Planned> jobs_;
+  std::vector<std::weak_ptr<WorkspacePool>> pools_;
+  Clock::time_point trim_due_;  // where there are pools
   const DeviceCache* busy_ = nullptr;
   std::atomic<bool> cancelled_{false};  // ends the refresh under way
   bool stopping_ = false;

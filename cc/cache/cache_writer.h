@@ -41,6 +41,8 @@ class CacheWriter {
  public:
   // A piece is at most so many bytes of keys and rows, but at least one row.
   static constexpr size_t kPieceBytes = size_t{4} << 20;
+  // What a writer takes: so much of the device, and of pinned host memory.
+  static constexpr size_t kBufferBytes = 2 * kPieceBytes;
 
   static Result<std::shared_ptr<CacheWriter>> Open(std::shared_ptr<DeviceContext> context,
                                                    size_t piece_bytes = kPieceBytes);

@@ -86,23 +86,36 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   CacheWriter& writer = *resources.writer;
   HPS_RETURN_IF_ERROR(writer.Upload(cache->buckets_.get(), BytesOf(placement.Finish())));
   // Every key has its place now; rows follow as updates. Nobody else knows the cache yet, but tiers may change.
-  uint64_t rows = 0;
+  std::vector<bool> written(placement.slots());
+  std::vector<Key> placed;
+  std::vector<std::byte> rows;
   WriteCounters loading;
   HPS_RETURN_IF_ERROR(scan([&](std::span<const Key> chunk, ConstRowBuffer buffer) -> Status {
+    size_t strangers = 0;
     for (const Key key : chunk) {
-      if (!placement.Contains(key)) {
-        return DataLoss(spec.name + ": key " + std::to_string(key) +
-                        " has come into the table while it was being loaded into the cache; load again");
+      if (const auto slot = placement.SlotOf(key)) {
+        written[*slot] = true;
+      } else {
+        ++strangers;
       }
     }
-    rows += chunk.size();
-    return writer.Update(cache->cache_, chunk, buffer, &loading);
+    if (strangers == 0) return writer.Update(cache->cache_, chunk, buffer, &loading);
+    placed.clear();
+    rows.clear();
+    for (size_t i = 0; i < chunk.size(); ++i) {
+      if (!placement.Contains(chunk[i])) continue;
+      placed.push_back(chunk[i]);
+      const std::byte* const row = buffer.data + i * buffer.stride_bytes;
+      rows.insert(rows.end(), row, row + spec.row_bytes);
+    }
+    return writer.Update(cache->cache_, placed, {rows.data(), spec.row_bytes}, &loading);
   }));
-  HPS_RETURN_IF_ERROR(writer.Flush());
-  if (rows < placement.rows()) {
-    return DataLoss(spec.name + ": " + std::to_string(placement.rows()) + " keys and " + std::to_string(rows) +
-                    " rows: the table changed while it was being loaded into the cache; load again");
+  std::vector<Key> gone;
+  for (uint64_t slot = 0; slot < placement.slots(); ++slot) {
+    if (const auto key = placement.KeyAt(slot); key && !written[slot]) gone.push_back(*key);
   }
+  HPS_RETURN_IF_ERROR(writer.Erase(cache->cache_, gone, &loading));
+  HPS_RETURN_IF_ERROR(writer.Flush());
   cache->whole_ = spec.type == CacheType::kStatic;
   return cache;
 }

@@ -40,8 +40,8 @@ class DeviceCache final : public EmbeddingCache {
 
   // A cache that holds all rows of the scan, which is made twice: first the keys are placed, then the rows copied.
   // spec.capacity_rows may be 0: as many as there are. Rows that the tiers change meanwhile may be missed: who updates
-  // the table applies those updates to the cache again when it is there. kResourceExhausted where they do not fit,
-  // kDataLoss where the second scan does not give the keys of the first.
+  // the table applies those updates to the cache again when it is there. Keys that only one of the scans gives are not
+  // in it. kResourceExhausted where they do not fit.
   static Result<std::shared_ptr<DeviceCache>> MakeWhole(const DeviceResources& resources, const CacheSpec& spec,
                                                         const RowScan& scan);
   ~DeviceCache() override;

@@ -17,10 +17,10 @@ InsertQueue::~InsertQueue() { Stop(); }
 void InsertQueue::Stop() {
   std::deque<InsertBatch> dropped;  // freed after the lock
   std::lock_guard stop_lock(stop_mutex_);
-  cancelled_.store(true);
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
+    cancelled_.store(true);
     dropped.swap(queue_);
     for (const InsertBatch& batch : dropped) {
       stats_.dropped += batch.keys.size();
@@ -66,7 +66,25 @@ void InsertQueue::Enqueue(InsertBatch batch) {
 
 void InsertQueue::Drain() {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return stopping_ || (queue_.empty() && !busy_); });
+  changed_.wait(lock, [this] { return stopping_ || (queue_.empty() && busy_ == nullptr); });
+}
+
+void InsertQueue::Remove(const DeviceCache* cache) {
+  std::deque<InsertBatch> kept, dropped;  // the latter freed after the lock
+  std::unique_lock lock(mutex_);
+  for (InsertBatch& batch : queue_) {
+    const bool removed = batch.cache.get() == cache;
+    if (removed) {
+      Forget(batch);
+      stats_.dropped += batch.keys.size();
+      stats_.queued -= batch.keys.size();
+    }
+    (removed ? dropped : kept).push_back(std::move(batch));
+  }
+  queue_.swap(kept);
+  if (busy_ == cache) cancelled_.store(true);
+  changed_.wait(lock, [&] { return busy_ != cache; });
+  lock.unlock();
 }
 
 InsertQueue::Stats InsertQueue::stats() const {
@@ -104,7 +122,8 @@ void InsertQueue::Run() {
     if (stopping_) return;
     InsertBatch batch = std::move(queue_.front());
     queue_.pop_front();
-    busy_ = true;
+    busy_ = batch.cache.get();
+    cancelled_.store(false);
     lock.unlock();
     Stats done;
     Status status;
@@ -123,13 +142,14 @@ void InsertQueue::Run() {
     stats_.absent += done.absent;
     stats_.inserted += done.inserted;
     if (!status.ok()) {
-      (stopping_ ? stats_.dropped : stats_.failed) += batch.keys.size() - done.absent - done.inserted;
-      if (!stopping_) last_error_ = status;
+      const bool ended = status.code() == StatusCode::kCancelled;  // by Stop or Remove
+      (ended ? stats_.dropped : stats_.failed) += batch.keys.size() - done.absent - done.inserted;
+      if (!ended) last_error_ = status;
     }
     lock.unlock();
     batch = {};  // may free a cache
     lock.lock();
-    busy_ = false;
+    busy_ = nullptr;
     changed_.notify_all();
   }
 }

@@ -40,6 +40,8 @@ class InsertQueue {
   void Enqueue(InsertBatch batch);
   // Waits until everything enqueued before is done or dropped.
   void Drain();
+  // Drops, and counts, what is queued for the cache. Once this returns the queue does not hold the cache any more.
+  void Remove(const DeviceCache* cache);
   // Ends the thread; what is queued or comes later is dropped and counted. A fetch that is under way is cancelled.
   void Stop();
 
@@ -72,7 +74,7 @@ class InsertQueue {
   std::vector<uint64_t> filter_ = std::vector<uint64_t>(kFilterSlots);  // keys in the queue, by their marks
   Stats stats_;
   Status last_error_;
-  bool busy_ = false;
+  const DeviceCache* busy_ = nullptr;  // whose batch is being worked on
   bool stopping_ = false;
   std::vector<std::byte> rows_;  // Insert's
   std::thread thread_;

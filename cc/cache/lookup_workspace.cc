@@ -42,6 +42,10 @@ size_t LookupWorkspace::DeviceBytes(const WorkspaceSize& size) {
          size.staging_bytes;
 }
 
+size_t LookupWorkspace::PinnedBytes(const WorkspaceSize& size) {
+  return 256 + std::max(size.positions, 1u) * sizeof(cuda::MissingKey) + size.staging_bytes;
+}
+
 Result<std::unique_ptr<LookupWorkspace>> LookupWorkspace::Make(std::shared_ptr<DeviceContext> context,
                                                                const WorkspaceSize& size) {
   std::unique_ptr<LookupWorkspace> workspace(new LookupWorkspace(std::move(context)));
@@ -78,7 +82,7 @@ Status LookupWorkspace::AllocateQuery(uint32_t positions) {
                        DeviceMemory::Allocate(*context_, DeviceBytes({positions, 0}),
                                               "lookups of " + std::to_string(positions) + " keys"));
   HPS_ASSIGN_OR_RETURN(PinnedMemory mapped,
-                       PinnedMemory::Allocate(*context_, 256 + positions * sizeof(cuda::MissingKey),
+                       PinnedMemory::Allocate(*context_, PinnedBytes({positions, 0}),
                                               "lookups of " + std::to_string(positions) + " keys"));
   HPS_RETURN_IF_ERROR(WaitForLastUse());
   device_ = std::move(device);

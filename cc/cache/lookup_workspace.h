@@ -30,6 +30,8 @@ class LookupWorkspace {
   static size_t StagingBytes(size_t keys, size_t row_bytes);
   // Memory of the device that a workspace of the size takes.
   static size_t DeviceBytes(const WorkspaceSize& size);
+  // Pinned memory of the host, likewise.
+  static size_t PinnedBytes(const WorkspaceSize& size);
 
   static Result<std::unique_ptr<LookupWorkspace>> Make(std::shared_ptr<DeviceContext> context,
                                                        const WorkspaceSize& size);

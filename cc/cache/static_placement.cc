@@ -88,9 +88,21 @@ bool StaticPlacement::MakeRoom(uint64_t first, uint64_t second, Key key) {
   return false;
 }
 
-bool StaticPlacement::Contains(Key key) const {
+std::optional<uint64_t> StaticPlacement::SlotOf(Key key) const {
   const uint64_t hash = cuda::CacheHash(key);
-  return Holds(cuda::FirstBucket(hash, buckets_.size()), key) || Holds(cuda::SecondBucket(hash, buckets_.size()), key);
+  for (const uint64_t bucket : {cuda::FirstBucket(hash, buckets_.size()), cuda::SecondBucket(hash, buckets_.size())}) {
+    const auto& keys = buckets_[bucket].keys;
+    const auto* const found = std::find(keys, keys + kCacheWays, key);
+    // The filler of free ways belongs elsewhere, so it is never the key.
+    if (found != keys + kCacheWays) return bucket * kCacheWays + static_cast<uint64_t>(found - keys);
+  }
+  return std::nullopt;
+}
+
+std::optional<Key> StaticPlacement::KeyAt(uint64_t slot) const {
+  const cuda::CacheBucket& bucket = buckets_[slot / kCacheWays];
+  if (((HoldsOf(bucket.state) >> (slot % kCacheWays)) & 1) == 0) return std::nullopt;
+  return bucket.keys[slot % kCacheWays];
 }
 
 Status StaticPlacement::NoPlace(Key key) const {

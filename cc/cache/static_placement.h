@@ -11,6 +11,7 @@
 #define HPS_CACHE_STATIC_PLACEMENT_H_
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -38,7 +39,12 @@ class StaticPlacement {
   // Marks what lies in second buckets. No Add afterwards.
   const std::vector<cuda::CacheBucket>& Finish();
 
-  bool Contains(Key key) const;
+  // Where a key lies: way + 7 * bucket; nothing where it was not placed.
+  std::optional<uint64_t> SlotOf(Key key) const;
+  bool Contains(Key key) const { return SlotOf(key).has_value(); }
+  // The key there; nothing where the place is free.
+  std::optional<Key> KeyAt(uint64_t slot) const;
+  uint64_t slots() const { return buckets_.size() * cuda::kCacheWays; }
   uint64_t rows() const { return rows_; }
   uint64_t rows_in_second() const { return rows_in_second_; }  // after Finish
   double load() const { return static_cast<double>(rows_) / static_cast<double>(buckets_.size() * cuda::kCacheWays); }

@@ -306,6 +306,34 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
   return OkStatus();
 }
 
+Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPart> lookups, DeviceStream stream,
+                                     const LookupOptions& options, LookupReport* report) const {
+  CallTimer timer(slot_->lookup_seconds());
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  HPS_ASSIGN_OR_RETURN(const ModelDevice* const on, FindCaches(model->config, model->caches.get(), device));
+  std::vector<CachedLookup> cached;
+  cached.reserve(lookups.size());
+  for (const DeviceLookupPart& lookup : lookups) {
+    HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
+    if (lookup.key_bytes != sizeof(Key)) {
+      return InvalidArgument(TableContext(*model, lookup.table) + ": keys of " + std::to_string(lookup.key_bytes) +
+                             " bytes; lookups on a device take int64 keys, cast them on the device first");
+    }
+    if (lookup.count > 0 && (lookup.keys == nullptr || lookup.rows == nullptr)) {
+      return InvalidArgument(TableContext(*model, lookup.table) + ": " + std::to_string(lookup.count) +
+                             " keys, but no memory for " + (lookup.keys == nullptr ? "them" : "their rows") +
+                             " (a null pointer)");
+    }
+    cached.push_back(
+        {on->caches[lookup.table], lookup.table, static_cast<const Key*>(lookup.keys), lookup.count, lookup.rows});
+  }
+  const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
+  HPS_RETURN_IF_ERROR(CheckLimits(limits));
+  for (const DeviceLookupPart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
+  return on->lookup->Lookup(cached, stream, {limits.deadline, limits.cancelled}, report)
+      .WithContext("model '" + model->config.name + "'");
+}
+
 Result<uint32_t> LookupSession::FindTable(std::string_view name) const {
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
   std::string known;

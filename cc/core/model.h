@@ -12,7 +12,10 @@
 
 #include "cc/base/fork_guard.h"
 #include "cc/core/circuit_breaker.h"
+#include "cc/core/model_caches.h"
 #include "cc/core/promoter.h"
+#include "cc/core/row_updates.h"
+#include "cc/core/server_devices.h"
 #include "cc/core/tier_stack.h"
 #include "cc/loader/table_loader.h"
 #include "hps/config.h"
@@ -34,16 +37,18 @@ struct Model {
   ModelConfig config;
   uint64_t version = 1;  // counts replacements
   std::vector<ModelTable> tables;
+  std::unique_ptr<ModelCaches> caches;  // or nullptr: no device has one
 };
 
-// What sessions share with their server and keep alive. Members are destroyed bottom up: the promoter ends first. In a
-// forked child they are not destroyed: their threads, for which that would wait, do not exist there.
+// What sessions share with their server and keep alive. Members are destroyed bottom up: what has threads ends first.
+// In a forked child they are not destroyed: their threads, for which that would wait, do not exist there.
 struct ServerResources {
   ServerResources() = default;
   ServerResources(const ServerResources&) = delete;
   ServerResources& operator=(const ServerResources&) = delete;
   ~ServerResources() {
     if (fork_generation == ForkGeneration()) return;
+    (void)devices.release();
     (void)promoter.release();
     (void)executor.release();
     (void)load_executor.release();
@@ -65,6 +70,7 @@ struct ServerResources {
   std::shared_ptr<TableStore> volatile_store;    // or nullptr
   std::shared_ptr<TableStore> persistent_store;  // or nullptr
   std::unique_ptr<Promoter> promoter;            // or nullptr
+  std::unique_ptr<ServerDevices> devices;        // or nullptr
 };
 
 // Thread-safe. Readers take a reference to the current version; Publish exchanges it, and the old version lives until
@@ -79,6 +85,7 @@ class ModelSlot {
   const std::string& name() const { return name_; }
   ServerResources& resources() const { return *resources_; }
   Histogram& lookup_seconds() const { return *lookup_seconds_; }
+  RowUpdates& updates() const { return updates_; }
 
   Result<std::shared_ptr<const Model>> Current() const {
     HPS_RETURN_IF_ERROR(CheckNotForked(resources_->fork_generation));
@@ -102,6 +109,7 @@ class ModelSlot {
   const std::string name_;
   const std::shared_ptr<ServerResources> resources_;
   Histogram* const lookup_seconds_;
+  mutable RowUpdates updates_;
   mutable std::mutex mutex_;
   std::shared_ptr<const Model> model_;
   Status reason_ = NotFound("the model is not loaded");

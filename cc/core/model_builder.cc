@@ -1,6 +1,7 @@
-// Order of things, per model: persistent and volatile tables are filled, the persistent store is flushed, its record is
-// written (the moment at which the version exists there), other generations of its tables are dropped, and only then is
-// the Model handed out. Nothing can fail after the record is written.
+// Order of things, per model: persistent and volatile tables are filled, the persistent store is flushed, the caches of
+// devices are made and filled from what the tiers hold, the persistent store's record is written (the
+// moment at which the version exists there), other generations of its tables are dropped, and only then is the Model
+// handed out. Nothing can fail after the record is written.
 //
 // A table that is loaded for the first time has generation 0, under the name that the predecessor gives it. Before its
 // rows come in, the record names it with an empty fingerprint, so that the next start can tell a load that was cut
@@ -131,8 +132,9 @@ class Builder {
     for (const TableConfig& table : config_.tables) {
       HPS_RETURN_IF_ERROR(BuildTable(table).WithContext(Context(table)));
     }
+    if (Writable() && record_changed_) HPS_RETURN_IF_ERROR(persistent_->Flush());
+    HPS_RETURN_IF_ERROR(BuildCaches());
     if (Writable() && record_changed_) {
-      HPS_RETURN_IF_ERROR(persistent_->Flush());
       HPS_RETURN_IF_ERROR(WriteModelRecord(*persistent_, config_.name, new_record_));
       record_changed_ = false;  // the version exists there: nothing to undo
       created_persistent_.clear();
@@ -142,6 +144,20 @@ class Builder {
       HPS_RETURN_IF_ERROR(shared_->Publish(shared_rows_));
     }
     if (Writable() && options_.load_persistent) DropOtherGenerations();
+    return OkStatus();
+  }
+
+  Status BuildCaches() {
+    if (!ModelCaches::Wanted(config_, resources_.devices.get())) return OkStatus();
+    std::vector<CachedTable> tables;
+    for (const ModelTable& table : model_->tables) tables.push_back({&table.stack, shared_.has_value()});
+    CacheBuildOptions options;
+    options.long_keys = resources_.long_keys;
+    options.executor = resources_.executor.get();
+    options.io_executor = resources_.executor.get();
+    options.cancelled = options_.cancelled;
+    HPS_ASSIGN_OR_RETURN(model_->caches,
+                         ModelCaches::Build(config_, tables, options, *resources_.devices, resources_.metrics));
     return OkStatus();
   }
 
@@ -425,6 +441,7 @@ class Builder {
   }
 
   void Undo() {
+    model_->caches.reset();
     if (shared_) shared_->Undo();
     DropVolatileTables(*model_, resources_);
     std::vector<Status> done;

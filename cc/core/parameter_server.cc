@@ -1,6 +1,7 @@
 // Lock order: load_mutex_ (one load, replacement or unload at a time), then slots_mutex_ (the map of models), then the
-// mutex inside a ModelSlot. Lookups take only the last, for the time of copying a pointer. LiveServers::mutex is a
-// leaf. In a forked child no lock is touched: threads that do not exist there may have held them.
+// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. Lookups take only the last,
+// for the time of copying a pointer. LiveServers::mutex is a leaf. In a forked child no lock is touched: threads that
+// do not exist there may have held them.
 
 #include "hps/parameter_server.h"
 
@@ -23,11 +24,13 @@
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
+#include "cc/core/volatile_share.h"
 #include "cc/storage/hash_map_store.h"
 #include "cc/storage/multi_process_store.h"
 #include "cc/storage/redis_store.h"
 #include "cc/storage/rocksdb_store.h"
 #include "hps/log.h"
+#include "hps/model_reader.h"
 
 namespace hps {
 namespace {
@@ -108,6 +111,7 @@ class ParameterServer::Impl {
     std::lock_guard load_lock(load_mutex_);
     for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
     for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
+    OpenDevices();
     WarnWithoutGpu();
     resources_->long_keys = config_.long_keys;
     const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
@@ -119,6 +123,7 @@ class ParameterServer::Impl {
     if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
       resources_->promoter = std::make_unique<Promoter>();
     }
+    HPS_RETURN_IF_ERROR(CheckDevices(config_.models));
     for (const ModelConfig& model : config_.models) {
       HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
     }
@@ -162,6 +167,33 @@ class ParameterServer::Impl {
     return OkStatus();
   }
 
+  Status UpdateRows(std::string_view model, uint32_t table, std::span<const Key> keys, ConstRowBuffer rows) {
+    HPS_ASSIGN_OR_RETURN(const std::shared_ptr<ModelSlot> slot, LoadedSlot(model));
+    return slot->updates().Upsert(*slot, table, keys, rows);
+  }
+
+  Status EraseRows(std::string_view model, uint32_t table, std::span<const Key> keys) {
+    HPS_ASSIGN_OR_RETURN(const std::shared_ptr<ModelSlot> slot, LoadedSlot(model));
+    return slot->updates().Erase(*slot, table, keys);
+  }
+
+  Status RefreshCaches(std::string_view name, std::optional<int> device, const std::atomic<bool>* cancelled) {
+    HPS_ASSIGN_OR_RETURN(const std::shared_ptr<ModelSlot> slot, LoadedSlot(name));
+    HPS_ASSIGN_OR_RETURN(const std::shared_ptr<const Model> model, slot->Current());
+    if (device) HPS_RETURN_IF_ERROR(FindCaches(model->config, model->caches.get(), *device).status());
+    if (model->caches == nullptr) return OkStatus();
+    RefreshReport report;
+    return model->caches->Refresh(device, cancelled, &report);
+  }
+
+  // What the registry is told only when somebody looks.
+  void PublishMetrics() const {
+    for (const auto& slot : Slots()) {
+      if (auto model = slot->Current(); model.ok() && (*model)->caches != nullptr) (*model)->caches->PublishMetrics();
+    }
+    if (resources_->devices != nullptr) PublishDeviceMetrics();
+  }
+
   Readiness CheckReadiness() const {
     Readiness readiness;
     if (Status forked = CheckProcess(); !forked.ok()) return {.reason = forked.message()};
@@ -192,6 +224,13 @@ class ParameterServer::Impl {
         readiness.reason += state.needed ? answered.message() : "lookups do without a tier: " + answered.message();
       }
       readiness.tiers.push_back(std::move(state));
+    }
+    for (const auto& [number, device] : resources_->devices->opened()) {
+      const Status alive = device.context->CheckAlive();
+      if (alive.ok()) continue;
+      readiness.ready = false;
+      if (!readiness.reason.empty()) readiness.reason += "; ";
+      readiness.reason += alive.message();
     }
     if (readiness.reason.empty()) readiness.reason = "ready";
     return readiness;
@@ -230,7 +269,9 @@ class ParameterServer::Impl {
     }
     // A load that runs has lost its stores and ends with the next rows it writes.
     std::lock_guard load_lock(load_mutex_);
-    if (resources_->promoter) resources_->promoter->Stop();  // but stays: lookups that still run may use it
+    // These end, but stay: lookups that still run may use them.
+    if (resources_->promoter) resources_->promoter->Stop();
+    if (resources_->devices) resources_->devices->Stop();
     return status;
   }
 
@@ -262,22 +303,87 @@ class ParameterServer::Impl {
     options.cancelled = cancelled;
     options.load_volatile = config_.volatile_db.initialize_after_startup;
     options.load_persistent = config_.persistent_db.initialize_after_startup;
-    HPS_ASSIGN_OR_RETURN(std::shared_ptr<Model> model, BuildBesideLookups(config, options));
+    if (started_) HPS_RETURN_IF_ERROR(CheckDevices(std::span(&config, 1)));
+    if (slot) slot->updates().BeginVersion();
+    Result<std::shared_ptr<Model>> built = BuildBesideLookups(config, options);
+    if (!built.ok()) {
+      if (slot) slot->updates().AbandonVersion();
+      return built.status();
+    }
+    const std::shared_ptr<Model> model = *std::move(built);
     if (old) model->version = old->version + 1;
     if (!slot) slot = std::make_shared<ModelSlot>(config.name, resources_);
-    {
+    Status published = slot->updates().EndVersion(*model, [&]() -> Status {
       std::lock_guard lock(slots_mutex_);
       if (closed_) return ClosedStatus();
-      slot->Publish(std::move(model));
-      slots_[config.name] = std::move(slot);
+      slot->Publish(model);
+      slots_[config.name] = slot;
+      return OkStatus();
+    });
+    if (!published.ok()) {
+      DropVolatileTables(*model, *resources_);
+      return published;
     }
+    if (model->caches) model->caches->Start(*resources_->devices);
     if (old) LetGo(std::move(old));
     return OkStatus();
+  }
+
+  void OpenDevices() {
+    DeviceSource source;
+    if (options_.devices) source = *options_.devices;
+    if (!options_.device_caches) source.count = [] { return 0; };
+    resources_->devices = std::make_unique<ServerDevices>(std::move(source));
+  }
+
+  // Refuses, before anything of the models is loaded, what no device here can hold.
+  Status CheckDevices(std::span<const ModelConfig> models) const {
+    return ModelCaches::CheckPlans(
+        models,
+        [this](const TableConfig& table) -> Result<uint64_t> {
+          auto folder = OpenTableFolder(table.path, table.width);
+          if (!folder.ok()) return uint64_t{0};  // the load says so, or has a database and then asks that
+          const uint64_t rows = (*folder)->rows();
+          if (!resources_->volatile_store || resources_->persistent_store) return rows;
+          const auto share = VolatileShare(rows, config_.volatile_db.initial_cache_rate, *resources_->volatile_store,
+                                           /*persistent=*/false);
+          return share.ok() ? *share : rows;
+        },
+        *resources_->devices);
+  }
+
+  // Queues, refreshes and failures of devices.
+  void PublishDeviceMetrics() const {
+    std::lock_guard lock(device_totals_mutex_);
+    MetricsRegistry& metrics = resources_->metrics;
+    const auto publish = [&](const std::string& name, const MetricLabels& labels, uint64_t total) {
+      const auto [found, added] = device_totals_.try_emplace({name, labels}, metrics.FindCounter(name, labels));
+      found->second.Publish(total);
+    };
+    for (const auto& [number, device] : resources_->devices->opened()) {
+      const MetricLabels labels = {{"device", std::to_string(number)}};
+      metrics.FindGauge("hps_device_alive_state", labels)->Set(device.context->CheckAlive().ok());
+      if (!device.inserts) continue;
+      const InsertQueue::Stats inserts = device.inserts->stats();
+      publish("hps_cache_keys_inserted_total", labels, inserts.inserted);
+      publish("hps_cache_keys_absent_total", labels, inserts.absent);
+      publish("hps_cache_keys_dropped_total", labels, inserts.dropped);
+      publish("hps_cache_keys_repeated_total", labels, inserts.repeated);
+      publish("hps_cache_keys_failed_total", labels, inserts.failed);
+      metrics.FindGauge("hps_cache_keys_queued_count", labels)->Set(static_cast<int64_t>(inserts.queued));
+    }
+    const CacheRefresher* const refresher = resources_->devices->refresher();
+    if (refresher == nullptr) return;
+    const CacheRefresher::Stats stats = refresher->stats();
+    publish("hps_cache_refreshes_done_total", {}, stats.refreshes);
+    publish("hps_cache_refreshes_failed_total", {}, stats.failures);
+    publish("hps_workspaces_trimmed_total", {}, stats.trims);
   }
 
   // Drops a version that is no longer published. Its memory is freed here, and not by the last lookup that uses it,
   // unless that lookup takes long.
   void LetGo(std::shared_ptr<const Model> model) {
+    if (model->caches) model->caches->Stop(*resources_->devices);
     DropVolatileTables(*model, *resources_);
     const auto end = std::chrono::steady_clock::now() + kLookupPatience;
     while (model.use_count() > 1 && std::chrono::steady_clock::now() < end) {
@@ -324,6 +430,14 @@ class ParameterServer::Impl {
                              "the new one");
     }
     return OkStatus();
+  }
+
+  Result<std::shared_ptr<ModelSlot>> LoadedSlot(std::string_view name) const {
+    HPS_RETURN_IF_ERROR(CheckProcess());
+    std::shared_ptr<ModelSlot> slot = FindSlot(name);
+    if (slot) return slot;
+    if (closed_) return ClosedStatus();
+    return NoSuchModel(name);
   }
 
   std::shared_ptr<ModelSlot> FindSlot(std::string_view name) const {
@@ -410,7 +524,7 @@ class ParameterServer::Impl {
 
   void WarnWithoutGpu() const {
     for (const ModelConfig& model : config_.models) {
-      if (!model.gpucache || model.deployed_devices.empty()) continue;
+      if (!model.gpucache || model.deployed_devices.empty() || resources_->devices->count() > 0) continue;
       Log(LogLevel::kWarning,
           "gpucache is true (model '" + model.name +
               "'), but no GPU cache is available here: lookups are served by the CPU; set \"gpucache\": false to "
@@ -427,6 +541,8 @@ class ParameterServer::Impl {
   std::map<std::string, std::shared_ptr<ModelSlot>, std::less<>> slots_;
   std::atomic<bool> started_{false};  // the configuration's models are loaded
   std::atomic<bool> closed_{false};
+  mutable std::mutex device_totals_mutex_;  // guards the following member; a leaf but for the registry's
+  mutable std::map<std::pair<std::string, MetricLabels>, CountedTotal> device_totals_;
 };
 
 ParameterServer::ParameterServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -464,6 +580,17 @@ Status ParameterServer::ReplaceModel(const ModelConfig& model, const std::atomic
   return impl_->Load(model, /*replace=*/true, cancelled);
 }
 Status ParameterServer::UnloadModel(std::string_view model) { return impl_->Unload(model); }
+Status ParameterServer::UpdateRows(std::string_view model, uint32_t table, std::span<const Key> keys,
+                                   ConstRowBuffer rows) {
+  return impl_->UpdateRows(model, table, keys, rows);
+}
+Status ParameterServer::EraseRows(std::string_view model, uint32_t table, std::span<const Key> keys) {
+  return impl_->EraseRows(model, table, keys);
+}
+Status ParameterServer::RefreshCaches(std::string_view model, std::optional<int> device,
+                                      const std::atomic<bool>* cancelled) {
+  return impl_->RefreshCaches(model, device, cancelled);
+}
 std::vector<std::string> ParameterServer::ModelNames() const { return impl_->ModelNames(); }
 
 Status ParameterServer::CloseAll() {
@@ -487,12 +614,15 @@ std::string ParameterServer::StatsJson() const {
   return ServerStatsJson(impl_->config(), impl_->resources(), impl_->Slots());
 }
 std::string ParameterServer::PrometheusText() const {
-  return impl_->CheckProcess().ok() ? impl_->resources().metrics.PrometheusText() : "";
+  if (!impl_->CheckProcess().ok()) return "";
+  impl_->PublishMetrics();
+  return impl_->resources().metrics.PrometheusText();
 }
 std::string ParameterServer::PrometheusText(std::span<const std::shared_ptr<ParameterServer>> servers) {
   std::vector<std::pair<MetricLabels, const MetricsRegistry*>> registries;
   for (const auto& server : servers) {
     if (!server->impl_->CheckProcess().ok()) continue;
+    server->impl_->PublishMetrics();
     registries.push_back({{{"server", ConfigHash(server->config())}}, &server->impl_->resources().metrics});
   }
   return MetricsRegistry::PrometheusText(registries);

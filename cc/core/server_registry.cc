@@ -48,7 +48,10 @@ Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& co
   std::lock_guard lock(entry->mutex);
   std::shared_ptr<ParameterServer> server = entry->server.lock();
   if (server && !server->closed()) return server;
-  HPS_ASSIGN_OR_RETURN(server, ParameterServer::Open(config, options));
+  // Its users, the ops, look up on the host: caches on devices would take memory for nobody.
+  ServerOptions on_host = options;
+  on_host.device_caches = false;
+  HPS_ASSIGN_OR_RETURN(server, ParameterServer::Open(config, on_host));
   entry->server = server;
   return server;
 }

@@ -45,6 +45,61 @@ Json StateJson(const TableStore& store, const CircuitBreaker* breaker) {
   return json;
 }
 
+Json DevicesJson(const Model& model) {
+  Json devices = Json::array();
+  for (const ModelDevice& device : model.caches->devices()) {
+    const WorkspacePool::Stats pool = device.resources.workspaces->stats();
+    Json entry = {{"device", device.plan.device},
+                  {"planned_bytes", device.plan.device_bytes},
+                  {"workspaces", {{"made", pool.workspaces}, {"lent", pool.lent}, {"waits", pool.waits}}},
+                  {"caches", Json::array()}};
+    for (size_t i = 0; i < device.caches.size(); ++i) {
+      const CacheStats stats = device.caches[i]->stats();
+      entry["caches"].push_back({{"table", model.tables[i].name},
+                                 {"capacity_rows", device.caches[i]->spec().capacity_rows},
+                                 {"memory_bytes", stats.device_bytes},
+                                 {"rows_inserted", stats.rows_inserted},
+                                 {"rows_evicted", stats.rows_evicted},
+                                 {"rows_updated", stats.rows_updated},
+                                 {"rows_refreshed", stats.rows_refreshed},
+                                 {"rows_erased", stats.rows_erased},
+                                 {"rows_outdated", stats.rows_outdated}});
+    }
+    devices.push_back(std::move(entry));
+  }
+  return devices;
+}
+
+// What the models share on each device.
+Json SharedDevicesJson(const ServerDevices& devices) {
+  Json json = Json::array();
+  for (const auto& [number, device] : devices.opened()) {
+    Json entry = {{"device", number}, {"name", std::string(device.context->device().info().name)}};
+    if (const Status alive = device.context->CheckAlive(); !alive.ok()) entry["error"] = alive.ToString();
+    if (device.inserts) {
+      const InsertQueue::Stats stats = device.inserts->stats();
+      entry["inserts"] = {{"inserted", stats.inserted}, {"absent", stats.absent}, {"dropped", stats.dropped},
+                          {"repeated", stats.repeated}, {"failed", stats.failed}, {"queued", stats.queued}};
+      if (const Status error = device.inserts->last_error(); !error.ok()) {
+        entry["inserts"]["last_error"] = error.ToString();
+      }
+    }
+    json.push_back(std::move(entry));
+  }
+  return json;
+}
+
+Json RefresherJson(const CacheRefresher& refresher) {
+  const CacheRefresher::Stats stats = refresher.stats();
+  Json json = {{"refreshes", stats.refreshes},
+               {"failures", stats.failures},
+               {"rows_refreshed", stats.total.rows_refreshed},
+               {"rows_erased", stats.total.rows_erased},
+               {"rows_kept", stats.total.rows_kept}};
+  if (const Status error = refresher.last_error(); !error.ok()) json["last_error"] = error.ToString();
+  return json;
+}
+
 Json TableJson(const ModelTable& table) {
   const TierMetrics& metrics = table.stack.metrics;
   Json json = {{"name", table.name},
@@ -99,6 +154,10 @@ std::string ServerStatsJson(const ServerConfig& config, const ServerResources& r
   }
   json["rows_promoted"] = resources.metrics.SumOfCounters("hps_rows_promoted_total");
   json["rows_promotion_dropped"] = resources.metrics.SumOfCounters("hps_rows_promotion_dropped_total");
+  if (resources.devices) {
+    if (Json devices = SharedDevicesJson(*resources.devices); !devices.empty()) json["devices"] = std::move(devices);
+    if (const CacheRefresher* refresher = resources.devices->refresher()) json["refresher"] = RefresherJson(*refresher);
+  }
   json["models"] = Json::array();
   for (const auto& slot : slots) {
     auto model = slot->Current();
@@ -108,6 +167,7 @@ std::string ServerStatsJson(const ServerConfig& config, const ServerResources& r
                   {"lookup_latency", LatencyJson(slot->lookup_seconds())},
                   {"tables", Json::array()}};
     for (const ModelTable& table : (*model)->tables) entry["tables"].push_back(TableJson(table));
+    if ((*model)->caches) entry["devices"] = DevicesJson(**model);
     json["models"].push_back(std::move(entry));
   }
   // The path of the configuration need not be UTF-8.

@@ -6,6 +6,7 @@
 #define HPS_CORE_TIER_ROW_SOURCE_H_
 
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -14,12 +15,28 @@
 
 namespace hps {
 
+// kOutOfRange where a key does not fit in 32 bits.
+inline Status CheckShortKeys(std::span<const Key> keys) {
+  for (const Key key : keys) {
+    if (key == static_cast<int32_t>(key)) continue;
+    return OutOfRange(
+        "key " + std::to_string(key) +
+        " does not fit in 32 bits; set \"supportlonglong\": true in the configuration to use 64-bit keys");
+  }
+  return OkStatus();
+}
+
 class TierRowSource final : public RowSource {
  public:
-  // stacks[i] is table i. The executors outlive the source.
+  // stacks[i] is table i. The executors outlive the source. Without long_keys (supportlonglong) keys beyond 32 bits are
+  // kOutOfRange.
   TierRowSource(std::vector<const TierStack*> stacks, std::shared_ptr<const void> owner, Executor& executor,
-                Executor& io_executor)
-      : stacks_(std::move(stacks)), owner_(std::move(owner)), executor_(&executor), io_executor_(&io_executor) {}
+                Executor& io_executor, bool long_keys = true)
+      : stacks_(std::move(stacks)),
+        owner_(std::move(owner)),
+        executor_(&executor),
+        io_executor_(&io_executor),
+        long_keys_(long_keys) {}
 
   Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) override {
     std::vector<TierWalk> walks(requests.size());
@@ -28,6 +45,7 @@ class TierRowSource final : public RowSource {
         return InvalidArgument("there is no table " + std::to_string(requests[i].table) + "; there are " +
                                std::to_string(stacks_.size()) + ", numbered from 0");
       }
+      if (!long_keys_) HPS_RETURN_IF_ERROR(CheckShortKeys(requests[i].keys));
       walks[i].stack = stacks_[requests[i].table];
       walks[i].keys = requests[i].keys;
       walks[i].rows = requests[i].rows;
@@ -41,6 +59,7 @@ class TierRowSource final : public RowSource {
   const std::shared_ptr<const void> owner_;
   Executor* const executor_;
   Executor* const io_executor_;
+  const bool long_keys_;
 };
 
 }  // namespace hps

@@ -72,6 +72,27 @@ namespace {
 
 // docs/operations.md has the same names; tests/test_parameter_server.py sees that none is left out.
 constexpr std::pair<std::string_view, std::string_view> kHelp[] = {
+    {"hps_cache_fills_outdated_total", "Rows fetched for a lookup that were not left in a cache: updated meanwhile."},
+    {"hps_cache_keys_absent_total", "Keys of lookups that did not wait, which no tier holds."},
+    {"hps_cache_keys_dropped_total", "Keys of lookups that did not wait, dropped: queue full, or the cache is gone."},
+    {"hps_cache_keys_failed_total", "Keys of lookups that did not wait, whose rows a tier or the device did not take."},
+    {"hps_cache_keys_inserted_total", "Keys of lookups that did not wait, whose rows are in the cache now."},
+    {"hps_cache_keys_queued_count", "Keys whose rows are to be inserted."},
+    {"hps_cache_keys_repeated_total", "Keys of lookups that did not wait, which were in the queue already."},
+    {"hps_cache_memory_bytes", "Memory of the device that the table's cache takes."},
+    {"hps_cache_refreshes_done_total", "Refreshes of a whole cache in the background."},
+    {"hps_cache_refreshes_failed_total", "Refreshes in the background that failed."},
+    {"hps_cache_rows_deferred_total", "Default values of keys that are inserted later (hit_rate_threshold)."},
+    {"hps_cache_rows_erased_total", "Keys that were to be taken out of the cache."},
+    {"hps_cache_rows_evicted_total", "Rows pushed out by inserts, those of lookups not counted."},
+    {"hps_cache_rows_inserted_total", "Rows given to the cache, those of lookups that waited not counted."},
+    {"hps_cache_rows_missed_total", "Keys that lookups on the device missed and fetched, each once a call."},
+    {"hps_cache_rows_outdated_total", "Rows left out of the cache or taken out again: updated meanwhile."},
+    {"hps_cache_rows_refreshed_total", "Rows that were read anew for the cache."},
+    {"hps_cache_rows_served_total", "Rows of lookups on the device that came from its caches."},
+    {"hps_cache_rows_unwaited_total", "Rows of static caches: nobody waited to know which were there."},
+    {"hps_cache_rows_updated_total", "Updated rows that were brought to the cache."},
+    {"hps_device_alive_state", "1: the device works; 0: it has failed, and its caches serve nothing any more."},
     {"hps_fetch_duration_seconds", "Time of a lookup in one tier, once a table and call."},
     {"hps_fetches_failed_total", "Requests to the tier that failed."},
     {"hps_keys_asked_total", "Keys that lookups asked for, with repetitions."},
@@ -86,6 +107,11 @@ constexpr std::pair<std::string_view, std::string_view> kHelp[] = {
     {"hps_rows_unavailable_total", "Default values of keys that a tier that could not be asked may hold."},
     {"hps_tier_openings_total", "How often the tier was left out because it failed."},
     {"hps_tier_reachable_state", "1: the tier answers; 0: it is left out until it does."},
+    {"hps_workspaces_lent_count", "Workspaces that lookups on the device are using."},
+    {"hps_workspaces_made_count", "Workspaces of the model on the device."},
+    {"hps_workspaces_memory_bytes", "Memory of the device that idle workspaces take."},
+    {"hps_workspaces_trimmed_total", "Rounds in which idle workspaces were given back."},
+    {"hps_workspaces_waited_total", "Lookups on the device that found all workspaces lent."},
 };
 
 // {model="a",table="b"} with an optional further label; label values follow our name grammar and need no escapes.

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -18,6 +19,9 @@
 #include <vector>
 
 #include "cc/base/fork_guard.h"
+#include "cc/cache/cache_plan.h"
+#include "cc/cache/cache_writer.h"
+#include "cc/cache/device_cache.h"
 #include "cc/core/host_memory.h"
 #include "cc/storage/table_memory.h"
 #include "hps/config.h"
@@ -122,6 +126,11 @@ auto Interruptible(Body body) {
   return done.get();
 }
 
+// Python looks up on the host: caches on devices would take memory for nobody.
+hps::ServerOptions OnHost(const std::atomic<bool>* cancelled) {
+  return {.cancelled = cancelled, .device_caches = false};
+}
+
 // An element of "models" as LoadModel wants it.
 hps::ModelConfig ParseModel(const std::string& json) {
   std::vector<std::string> warnings;
@@ -166,7 +175,31 @@ py::dict ReportDict(const hps::LookupReport& report) {
   dict["rows_skipped_persistent"] = report.rows_skipped_persistent;
   dict["volatile_nanoseconds"] = report.volatile_nanoseconds;
   dict["persistent_nanoseconds"] = report.persistent_nanoseconds;
+  dict["rows_from_cache"] = report.rows_from_cache;
+  dict["rows_deferred"] = report.rows_deferred;
+  dict["rows_repeated"] = report.rows_repeated;
+  dict["rows_unwaited"] = report.rows_unwaited;
   return dict;
+}
+
+// What the caches of a model (an element of "models") will take, by device: {device: (of each table its rows and bytes,
+// bytes of workspaces, pinned bytes of the host)}.
+py::dict PlanCaches(const std::string& json, const std::vector<uint64_t>& table_rows) {
+  const hps::ModelConfig model = Unwrap(hps::ParseModelConfig(json));
+  int devices = 0;
+  for (const int device : model.deployed_devices) devices = std::max(devices, device + 1);
+  py::dict plans;
+  for (const hps::DevicePlan& plan : Unwrap(hps::PlanCaches(model, table_rows, devices))) {
+    py::list tables;
+    uint64_t workspaces = plan.device_bytes;
+    for (const hps::TableCachePlan& table : plan.tables) {
+      const uint64_t bytes = hps::DeviceCache::DeviceBytes(table.spec.capacity_rows, table.spec.row_bytes);
+      tables.append(py::make_tuple(table.spec.capacity_rows, bytes));
+      workspaces -= bytes;
+    }
+    plans[py::int_(plan.device)] = py::make_tuple(tables, workspaces, plan.pinned_bytes);
+  }
+  return plans;
 }
 
 // (rows, found, report): float32 keys.shape + [width], bool keys.shape, dict.
@@ -246,16 +279,14 @@ PYBIND11_MODULE(_hps, m) {
       .def_property_readonly("closed", &hps::ParameterServer::closed);
 
   m.def("open_server", [](const std::string& path) {
-    return Unwrap(Interruptible([&](const auto* cancelled) {
-      return hps::ParameterServer::Open(path, hps::ServerOptions{.cancelled = cancelled});
-    }));
+    return Unwrap(
+        Interruptible([&](const auto* cancelled) { return hps::ParameterServer::Open(path, OnHost(cancelled)); }));
   });
   m.def("open_server_from_json", [](const std::string& json) {
     hps::ServerConfig config = Unwrap(hps::ParseConfig(json));
     Check(hps::MakePathsAbsolute("", &config));
-    return Unwrap(Interruptible([&](const auto* cancelled) {
-      return hps::ParameterServer::Open(config, hps::ServerOptions{.cancelled = cancelled});
-    }));
+    return Unwrap(
+        Interruptible([&](const auto* cancelled) { return hps::ParameterServer::Open(config, OnHost(cancelled)); }));
   });
   m.def("init_default_server", [](const std::string& path) {
     Check(Interruptible([&](const auto* cancelled) {
@@ -316,6 +347,9 @@ PYBIND11_MODULE(_hps, m) {
   });
   m.def("shared_memory_own_bytes", &hps::SharedMemoryOwnBytes);
   m.def("rocksdb_load_bytes", &hps::RocksDbLoadBytes);
+  m.def("plan_caches", &PlanCaches);
+  m.def("whole_table_bytes", &hps::WholeTableBytes);
+  m.attr("cache_writer_bytes") = hps::CacheWriter::kBufferBytes;
   m.attr("rocksdb_bulk_bytes") = hps::kRocksDbBulkBytes;
   m.def("config_hash", [](const std::string& path) { return hps::ConfigHash(Unwrap(hps::LoadConfig(path))); });
   m.def("config_json_schema", &hps::ConfigJsonSchema);

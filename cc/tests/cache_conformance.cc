@@ -367,6 +367,25 @@ TEST_P(CacheConformance, WholeTableIsResident) {
   ExpectError(Insert(*cache, keys, 3), StatusCode::kFailedPrecondition, {"whole", "static", "dynamic"});
 }
 
+// Keys that come and go between the scans: rows that nobody gave must not be served.
+TEST_P(CacheConformance, AWholeTableMayChangeWhileItIsScanned) {
+  int scans = 0;
+  const RowScan scan = [&](const ScanVisitor& visitor) -> Status {
+    const bool first = scans++ == 0;
+    const std::vector<Key> chunk = first ? KeyRange(0, 1000) : KeyRange(100, 1000);
+    HPS_RETURN_IF_ERROR(visitor(chunk, Buffer(RowsOf(chunk, 1, 4), 4)));
+    return visitor(KeyRange(500, 10), Buffer(RowsOf(KeyRange(500, 10), 2, 4), 4));  // again, newer
+  };
+  for (const CacheType type : {CacheType::kStatic, CacheType::kDynamic}) {
+    scans = 0;
+    const CacheSpec spec{.name = "whole", .row_bytes = 16, .default_value = kCacheDefault, .type = type};
+    const auto cache = Value(DeviceCache::MakeWhole(resources_, spec, scan));
+    Versions held = VersionsOf(KeyRange(100, 900), 1);
+    for (Key key = 500; key < 510; ++key) held[key] = 2;
+    ASSERT_NO_FATAL_FAILURE(ExpectHeld(*cache, KeyRange(0, 1200), held));
+  }
+}
+
 TEST_P(CacheConformance, PreloadFillsTheCacheAndEndsTheScan) {
   const auto cache = Make(4, 700);
   int chunks = 0;

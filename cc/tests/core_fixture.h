@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -232,6 +233,24 @@ class ChildProcess {
   pid_t pid_ = -1;
   FILE* output_ = nullptr;
 };
+
+// Runs `body` in a forked child, which reports the number of its first failed check, or 0.
+inline int InChild(const std::function<int()>& body) {
+  std::fflush(nullptr);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(30);
+    ::_exit(body());
+  }
+  int status = -1;
+  WaitUntil([&] { return ::waitpid(child, &status, WNOHANG) == child; }, "the child");
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
+}
+
+// Of a call on what was opened before the fork.
+inline bool Refused(const Status& status) {
+  return status.code() == StatusCode::kFailedPrecondition && status.message().find("spawn") != std::string::npos;
+}
 
 // main() of a test program that has roles.
 inline int RunTests(int argc, char** argv,

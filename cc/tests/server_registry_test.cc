@@ -179,23 +179,6 @@ TEST_F(ServerRegistryTest, CloseAllReachesServersOfOnesOwn) {
 
 // ---- fork -------------------------------------------------------------------------------------------------------
 
-// Runs `body` in a forked child, which reports the number of its first failed check, or 0.
-int InChild(const std::function<int()>& body) {
-  std::fflush(nullptr);
-  const pid_t child = ::fork();
-  if (child == 0) {
-    ::alarm(30);
-    ::_exit(body());
-  }
-  int status = -1;
-  WaitUntil([&] { return ::waitpid(child, &status, WNOHANG) == child; }, "the child");
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
-}
-
-bool Refused(const Status& status) {
-  return status.code() == StatusCode::kFailedPrecondition && status.message().find("spawn") != std::string::npos;
-}
-
 TEST_F(ServerRegistryTest, AForkedChildIsToldHowToDoBetter) {
 #if defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "threads in a forked child are not for the thread sanitizer";

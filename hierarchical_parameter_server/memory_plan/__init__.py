@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import _native
 from ..config import ParameterServerConfig
+from ..errors import HpsError
 from . import machine, sizes
 from .keys import look_at_keys
 from .placement import propose
@@ -150,11 +151,6 @@ def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
             )
         if persistent["type"] == "rocks_db":
             plan.persistent_bytes = sizes.rocksdb_disk_bytes(rows, plan.row_bytes, key_bytes)
-        if model["gpucache"] and model["deployed_device_list"]:
-            whole = model["embedding_cache_type"] == "static"
-            plan.gpu_rows = rows if whole else math.ceil(rows * model["gpucacheper"])
-            row_bytes = width + 4 if whole and model["fp8_quant"] else plan.row_bytes
-            plan.gpu_bytes = sizes.gpu_cache_bytes(plan.gpu_rows, row_bytes, key_bytes)
         plans.append(plan)
     return plans
 
@@ -193,36 +189,36 @@ def _add_rocksdb(plan: MemoryPlan, persistent: dict[str, Any]) -> None:
 
 def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) -> None:
     free = machine.gpu_free_bytes() if gpu_memory is None else {}
+    models = [model for model in config["models"] if model["gpucache"] and model["deployed_device_list"]]
+    if models and gpu_memory is None and not free:
+        plan.notes.append("this machine has no GPU: the CPU serves, and nothing is needed for one; to plan for a "
+                          "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
+        return
     pinned = 0
-    for model in config["models"]:
-        if not model["gpucache"]:
-            continue
+    for model in models:
         tables = [table for table in plan.tables if table.model == model["model"]]
-        staging = sum(
-            sizes.staging_bytes(
-                model["max_batch_size"],
-                table.keys_per_sample,
-                table.row_bytes,
-                table.key_bytes,
-                model["num_of_worker_buffer_in_pool"],
-            )
-            for table in tables
-        )
-        for device in model["deployed_device_list"]:
+        try:
+            caches = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
+        except HpsError as error:  # a server on a machine with GPUs says the same
+            plan.notes.append(str(error))
+            continue
+        for device, (table_caches, workspaces, pinned_bytes) in caches.items():
             if device not in plan.gpus:
-                plan.gpus[device] = Resource(f"GPU {device}", available=free.get(device, gpu_memory), estimate=True)
+                plan.gpus[device] = Resource(f"GPU {device}", available=free.get(device, gpu_memory))
+                plan.gpus[device].items["buffers of writes to caches"] = _native.cache_writer_bytes
+                pinned += _native.cache_writer_bytes
+            for table, (rows, size) in zip(tables, table_caches, strict=True):
+                table.gpu_rows, table.gpu_bytes = rows, size
             items = plan.gpus[device].items
             items["cached rows and their index"] = items.get("cached rows and their index", 0) + sum(
-                table.gpu_bytes for table in tables
+                size for _, size in table_caches
             )
-            items["buffers of whole batches"] = items.get("buffers of whole batches", 0) + staging
-            pinned += staging
+            items["buffers of whole batches"] = items.get("buffers of whole batches", 0) + workspaces
+            plan.gpus[device].temporary["a model's next version beside it"] = max(
+                plan.gpus[device].temporary.get("a model's next version beside it", 0),
+                sum(size for _, size in table_caches) + workspaces,
+            )
+            pinned += pinned_bytes
     if plan.gpus:
         plan.host.items["pinned buffers of whole batches, for the GPUs"] = pinned
-        if gpu_memory is None and not free:
-            plan.notes.append("this machine has no GPU: the CPU serves, and nothing is needed for one; to plan for a "
-                              "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
-            plan.host.items.pop("pinned buffers of whole batches, for the GPUs")
-            plan.gpus.clear()
-        else:
-            plan.notes.append("the cache on the GPU is not built yet: its figures are bounds of its design (~)")
+        plan.notes.append("GPUs hold caches for C++ servers; the layers and Python look up on the CPU for now")

@@ -26,7 +26,7 @@ def propose(
     by_heat = sorted(tables, key=lambda t: t.keys_per_sample / max(1, t.rows * t.row_bytes), reverse=True)
     spilt = []
     for table in by_heat:
-        on_gpu = sizes.gpu_cache_bytes(table.rows, table.row_bytes, table.key_bytes)
+        on_gpu = sizes.gpu_whole_table_bytes(table.rows, table.row_bytes)
         dense = table.rows if table.keys == "0..n-1" else 0
         on_host = sizes.hash_map_bytes(table.rows, dense, table.row_bytes, num_partitions)
         heat = f"{table.keys_per_sample} keys a sample"

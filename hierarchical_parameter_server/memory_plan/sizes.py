@@ -1,8 +1,8 @@
 """How many bytes rows take in each tier. Every formula is held against a measurement by tests/test_memory_plan.py.
 
-Those of the memory of this host are the server's own (cc/storage/table_memory.h), which it uses to refuse loads that
-cannot fit. Sources of the others: measured files (RocksDB), the structures of Redis 7 with jemalloc (Redis),
-docs/architecture.md (GPU cache).
+Those of the memory of this host (cc/storage/table_memory.h) and of GPUs (cc/cache/cache_plan.h) are the server's own,
+which it uses to refuse loads that cannot fit. Sources of the others: measured files (RocksDB), the structures of Redis
+7 with jemalloc (Redis).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ hash_map_bytes = _native.hash_map_table_bytes
 hash_map_limit_bytes = _native.hash_map_limit_bytes
 shared_map_bytes = _native.shared_table_bytes
 shared_memory_own_bytes = _native.shared_memory_own_bytes
+gpu_whole_table_bytes = _native.whole_table_bytes
 
 PROMOTION_QUEUE = 64 << 20  # rows on their way up, at most
 LOADER_BUFFERS = 2 * (4 << 20)  # at most
@@ -23,9 +24,6 @@ ROCKSDB_UPDATES = 256 << 20  # waiting in memory, of one database, at most
 _ROCKSDB_ROW = 12.4  # length and sequence numbers, bloom filter, restart points and the hash index of a block
 _ROCKSDB_BLOCK = 50  # index entry, checksum and end of a block
 _ROCKSDB_BLOCK_SIZE = 2048
-
-GPU_INDEX_LOAD = 0.8  # of keys and slot numbers in the cache's index: a bound, as on the CPU
-GPU_SET = 64  # slots are rounded up to whole sets
 
 
 def _up(count: float, unit: int) -> int:
@@ -96,14 +94,3 @@ def redis_row_bytes(partition_rows: float, row_bytes: int, key_bytes: int, acces
 
 def redis_bytes(rows: int, row_bytes: int, key_bytes: int, num_partitions: int, access_metadata: bool) -> int:
     return round(rows * redis_row_bytes(rows / num_partitions, row_bytes, key_bytes, access_metadata))
-
-
-def gpu_cache_bytes(slots: int, row_bytes: int, key_bytes: int) -> int:
-    """Rows and the index of a cache on one device."""
-    slots = _up(slots, GPU_SET)
-    return round(slots * (row_bytes + (key_bytes + 8) / GPU_INDEX_LOAD))
-
-
-def staging_bytes(max_batch_size: int, keys_per_sample: int, row_bytes: int, key_bytes: int, buffers: int) -> int:
-    """Buffers for the keys and rows of whole batches, on the device; the host has pinned ones of the same size."""
-    return max_batch_size * keys_per_sample * (key_bytes + row_bytes) * buffers

@@ -33,9 +33,11 @@
 #include "hps/status.h"
 #include "hps/table_store.h"
 
+struct CUstream_st;  // CUDA's own, so of no namespace
+
 namespace hps {
 
-using DeviceStream = struct CUstream_st*;  // CUDA's cudaStream_t; nullptr: the default stream
+using DeviceStream = CUstream_st*;  // CUDA's cudaStream_t; nullptr: the default stream
 
 // Where the memory of caches and workspaces comes from. The host supplies it: TensorFlow takes nearly the whole memory
 // of a GPU for itself and lends it to its own allocator only.

@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "hps/embedding_cache.h"
 #include "hps/executor.h"
 #include "hps/status.h"
 #include "hps/table_store.h"
@@ -45,6 +46,16 @@ struct SparseLookup {
   std::span<const float> weights;       // (n), or empty
   Combiner combiner = Combiner::kMean;
   float* output = nullptr;  // (rows, width), written
+};
+
+// One table's part of a lookup on a device, over the model's caches there. Both arrays are memory of that device.
+struct DeviceLookupPart {
+  uint32_t table = 0;
+  uint32_t width = 0;          // must be the table's
+  uint32_t key_bytes = 8;      // size of one key: 8
+  const void* keys = nullptr;  // (count) int64
+  uint32_t count = 0;
+  float* rows = nullptr;  // (count, width), written
 };
 
 // Where the rows of a call came from; keys are counted with repetitions.
@@ -78,7 +89,7 @@ class ModelSlot;
 
 class LookupSession {
  public:
-  // Errors of both: kInvalidArgument (no such table, another width, bad row_splits, weights of another length),
+  // Errors of all three: kInvalidArgument (no such table, another width, bad row_splits, weights of another length),
   // kOutOfRange (a key beyond 32 bits where supportlonglong is false), kNotFound (the model was unloaded),
   // kFailedPrecondition (the server was closed), kDeadlineExceeded, kCancelled, and what the tiers report, where
   // `when_unavailable` does not let the lookup go on without a tier that is down or too slow.
@@ -86,6 +97,17 @@ class LookupSession {
                 LookupReport* report = nullptr) const;
   Status LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options = {},
                       LookupReport* report = nullptr) const;
+
+  // The same on a device of the model's deployed_device_list, on the caller's stream. The call returns when all its
+  // work is on the stream; the rows are complete when the stream has passed it, and until then keys and rows must stay.
+  // Answers are exact unless the model has a hit_rate_threshold (embedding_cache.h, rows_deferred of the report).
+  // options.executor has no effect: rows that the cache misses are fetched by the server's own threads.
+  // Further errors: kInvalidArgument (no cache on the device, keys of another size), kResourceExhausted (no memory on
+  // the device for a batch of this size), and for ever after a device has failed its failure, kInternal or kDataLoss;
+  // lookups in host memory and on other devices go on. Where supportlonglong is false a key beyond 32 bits is
+  // kOutOfRange only if the lookup waits for it, and has the default value otherwise.
+  Status LookupOnDevice(int device, std::span<const DeviceLookupPart> lookups, DeviceStream stream,
+                        const LookupOptions& options = {}, LookupReport* report = nullptr) const;
 
   // Index of a table by name; kNotFound lists the names there are.
   Result<uint32_t> FindTable(std::string_view name) const;

@@ -1,0 +1,34 @@
+// Devices: where a server may put caches.
+//
+// Thread safety: the functions of a source may be called from any thread. Ownership: an open device lives as long as
+// somebody holds it.
+
+#ifndef HPS_CORE_DEVICES_H_
+#define HPS_CORE_DEVICES_H_
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "cuda_kernels/device.h"
+#include "hps/status.h"
+
+namespace hps {
+
+// How many GPUs this process sees, numbered from 0. 0 where CUDA is not built in, where there is no driver and where
+// the driver does not work; *why_none, if given, then says which.
+int DeviceCount(std::string* why_none = nullptr);
+// kInvalidArgument: there is no such GPU. kUnavailable: it cannot be used, and why.
+Result<std::shared_ptr<cuda::Device>> OpenDevice(int ordinal);
+
+// What a server asks for devices (ServerOptions::devices). Tests put others in the place of GPUs.
+struct DeviceSource {
+  std::function<int()> count = [] { return DeviceCount(); };
+  std::function<Result<std::shared_ptr<cuda::Device>>(int ordinal)> open = OpenDevice;
+  std::chrono::milliseconds trim_interval{10'000};  // workspaces that were not needed for so long are given back
+};
+
+}  // namespace hps
+
+#endif  // HPS_CORE_DEVICES_H_

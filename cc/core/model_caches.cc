@@ -1,0 +1,257 @@
+// A model's caches begin with what its tiers hold. Rows come from the lowest tier, which has every row; where others
+// share the volatile store, its rows may be newer and go first (Preload keeps what is there) or last (MakeWhole
+// overwrites).
+
+#include "cc/core/model_caches.h"
+
+#include <algorithm>
+
+#include "cc/core/tier_row_source.h"
+
+namespace hps {
+namespace {
+
+RowScan ScanOf(const CachedTable& cached, CacheStart start, const std::atomic<bool>* cancelled) {
+  return [cached, start, cancelled](const ScanVisitor& visitor) -> Status {
+    const ScanVisitor visit = [&](std::span<const Key> keys, ConstRowBuffer rows) -> Status {
+      if (cancelled != nullptr && cancelled->load(std::memory_order_relaxed))
+        return Cancelled("the load was cancelled");
+      return visitor(keys, rows);
+    };
+    const Table* const above = cached.stack->volatile_tier.table.get();
+    const Table* const below = cached.stack->persistent_tier.table.get();
+    if (below == nullptr) return above->Scan(visit);
+    if (above == nullptr || !cached.volatile_is_shared) return below->Scan(visit);
+    const bool above_first = start == CacheStart::kPreload;
+    HPS_RETURN_IF_ERROR((above_first ? above : below)->Scan(visit));
+    return (above_first ? below : above)->Scan(visit);
+  };
+}
+
+// Rows in the tier that has every row; may be an estimate.
+Result<uint64_t> RowsOf(const CachedTable& cached) {
+  const TierStack& stack = *cached.stack;
+  const Table* const lowest =
+      stack.persistent_tier.table ? stack.persistent_tier.table.get() : stack.volatile_tier.table.get();
+  HPS_ASSIGN_OR_RETURN(const TableStats stats, lowest->Stats());
+  return stats.rows;
+}
+
+}  // namespace
+
+Status ModelCaches::CheckPlans(std::span<const ModelConfig> models,
+                               const std::function<Result<uint64_t>(const TableConfig&)>& rows,
+                               ServerDevices& devices) {
+  std::vector<ServerDevices::Need> needs;
+  for (const ModelConfig& model : models) {
+    if (!Wanted(model, &devices)) continue;
+    std::vector<uint64_t> table_rows;
+    for (const TableConfig& table : model.tables) {
+      HPS_ASSIGN_OR_RETURN(const uint64_t count, rows(table));
+      table_rows.push_back(count);
+    }
+    HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
+    for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes});
+  }
+  return devices.CheckFreeMemory(needs);
+}
+
+Result<std::unique_ptr<ModelCaches>> ModelCaches::Build(const ModelConfig& model, std::span<const CachedTable> tables,
+                                                        const CacheBuildOptions& options, ServerDevices& devices,
+                                                        MetricsRegistry& metrics) {
+  std::vector<uint64_t> table_rows;
+  for (const CachedTable& table : tables) {
+    HPS_ASSIGN_OR_RETURN(const uint64_t rows, RowsOf(table));
+    table_rows.push_back(rows);
+  }
+  HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
+  std::vector<ServerDevices::Need> needs;
+  for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes});
+  HPS_RETURN_IF_ERROR(devices.CheckFreeMemory(needs));
+
+  std::unique_ptr<ModelCaches> caches(new ModelCaches(model));
+  for (const TableConfig& table : model.tables) caches->table_names_.push_back(table.name);
+  // The caches' own copies: what works for a cache in the background must not keep the model alive, which owns it.
+  const auto stacks = std::make_shared<std::vector<TierStack>>();
+  std::vector<const TierStack*> addresses;
+  for (const CachedTable& table : tables) stacks->push_back(*table.stack);
+  for (const TierStack& stack : *stacks) addresses.push_back(&stack);
+  caches->source_ = std::make_shared<TierRowSource>(std::move(addresses), stacks, *options.executor,
+                                                    *options.io_executor, options.long_keys);
+  caches->devices_.reserve(plans.size());
+  for (const DevicePlan& plan : plans) {
+    HPS_RETURN_IF_ERROR(caches->AddDevice(plan, tables, options, devices, metrics));
+  }
+  return caches;
+}
+
+Status ModelCaches::AddDevice(const DevicePlan& plan, std::span<const CachedTable> tables,
+                              const CacheBuildOptions& options, ServerDevices& devices, MetricsRegistry& metrics) {
+  HPS_ASSIGN_OR_RETURN(const ServerDevices::Shared shared, devices.Use(plan.device));
+  ModelDevice& device = devices_.emplace_back();
+  device.plan = plan;
+  device.inserts = shared.inserts;
+  HPS_ASSIGN_OR_RETURN(std::unique_ptr<WorkspacePool> pool, WorkspacePool::Open(shared.context, plan.workspaces));
+  device.resources = {shared.context, shared.writer, std::move(pool)};
+  for (size_t i = 0; i < plan.tables.size(); ++i) {
+    const TableCachePlan& table = plan.tables[i];
+    const RowScan scan = ScanOf(tables[i], table.start, options.cancelled);
+    std::shared_ptr<DeviceCache> cache;
+    if (table.start == CacheStart::kWhole) {
+      HPS_ASSIGN_OR_RETURN(cache, DeviceCache::MakeWhole(device.resources, table.spec, scan));
+    } else {
+      HPS_ASSIGN_OR_RETURN(cache, DeviceCache::Make(device.resources, table.spec));
+      if (table.start == CacheStart::kPreload) HPS_RETURN_IF_ERROR(cache->Preload(scan));
+    }
+    device.caches.push_back(std::move(cache));
+  }
+  const MetricLabels labels = {{"model", model_}, {"device", std::to_string(plan.device)}};
+  DeviceLookupOptions lookup;
+  lookup.hit_rate_threshold = plan.hit_rate_threshold;
+  lookup.metrics = {metrics.FindCounter("hps_cache_rows_served_total", labels),
+                    metrics.FindCounter("hps_cache_rows_missed_total", labels),
+                    metrics.FindCounter("hps_cache_rows_deferred_total", labels),
+                    metrics.FindCounter("hps_cache_rows_unwaited_total", labels),
+                    metrics.FindCounter("hps_cache_fills_outdated_total", labels)};
+  device.lookup = std::make_unique<DeviceLookup>(device.resources, source_, shared.inserts, lookup);
+  AddMetrics(device, metrics);
+  return OkStatus();
+}
+
+void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
+  const std::string number = std::to_string(device.plan.device);
+  for (size_t i = 0; i < device.caches.size(); ++i) {
+    const MetricLabels labels = {{"model", model_}, {"table", table_names_[i]}, {"device", number}};
+    std::vector<CountedTotal>& totals = device.cache_totals.emplace_back();
+    for (const char* what : {"inserted", "evicted", "updated", "refreshed", "erased", "outdated"}) {
+      totals.emplace_back(metrics.FindCounter(std::string("hps_cache_rows_") + what + "_total", labels));
+    }
+    device.cache_bytes.push_back(metrics.FindGauge("hps_cache_memory_bytes", labels));
+  }
+  const MetricLabels labels = {{"model", model_}, {"device", number}};
+  device.pool_totals.emplace_back(metrics.FindCounter("hps_workspaces_waited_total", labels));
+  device.pool_gauges = {metrics.FindGauge("hps_workspaces_made_count", labels),
+                        metrics.FindGauge("hps_workspaces_lent_count", labels),
+                        metrics.FindGauge("hps_workspaces_memory_bytes", labels)};
+}
+
+const ModelDevice* ModelCaches::Find(int device) const {
+  for (const ModelDevice& each : devices_) {
+    if (each.plan.device == device) return &each;
+  }
+  return nullptr;
+}
+
+Result<const ModelDevice*> FindCaches(const ModelConfig& model, const ModelCaches* caches, int device) {
+  const ModelDevice* const found = caches == nullptr ? nullptr : caches->Find(device);
+  if (found != nullptr) return found;
+  const std::string context = "model '" + model.name + "' has no cache on device " + std::to_string(device) + ": ";
+  const std::string on_host = "; or look up in host memory";
+  if (!model.gpucache) {
+    return InvalidArgument(context +
+                           "its \"gpucache\" is false; set it to true and name the device in its "
+                           "deployed_device_list" +
+                           on_host);
+  }
+  if (model.deployed_devices.empty()) {
+    return InvalidArgument(context + "its deployed_device_list is empty; name the device there" + on_host);
+  }
+  if (caches == nullptr) {
+    return InvalidArgument(context + "the server has no devices, its tiers serve the model" + on_host);
+  }
+  std::string there;
+  for (const ModelDevice& each : caches->devices()) {
+    there += (there.empty() ? "" : ", ") + std::to_string(each.plan.device);
+  }
+  return InvalidArgument(context + "its deployed_device_list is " + there +
+                         "; look up there, or add the device to "
+                         "the list and load the model anew" +
+                         on_host);
+}
+
+void ModelCaches::Start(ServerDevices& devices) const {
+  CacheRefresher* const refresher = devices.refresher();
+  for (const ModelDevice& device : devices_) {
+    refresher->AddPool(device.resources.workspaces);
+    const DevicePlan& plan = device.plan;
+    const bool refreshes = plan.refresh_delay.count() > 0 || plan.refresh_interval.count() > 0;
+    if (!(plan.refresh_fraction > 0.0) || !refreshes) continue;
+    for (uint32_t table = 0; table < device.caches.size(); ++table) {
+      // They are filled a moment ago: without a delay the first refresh is an interval away.
+      refresher->Add({device.caches[table], source_, table, plan.refresh_fraction,
+                      plan.refresh_delay.count() > 0 ? plan.refresh_delay : plan.refresh_interval,
+                      plan.refresh_interval});
+    }
+  }
+}
+
+void ModelCaches::Stop(ServerDevices& devices) const {
+  CacheRefresher* const refresher = devices.refresher();
+  for (const ModelDevice& device : devices_) {
+    for (const auto& cache : device.caches) {
+      if (refresher != nullptr) refresher->Remove(cache.get());
+      device.inserts->Remove(cache.get());
+    }
+  }
+  PublishMetrics(/*last=*/true);
+}
+
+// Devices work side by side: all are given their part before any is waited for.
+Status ModelCaches::OnEach(uint32_t table, const std::function<Status(DeviceCache& cache)>& write) const {
+  Status status;
+  for (const auto& step :
+       {write, std::function<Status(DeviceCache&)>([](DeviceCache& cache) { return cache.Flush(); })}) {
+    for (const ModelDevice& device : devices_) {
+      const Status done = step(*device.caches[table]);
+      if (status.ok() && device.resources.context->CheckAlive().ok()) status = done;
+    }
+  }
+  return status;
+}
+
+Status ModelCaches::Update(uint32_t table, std::span<const Key> keys, ConstRowBuffer rows) const {
+  return OnEach(table, [&](DeviceCache& cache) { return cache.Update(keys, rows); });
+}
+
+Status ModelCaches::Erase(uint32_t table, std::span<const Key> keys) const {
+  return OnEach(table, [&](DeviceCache& cache) { return cache.Erase(keys); });
+}
+
+Status ModelCaches::Refresh(std::optional<int> device, const std::atomic<bool>* cancelled,
+                            RefreshReport* report) const {
+  for (const ModelDevice& each : devices_) {
+    if (device && each.plan.device != *device) continue;
+    for (uint32_t table = 0; table < each.caches.size(); ++table) {
+      DeviceCache& cache = *each.caches[table];
+      if (cache.spec().type == CacheType::kStatic) {
+        return FailedPrecondition(cache.spec().name +
+                                  ": its cache is static and keeps the rows it was loaded with; replace the model to "
+                                  "load new ones, or use \"embedding_cache_type\": \"dynamic\"");
+      }
+      HPS_RETURN_IF_ERROR(RefreshCache(cache, *source_, table, each.plan.refresh_fraction, cancelled, report));
+    }
+  }
+  return OkStatus();
+}
+
+void ModelCaches::PublishMetrics(bool last) const {
+  std::lock_guard lock(metrics_mutex_);
+  retired_ = retired_ || last;
+  const auto set = [this](Gauge* gauge, uint64_t value) { gauge->Set(retired_ ? 0 : static_cast<int64_t>(value)); };
+  for (const ModelDevice& device : devices_) {
+    for (size_t i = 0; i < device.caches.size(); ++i) {
+      const CacheStats stats = device.caches[i]->stats();
+      const uint64_t totals[] = {stats.rows_inserted,  stats.rows_evicted, stats.rows_updated,
+                                 stats.rows_refreshed, stats.rows_erased,  stats.rows_outdated};
+      for (size_t t = 0; t < std::size(totals); ++t) device.cache_totals[i][t].Publish(totals[t]);
+      set(device.cache_bytes[i], stats.device_bytes);
+    }
+    const WorkspacePool::Stats pool = device.resources.workspaces->stats();
+    device.pool_totals[0].Publish(pool.waits);
+    set(device.pool_gauges[0], pool.workspaces);
+    set(device.pool_gauges[1], pool.lent);
+    set(device.pool_gauges[2], pool.device_bytes);
+  }
+}
+
+}  // namespace hps
