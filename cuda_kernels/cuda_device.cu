@@ -86,6 +86,9 @@ class CudaDevice final : public Device {
   int SynchronizeStream(cudaStream_t stream) override {
     return Here([&] { return cudaStreamSynchronize(stream); });
   }
+  int Synchronize() override {
+    return Here([] { return cudaDeviceSynchronize(); });
+  }
 
   int CreateEvent(cudaEvent_t* event) override {
     return Here([&] { return cudaEventCreateWithFlags(event, cudaEventDisableTiming); });
@@ -119,6 +122,9 @@ class CudaDevice final : public Device {
   int Query(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
             cudaStream_t stream) override {
     return Here([&] { return LaunchQuery(parts, num_parts, workspace, stamp, stream); });
+  }
+  int UntoldQuery(const QueryPart* parts, int num_parts, cudaStream_t stream) override {
+    return Here([&] { return LaunchUntoldQuery(parts, num_parts, stream); });
   }
   int Fill(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, const FillRequest& request,
            cudaStream_t stream) override {

@@ -61,6 +61,9 @@ class Device {
   virtual int QueryStream(cudaStream_t stream) = 0;
   virtual int SynchronizeStream(cudaStream_t stream) = 0;
 
+  // Waits for all work of all streams.
+  virtual int Synchronize() = 0;
+
   // An event counts as done until it is recorded for the first time.
   virtual int CreateEvent(cudaEvent_t* event) = 0;
   virtual void DestroyEvent(cudaEvent_t event) = 0;
@@ -78,6 +81,7 @@ class Device {
   virtual int Clear(const CacheTable& table, cudaStream_t stream) = 0;
   virtual int Query(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
                     cudaStream_t stream) = 0;
+  virtual int UntoldQuery(const QueryPart* parts, int num_parts, cudaStream_t stream) = 0;
   virtual int Fill(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, const FillRequest& request,
                    cudaStream_t stream) = 0;
   virtual int Insert(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, bool spill,

@@ -20,11 +20,21 @@
 
 namespace hps::cuda {
 
+// What the kernels tell each other about a table. Each change of keys or rows counts up `begun` before it and `ended`
+// behind it, so that a reader that finds both equal, and `begun` the same afterwards, has met no writer.
+struct alignas(16) CacheActivity {
+  uint32_t begun = 0;
+  uint32_t ended = 0;
+  uint64_t untold_missing = 0;  // positions that LaunchUntoldQuery answered with the default
+};
+
 struct CacheTable {
   CacheBucket* buckets = nullptr;  // (num_buckets) device memory
   uint64_t num_buckets = 0;        // at least kMinBuckets
   void* rows = nullptr;            // (num_buckets, 7, row_bytes) device memory
   uint32_t row_bytes = 0;
+  bool whole = false;                 // rows are never given up: readers leave no marks
+  CacheActivity* activity = nullptr;  // device memory
 };
 
 // Empties a table. The rows need no initialisation.
@@ -75,6 +85,10 @@ inline constexpr int kMaxQueryParts = 48;
 // At most kMaxQueryParts parts of together at most workspace.max_positions keys.
 int LaunchQuery(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
                 cudaStream_t stream);
+
+// Likewise where nobody asks what is missing, as in tables that are held whole: nothing is listed or published, missing
+// positions are counted by table. Needs no working memory, and may be recorded into a graph.
+int LaunchUntoldQuery(const QueryPart* parts, int num_parts, cudaStream_t stream);
 
 // The rows that the host has found for the missing keys of the query that went before in the stream and workspace:
 // copies them to all their positions in the output and inserts them into their tables.

@@ -28,13 +28,22 @@ __device__ __forceinline__ BucketQuarter LoadQuarter(const CacheBucket* bucket, 
                : "memory");
   return value;
 }
-__device__ __forceinline__ uint64_t LoadState(const CacheBucket* bucket) {
+__device__ __forceinline__ uint64_t LoadWord(const uint64_t* word) {
   uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(&bucket->state) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
+__device__ __forceinline__ uint64_t LoadState(const CacheBucket* bucket) { return LoadWord(&bucket->state); }
 __device__ __forceinline__ unsigned long long* StateAddress(CacheBucket* bucket) {
   return reinterpret_cast<unsigned long long*>(&bucket->state);
+}
+
+// Changes begun in the lower half, ended in the upper one.
+__device__ __forceinline__ uint64_t LoadActivity(const CacheActivity* activity) {
+  return LoadWord(reinterpret_cast<const uint64_t*>(activity));
+}
+__device__ __forceinline__ bool IsBusy(uint64_t activity) {
+  return static_cast<uint32_t>(activity) != static_cast<uint32_t>(activity >> 32);
 }
 
 // Four neighbouring lanes with the quarters of one bucket: the way that holds their key, or -1.
@@ -72,6 +81,40 @@ struct Tile {
   }
 };
 
+// Version and, in the lowest bit, the lock.
+__device__ __forceinline__ uint32_t VersionOf(uint64_t state) { return static_cast<uint32_t>(state >> 22); }
+
+// Two neighbouring lanes with the halves of one bucket: the way that holds their key, or -1. *state is that of the
+// bucket in the second lane, and a key in the first.
+__device__ __forceinline__ int HalfWayOf(const CacheBucket* bucket, int64_t key, int half, uint64_t* state) {
+  const BucketQuarter low = LoadQuarter(bucket, 2 * half);
+  const BucketQuarter high = LoadQuarter(bucket, 2 * half + 1);
+  int way = -1;
+  if (static_cast<int64_t>(low.low) == key) way = 4 * half;
+  if (static_cast<int64_t>(low.high) == key) way = 4 * half + 1;
+  if (static_cast<int64_t>(high.low) == key) way = 4 * half + 2;
+  if (half == 0 && static_cast<int64_t>(high.high) == key) way = 3;
+  *state = high.high;
+  return max(way, __shfl_xor_sync(0xFFFFFFFF, way, 1));
+}
+// A second look behind the row, by a whole warp: whether key or version have changed, or a writer was there; the same
+// answer in both lanes. `version` is that of the
+// state that HalfWayOf gave in the second lane. First the keys, then, when they have arrived, the states: so a key
+// was in its place under the version that both looks at the state have seen, and the row was its row.
+__device__ __forceinline__ bool HalfChanged(const CacheBucket* bucket, int64_t key, int way, int half,
+                                            uint32_t version) {
+  bool changed = false;
+  if (half == 0 && way >= 0) {
+    changed = LoadWord(reinterpret_cast<const uint64_t*>(&bucket->keys[way])) != static_cast<uint64_t>(key);
+  }
+  unsigned all = __ballot_sync(0xFFFFFFFF, changed);
+  if (half == 1 && way >= 0) {
+    changed = VersionOf(LoadState(bucket)) != version || (version & 1) != 0;
+  }
+  all |= __ballot_sync(0xFFFFFFFF, changed);
+  return (all >> (threadIdx.x & 30) & 3) != 0;
+}
+
 // Whether keys or version of a bucket changed between two looks, or a writer was there; this thread's quarter of it.
 __device__ __forceinline__ bool QuarterChanged(const BucketQuarter& before, const BucketQuarter& after, int quarter) {
   if (before.low != after.low) return true;
@@ -85,12 +128,9 @@ __device__ __forceinline__ const Word* RowOf(const CacheTable& table, uint64_t b
                                        (bucket * kCacheWays + way) * uint64_t{table.row_bytes});
 }
 
-// Calls body with the widest word type that fits, and with the number of lanes for so many words a row.
-template <typename Body>
-int WithWord(uintptr_t alignment, Body body) {
-  if (alignment % 16 == 0) return body(float4());
-  if (alignment % 8 == 0) return body(float2());
-  return body(float());
+inline bool IsValid(const CacheTable& table) {
+  return table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= kMinBuckets &&
+         table.activity != nullptr;
 }
 
 }  // namespace hps::cuda

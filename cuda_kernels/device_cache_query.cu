@@ -1,10 +1,14 @@
 // The query: one launch for all tables of a call.
 //
-// A warp serves eight keys at a time. First four lanes look for each key, one quarter of its bucket each, so that one
-// load reads eight buckets and a key is hashed once a group of four, not once a lane; then all lanes copy the eight
-// rows, with every load under way before the first store. What is rare (a second bucket, a writer that was about, a
-// missing key) is decided by votes of the warp and done out of line. The kernel is bound by instructions as soon as it
-// is not by memory; hence all this.
+// A warp serves sixteen keys at a time. First two lanes look for each key, one half of its bucket each, so that a key
+// is hashed twice and not thirty-two times; then all lanes copy the sixteen rows, with every load under way before the
+// first store. What is rare (a second bucket, a missing key, a writer that was about) is decided by votes of the warp
+// and done out of line. The kernel is bound by instructions as soon as it is not by memory; hence all this.
+//
+// Against writers: a warp that sees the table at rest before its first key and unchanged behind its last row (one word,
+// CacheActivity) has met none. Where a writer was about, the warp looks at each bucket again after its row, and does
+// single keys anew.
+//
 // Invariant of the dedup table: an entry is (stamp << 32) | position of the key's first occurrence; entries of older
 // stamps are free.
 //
@@ -22,16 +26,29 @@ namespace hps::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr uint32_t kBlockKeys = 1024;  // at most so many keys go to one block
+constexpr int kWarps = kThreads / 32;
+constexpr int kStepKeys = 16;        // of a warp at a time
+constexpr uint32_t kWarpKeys = 128;  // at most so many keys go to one warp
 constexpr int kMaxDevices = 64;
-constexpr uint32_t kWaves = 4;  // blocks for each that is resident at once: the end is then less ragged
-constexpr int kAttempts = 64;   // under writers that come again and again; then the key counts as missing
+// Blocks for each that is resident at once: one where the device has little to do (a second round would be a ragged
+// one), many where there is enough, so that the end is less ragged.
+constexpr uint64_t kManyWaves = 16;
+constexpr uint64_t kEnoughRounds = 8;
+constexpr int kAttempts = 64;  // under writers that come again and again; then the key counts as missing
+
+constexpr int kWideRows = 4;
+
+// How the words of a row fit the lanes that copy it.
+enum class Fit { kExact, kPartial, kWide };
 
 // Which instance of the kernel serves a part.
 struct Shape {
-  uint8_t word = 0;   // 0: 16 bytes, 1: 8, 2: 4
-  uint8_t steps = 0;  // a row takes 4 << steps lanes; 4: all lanes, more than once
-  bool operator==(const Shape& other) const { return word == other.word && steps == other.steps; }
+  uint8_t word = 0;    // 0: 16 bytes, 1: 8, 2: 4
+  uint8_t lanes = 0;   // a row takes 4 << lanes lanes; kWideRows: all lanes, more than once
+  bool exact = false;  // has as many words as lanes; told apart for the widest words alone
+  bool operator==(const Shape& other) const {
+    return word == other.word && lanes == other.lanes && exact == other.exact;
+  }
 };
 
 struct PartPlan {
@@ -42,11 +59,22 @@ struct PartPlan {
   Shape shape;
 };
 
+// What a kernel is given. One part is a kernel of its own: a launch is slower by the bytes of its arguments, and what
+// the compiler finds at fixed places it need not keep in registers.
+template <int kMaxParts>
 struct QueryPlan {
-  PartPlan parts[kMaxQueryParts];
-  int num_parts;
   QueryWorkspace workspace;
-  uint32_t stamp;
+  uint32_t stamp;  // 0: nobody waits; missing keys are only counted
+  int num_parts;
+  PartPlan parts[kMaxParts];
+
+  __device__ __forceinline__ const PartPlan& PartOfBlock() const {
+    int part = 0;
+    if (kMaxParts > 1) {
+      while (part + 1 < num_parts && blockIdx.x >= parts[part + 1].first_block) ++part;
+    }
+    return parts[part];
+  }
 };
 
 template <typename Word>
@@ -101,20 +129,21 @@ __device__ void AddMissing(const PartPlan& plan, uint32_t index, int64_t key, co
 
 using Warp = Tile<32>;
 
-// The keys of a block that need more than the common way: found nowhere, or met by a writer. In shared memory.
+// The keys of a warp that need more than the common way: found nowhere, or met by a writer. In shared memory.
+constexpr uint32_t kIsMissing = 0x80000000;
 struct RareKeys {
-  uint32_t count;
-  uint32_t entries[kBlockKeys];  // index in the part, and in the highest bit whether it is missing
-
-  __device__ void Add(uint32_t index, bool missing) {
-    entries[atomicAdd(&count, 1u)] = index | (missing ? 0x80000000u : 0u);
-  }
+  uint32_t entries[kWarpKeys];  // index in the part, and in the highest bit whether it is missing
 };
 
 template <typename Word>
 __device__ void CopyRow(const Word* from, Word* to, uint32_t words, int lane) {
 #pragma unroll 1
   for (uint32_t word = lane; word < words; word += 32) __stcs(to + word, __ldcg(from + word));
+}
+
+// The key of this lane's pair; behind the end the last one.
+__device__ __forceinline__ int64_t LoadKey(const Warp& warp, const QueryPart& part, uint32_t base) {
+  return __ldg(reinterpret_cast<const long long*>(part.keys) + min(base + warp.lane / 2, part.count - 1));
 }
 
 // One key by the whole warp, as often as it takes: the way of the query where a writer was about.
@@ -140,7 +169,7 @@ __device__ bool QueryAgain(const Warp& warp, const CacheTable& table, int64_t ke
   return false;
 }
 
-// Returns whether the key is missing; then its row is the default and it is listed.
+// Returns whether the key is missing; then its row is the default and it is listed, or counted where nobody waits.
 template <typename Word>
 __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing, const QueryWorkspace& workspace,
                              uint32_t stamp) {
@@ -152,93 +181,135 @@ __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing,
   if (!missing && QueryAgain<Word>(warp, part.table, key, output)) return false;
 #pragma unroll 1
   for (uint32_t word = warp.lane; word < words; word += 32) __stcs(output + word, Filled<Word>(part.default_value));
-  if (warp.lane == 0) AddMissing(plan, index, key, workspace, stamp);
+  if (warp.lane == 0) {
+    if (stamp != 0) {
+      AddMissing(plan, index, key, workspace, stamp);
+    } else {
+      atomicAdd(reinterpret_cast<unsigned long long*>(&part.table.activity->untold_missing), 1ull);
+    }
+  }
   return true;
 }
 
-// A row takes 4 * kSteps lanes; kWide: more words than there are lanes.
-template <typename Word, int kSteps, bool kWide>
-__device__ __forceinline__ void QueryKeys(const PartPlan& plan, uint32_t block, RareKeys* rare) {
-  constexpr int kRowLanes = 4 * kSteps;
-  constexpr uint32_t kNoSlot = 0xFFFFFFFF;
-  const Warp warp;
-  const CacheBucket* const buckets = plan.part.table.buckets;
-  const uint64_t num_buckets = plan.part.table.num_buckets;
-  const char* const rows = static_cast<const char*>(plan.part.table.rows);
-  const uint32_t row_bytes = plan.part.table.row_bytes;
+// Copies the rows of the slots that the lanes 0, 2, 4, ... hold to the output rows from `base` on, as far as there are.
+template <typename Word, int kRowLanes, Fit kFit, bool kBusy>
+__device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part, uint32_t slot, uint32_t base) {
+  const char* const rows = static_cast<const char*>(part.table.rows);
+  // Known to the compiler, a row's length costs no registers for addresses.
+  const uint32_t row_bytes = kFit == Fit::kExact ? kRowLanes * sizeof(Word) : part.table.row_bytes;
   const uint32_t words = row_bytes / sizeof(Word);
-  const uint32_t count = plan.part.count;
-  const int64_t* const keys = plan.part.keys;
-  const int quarter = warp.quarter();
-  const uint32_t step = plan.blocks * (kThreads / 4);
+  if (kFit == Fit::kWide) {
 #pragma unroll 1
-  for (uint32_t base = (block * kThreads + threadIdx.x) / 32 * 8; base < count; base += step) {
-    const uint32_t index = base + warp.lane / 4;
-    const bool asked = index < count;
-    const int64_t key = __ldg(reinterpret_cast<const long long*>(keys) + (asked ? index : count - 1));
-    const uint64_t hash = CacheHash(key);
-    const CacheBucket* bucket = buckets + FirstBucket(hash, num_buckets);
-    BucketQuarter before = LoadQuarter(bucket, quarter);
-    int way = GroupWayOf(before, key, quarter);
-    if (__any_sync(0xFFFFFFFF, quarter == 3 && way < 0 && (before.high & kStateOverflowed))) {
-      const unsigned overflowed = __ballot_sync(0xFFFFFFFF, quarter == 3 && (before.high & kStateOverflowed) != 0);
-      const bool second = way < 0 && (overflowed >> (warp.lane | 3) & 1);
-      if (second) {
-        bucket = buckets + SecondBucket(hash, num_buckets);
-        before = LoadQuarter(bucket, quarter);
-      }
-      way = GroupWayOf(before, key, quarter);
+    for (int row = 0; row < kStepKeys; ++row) {
+      const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, row * 2);
+      if (base + row >= part.count) continue;
+      CopyRow(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes),
+              static_cast<Word*>(part.output) + uint64_t{base + row} * words, words, warp.lane);
     }
-    const uint32_t slot = way < 0 ? kNoSlot : static_cast<uint32_t>(bucket - buckets) * kCacheWays + way;
-    if (kWide) {
+    return;
+  }
+  constexpr int kAll = kStepKeys * kRowLanes / 32;
+  constexpr int kAtOnce = kBusy && kAll > 4 ? 4 : kAll;  // else the registers of this way would bind the common one
+  constexpr int kRows = 32 / kRowLanes;                  // of one instruction
+  const uint32_t word = warp.lane % kRowLanes;
+  const uint32_t row = warp.lane / kRowLanes;
+  const bool copies = kFit == Fit::kExact || word < words;
+  Word* const output = static_cast<Word*>(part.output) + uint64_t{base + row} * words + word;
 #pragma unroll 1
-      for (int row = 0; row < 8; ++row) {
-        const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, row * 4);
-        if (base + row >= count || from == kNoSlot) continue;
-        CopyRow(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes),
-                static_cast<Word*>(plan.part.output) + uint64_t{base + row} * words, words, warp.lane);
+  for (int first = 0; first < kAll; first += kAtOnce) {
+    Word values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, ((first + i) * kRows + row) * 2);
+      if (copies) values[i] = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes) + word);
+    }
+    if (base + kStepKeys <= part.count) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (copies) __stcs(output + static_cast<uint32_t>((first + i) * kRows) * words, values[i]);
       }
     } else {
-      Word values[kSteps];
-      const uint32_t word = warp.lane % kRowLanes;
-      const uint32_t row = warp.lane / kRowLanes;
-      unsigned copies = 0;
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const uint32_t number = i * (8 / kSteps) + row;
-        const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, number * 4);
-        if (from != kNoSlot && base + number < count && word < words) {
-          copies |= 1u << i;
-          values[i] = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes) + word);
-        }
-      }
-      Word* const output = static_cast<Word*>(plan.part.output) + uint64_t{base + row} * words + word;
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (copies >> i & 1) __stcs(output + static_cast<uint32_t>(i * (8 / kSteps)) * words, values[i]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint32_t number = (first + i) * kRows;
+        if (copies && base + row + number < part.count) __stcs(output + number * words, values[i]);
       }
     }
-    const BucketQuarter after = LoadQuarter(bucket, quarter);
-    const unsigned changed = __ballot_sync(0xFFFFFFFF, QuarterChanged(before, after, quarter));
-    const bool again = (changed >> (warp.lane & ~3) & 0xF) != 0;
-    if (quarter == 3 && way >= 0) {
-      const uint64_t bit = StateNextRef(before.high, way);
-      if (bit != 0) atomicOr(StateAddress(const_cast<CacheBucket*>(bucket)), bit);
-    }
-    if (quarter == 0 && asked && (way < 0 || again)) rare->Add(index, way < 0);
   }
 }
 
-// What the block could not do in its stride.
+// All keys of a warp, from `first` on; returns how many of them are in `rare`. kRowLanes lanes copy a row.
+template <typename Word, int kRowLanes, Fit kFit, bool kBusy>
+__device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t first, int64_t key, RareKeys* rare) {
+  const Warp warp;
+  const CacheTable& table = plan.part.table;
+  const uint32_t count = plan.part.count;
+  const int half = warp.lane & 1;
+  const uint32_t step = plan.blocks * (kWarps * kStepKeys);
+  uint32_t num_rare = 0;
+  const auto add = [&](uint32_t base, bool is_rare, uint32_t missing) {
+    is_rare = is_rare && half == 0 && base + warp.lane / 2 < count;
+    const unsigned all = __ballot_sync(0xFFFFFFFF, is_rare);
+    if (all == 0) return;
+    if (is_rare) rare->entries[num_rare + __popc(all & ((1u << warp.lane) - 1))] = (base + warp.lane / 2) | missing;
+    num_rare += __popc(all);
+  };
+#pragma unroll 1
+  for (uint32_t base = first; base < count; base += step) {
+    if (base != first) key = LoadKey(warp, plan.part, base);
+    const uint64_t hash = CacheHash(key);
+    auto bucket = static_cast<uint32_t>(FirstBucket(hash, table.num_buckets));
+    uint64_t state;  // in the second half
+    int way = HalfWayOf(table.buckets + bucket, key, half, &state);
+    const bool overflowed = half == 1 && (state & kStateOverflowed) != 0;
+    if (__any_sync(0xFFFFFFFF, overflowed && way < 0)) {
+      const unsigned all = __ballot_sync(0xFFFFFFFF, overflowed);
+      const bool second = way < 0 && (all >> (warp.lane | 1) & 1);
+      if (second) bucket = static_cast<uint32_t>(SecondBucket(hash, table.num_buckets));
+      way = HalfWayOf(table.buckets + bucket, key, half, &state);
+    }
+    if (half == 1 && way >= 0 && !table.whole) {
+      const uint64_t bit = StateNextRef(state, way);
+      if (bit != 0) atomicOr(StateAddress(table.buckets + bucket), bit);
+    }
+    add(base, way < 0, kIsMissing);
+    // Missing keys copy row 0 at first, which is cheaper than leaving it out; their default comes later.
+    CopyRows<Word, kRowLanes, kFit, kBusy>(warp, plan.part, way < 0 ? 0 : bucket * kCacheWays + way, base);
+    if (kBusy) {
+      const bool changed = HalfChanged(table.buckets + bucket, key, way, half, VersionOf(state));
+      add(base, way >= 0 && changed, 0);
+    }
+  }
+  return num_rare;
+}
+
+// Without looking twice where no writer is about.
+template <typename Word, int kRowLanes, Fit kFit>
+__device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t block, RareKeys* rare) {
+  const CacheActivity* const activity = plan.part.table.activity;
+  const uint32_t first = (block * kThreads + threadIdx.x) / 32 * kStepKeys;
+  const int64_t key = LoadKey(Warp(), plan.part, first);
+  // The votes make the warp wait for these loads: for the first before it loads anything of the table, and before the
+  // last one for the rows, whose stores went out.
+  const uint64_t before = LoadActivity(activity);
+  if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
+    const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit, false>(plan, first, key, rare);
+    const uint64_t after = LoadActivity(activity);
+    if (!__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before))) return num_rare;
+  }
+  return QueryKeys<Word, kRowLanes, kFit, true>(plan, first, LoadKey(Warp(), plan.part, first), rare);
+}
+
+// What the warp could not do in its stride. Returns whether a key is missing.
 template <typename Word>
-__device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, const QueryWorkspace& workspace,
-                           uint32_t stamp) {
-  __syncthreads();
+__device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t num_rare,
+                           const QueryWorkspace& workspace, uint32_t stamp) {
+  __syncwarp();
   bool missed = false;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x / 32; i < rare.count; i += kThreads / 32) {
+  for (uint32_t i = 0; i < num_rare; ++i) {
     const uint32_t entry = rare.entries[i];
-    missed |= FinishRarely<Word>(plan, entry & 0x7FFFFFFF, entry >> 31, workspace, stamp);
+    missed |= FinishRarely<Word>(plan, entry & ~kIsMissing, (entry & kIsMissing) != 0, workspace, stamp);
   }
   return missed;
 }
@@ -260,78 +331,94 @@ __device__ void PublishResult(const QueryWorkspace& workspace, uint32_t stamp, u
   *reinterpret_cast<volatile uint64_t*>(&workspace.result->done) = (static_cast<uint64_t>(stamp) << 32) | positions;
 }
 
-__device__ __forceinline__ int PartOfBlock(const QueryPlan& plan) {
-  int part = 0;
-  while (part + 1 < plan.num_parts && blockIdx.x >= plan.parts[part + 1].first_block) ++part;
-  return part;
+__global__ void PublishNothingKernel(QueryWorkspace workspace, uint32_t stamp) {
+  PublishResult(workspace, stamp, 1, false);
+}
+int PublishNothing(const QueryWorkspace& workspace, uint32_t stamp, cudaStream_t stream) {
+  PublishNothingKernel<<<1, 32, 0, stream>>>(workspace, stamp);
+  return cudaGetLastError();
+}
+
+// Resident blocks that the compiler shall leave registers for; none of these makes it spill.
+constexpr int MinBlocks(int row_lanes, Fit fit) {
+  if (fit != Fit::kExact) return 1;
+  return row_lanes == 4 ? 5 : row_lanes == 32 ? 2 : 4;
+}
+
+template <typename Word, int kRowLanes, Fit kFit, typename Plan>
+__device__ __forceinline__ bool RunPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
+  RareKeys* const mine = &rare[threadIdx.x / 32];
+  const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit>(part, blockIdx.x - part.first_block, mine);
+  return FinishRare<Word>(part, *mine, num_rare, plan.workspace, plan.stamp);
 }
 
 // All parts of one shape.
-template <typename Word, int kSteps, bool kWide>
-__global__ void __launch_bounds__(kThreads) QueryKernel(const __grid_constant__ QueryPlan plan) {
-  __shared__ RareKeys rare;
-  if (threadIdx.x == 0) rare.count = 0;
-  __syncthreads();
-  const PartPlan& part = plan.parts[PartOfBlock(plan)];
-  QueryKeys<Word, kSteps, kWide>(part, blockIdx.x - part.first_block, &rare);
-  PublishResult(plan.workspace, plan.stamp, gridDim.x, FinishRare<Word>(part, rare, plan.workspace, plan.stamp));
+template <typename Word, int kRowLanes, Fit kFit, int kMaxParts>
+__global__ void __launch_bounds__(kThreads, MinBlocks(kRowLanes, kFit))
+    QueryKernel(const __grid_constant__ QueryPlan<kMaxParts> plan) {
+  __shared__ RareKeys rare[kWarps];
+  const bool missed = RunPart<Word, kRowLanes, kFit>(plan.PartOfBlock(), plan, rare);
+  if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
 }
 
-template <typename Word>
-__device__ bool RunPart(const PartPlan& part, uint32_t block, const QueryPlan& plan, RareKeys* rare) {
-  switch (part.shape.steps) {
-    case 0: QueryKeys<Word, 1, false>(part, block, rare); break;
-    case 1: QueryKeys<Word, 2, false>(part, block, rare); break;
-    case 2: QueryKeys<Word, 4, false>(part, block, rare); break;
-    case 3: QueryKeys<Word, 8, false>(part, block, rare); break;
-    default: QueryKeys<Word, 8, true>(part, block, rare);
-  }
-  return FinishRare<Word>(part, *rare, plan.workspace, plan.stamp);
-}
-
-__global__ void __launch_bounds__(kThreads) MixedQueryKernel(const __grid_constant__ QueryPlan plan) {
-  const PartPlan& part = plan.parts[PartOfBlock(plan)];
-  const uint32_t block = blockIdx.x - part.first_block;
-  __shared__ RareKeys rare;
-  if (threadIdx.x == 0) rare.count = 0;
-  __syncthreads();
-  const bool missed = part.shape.word == 0   ? RunPart<float4>(part, block, plan, &rare)
-                      : part.shape.word == 1 ? RunPart<float2>(part, block, plan, &rare)
-                                             : RunPart<float>(part, block, plan, &rare);
-  PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
-}
-
-using Kernel = void (*)(QueryPlan);
-
-template <typename Word>
-Kernel KernelOf(int steps) {
-  switch (steps) {
-    case 0: return QueryKernel<Word, 1, false>;
-    case 1: return QueryKernel<Word, 2, false>;
-    case 2: return QueryKernel<Word, 4, false>;
-    case 3: return QueryKernel<Word, 8, false>;
-    default: return QueryKernel<Word, 8, true>;
+template <typename Word, typename Plan>
+__device__ bool RunAnyPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
+  switch (part.shape.lanes) {  // a kernel for rare calls: no exact rows
+    case 0: return RunPart<Word, 4, Fit::kPartial>(part, plan, rare);
+    case 1: return RunPart<Word, 8, Fit::kPartial>(part, plan, rare);
+    case 2: return RunPart<Word, 16, Fit::kPartial>(part, plan, rare);
+    case 3: return RunPart<Word, 32, Fit::kPartial>(part, plan, rare);
+    default: return RunPart<Word, 32, Fit::kWide>(part, plan, rare);
   }
 }
 
-Kernel KernelOf(Shape shape) {
-  return shape.word == 0   ? KernelOf<float4>(shape.steps)
-         : shape.word == 1 ? KernelOf<float2>(shape.steps)
-                           : KernelOf<float>(shape.steps);
+using AnyPlan = QueryPlan<kMaxQueryParts>;
+
+__global__ void __launch_bounds__(kThreads) MixedQueryKernel(const __grid_constant__ AnyPlan plan) {
+  __shared__ RareKeys rare[kWarps];
+  const PartPlan& part = plan.PartOfBlock();
+  const bool missed = part.shape.word == 0   ? RunAnyPart<float4>(part, plan, rare)
+                      : part.shape.word == 1 ? RunAnyPart<float2>(part, plan, rare)
+                                             : RunAnyPart<float>(part, plan, rare);
+  if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
 }
 
-// Blocks of 256 threads that this device holds at once at best.
-uint32_t ResidentBlocks() {
-  static std::atomic<uint32_t> known[kMaxDevices];
+template <int kMaxParts>
+using Kernel = void (*)(QueryPlan<kMaxParts>);
+
+template <typename Word, Fit kFit, int kMaxParts>
+Kernel<kMaxParts> KernelOf(int lanes) {
+  switch (lanes) {
+    case 0: return QueryKernel<Word, 4, kFit, kMaxParts>;
+    case 1: return QueryKernel<Word, 8, kFit, kMaxParts>;
+    case 2: return QueryKernel<Word, 16, kFit, kMaxParts>;
+    case 3: return QueryKernel<Word, 32, kFit, kMaxParts>;
+    default: return QueryKernel<Word, 32, Fit::kWide, kMaxParts>;
+  }
+}
+
+template <int kMaxParts>
+Kernel<kMaxParts> KernelOf(Shape shape) {
+  return shape.exact       ? KernelOf<float4, Fit::kExact, kMaxParts>(shape.lanes)
+         : shape.word == 0 ? KernelOf<float4, Fit::kPartial, kMaxParts>(shape.lanes)
+         : shape.word == 1 ? KernelOf<float2, Fit::kPartial, kMaxParts>(shape.lanes)
+                           : KernelOf<float, Fit::kPartial, kMaxParts>(shape.lanes);
+}
+
+// Blocks of the kernel that this device holds at once. `number` tells the kernels apart.
+constexpr int kNumKernels = 41;
+uint32_t ResidentBlocks(const void* kernel, int number) {
+  static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  uint32_t blocks = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  std::atomic<uint32_t>* const place = device < kMaxDevices ? &known[device][number] : nullptr;
+  uint32_t blocks = place != nullptr ? place->load(std::memory_order_relaxed) : 0;
   if (blocks != 0) return blocks;
-  int threads = 0, processors = 0;
-  cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  int each = 0, processors = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  blocks = static_cast<uint32_t>(std::max(1, threads / kThreads * processors));
-  if (device < kMaxDevices) known[device].store(blocks, std::memory_order_relaxed);
+  blocks = static_cast<uint32_t>(std::max(1, each * processors));
+  if (place != nullptr) place->store(blocks, std::memory_order_relaxed);
   return blocks;
 }
 
@@ -342,56 +429,81 @@ Shape ShapeOf(const QueryPart& part) {
   Shape shape;
   shape.word = alignment % 16 == 0 ? 0 : alignment % 8 == 0 ? 1 : 2;
   const uint32_t words = part.table.row_bytes / (16u >> shape.word);
-  shape.steps = words <= 4 ? 0 : words <= 8 ? 1 : words <= 16 ? 2 : words <= 32 ? 3 : 4;
+  shape.lanes = words <= 4 ? 0 : words <= 8 ? 1 : words <= 16 ? 2 : words <= 32 ? 3 : kWideRows;
+  shape.exact = shape.word == 0 && shape.lanes < kWideRows && words == 4u << shape.lanes;
   return shape;
+}
+
+template <int kMaxParts>
+int Launch(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
+           cudaStream_t stream) {
+  QueryPlan<kMaxParts> plan;
+  plan.workspace = workspace;
+  plan.stamp = stamp;
+  plan.num_parts = 0;
+  uint64_t positions = 0, bytes = 0;
+  bool uniform = true;
+  for (int i = 0; i < num_parts; ++i) {
+    const QueryPart& part = parts[i];
+    if (part.count > 0) {
+      PartPlan& next = plan.parts[plan.num_parts++];
+      next.part = part;
+      next.first_position = static_cast<uint32_t>(positions);
+      next.shape = ShapeOf(part);
+      uniform = uniform && next.shape == plan.parts[0].shape;
+      bytes += uint64_t{part.count} * (part.table.row_bytes + 64);
+    }
+    positions += part.count;
+  }
+  if (plan.num_parts == 0) return stamp == 0 ? 0 : PublishNothing(workspace, stamp, stream);
+  const Shape shape = plan.parts[0].shape;
+  Kernel<kMaxParts> kernel = KernelOf<kMaxParts>(shape);
+  int number = (kMaxParts == 1 ? 0 : 20) + (shape.exact ? 3 : shape.word) * 5 + shape.lanes;
+  if constexpr (kMaxParts > 1) {
+    if (!uniform) kernel = MixedQueryKernel, number = kNumKernels - 1;
+  }
+  const uint64_t resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
+  const bool enough = positions >= kEnoughRounds * resident * kWarps * kStepKeys;
+  const uint64_t wanted = resident * (enough ? kManyWaves : 1);
+  uint32_t blocks = 0;
+  for (int i = 0; i < plan.num_parts; ++i) {
+    PartPlan& next = plan.parts[i];
+    // A fair part of the device, by bytes, and no more than there is to do.
+    const uint64_t count = next.part.count;
+    const uint64_t share = count * (next.part.table.row_bytes + 64) * wanted / bytes;
+    const uint64_t needed = (count + kWarps * kStepKeys - 1) / (kWarps * kStepKeys);
+    const uint64_t least = (count + kWarps * kWarpKeys - 1) / (kWarps * kWarpKeys);
+    next.first_block = blocks;
+    next.blocks = static_cast<uint32_t>(std::min(needed, std::max(share, least)));
+    blocks += next.blocks;
+  }
+  kernel<<<blocks, kThreads, 0, stream>>>(plan);
+  return cudaGetLastError();
+}
+
+int LaunchAny(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
+              cudaStream_t stream) {
+  if (num_parts < 0 || num_parts > kMaxQueryParts) return cudaErrorInvalidValue;
+  for (int i = 0; i < num_parts; ++i) {
+    if (!IsValid(parts[i].table)) return cudaErrorInvalidValue;
+  }
+  return num_parts == 1 ? Launch<1>(parts, 1, workspace, stamp, stream)
+                        : Launch<kMaxQueryParts>(parts, num_parts, workspace, stamp, stream);
 }
 
 }  // namespace
 
 int LaunchQuery(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
                 cudaStream_t stream) {
-  if (num_parts < 0 || num_parts > kMaxQueryParts || stamp == 0) return cudaErrorInvalidValue;
-  QueryPlan plan;
-  plan.workspace = workspace;
-  plan.stamp = stamp;
-  plan.num_parts = 0;
-  const uint32_t resident = ResidentBlocks();
-  uint64_t positions = 0, bytes = 0;
-  for (int i = 0; i < num_parts; ++i) bytes += uint64_t{parts[i].count} * (parts[i].table.row_bytes + 64);
-  uint32_t blocks = 0;
-  bool uniform = true;
-  for (int i = 0; i < num_parts; ++i) {
-    const QueryPart& part = parts[i];
-    if (part.table.row_bytes == 0 || part.table.row_bytes % 4 != 0 || part.table.num_buckets < kMinBuckets) {
-      return cudaErrorInvalidValue;
-    }
-    if (part.count > 0) {
-      PartPlan& next = plan.parts[plan.num_parts++];
-      next.part = part;
-      next.first_position = static_cast<uint32_t>(positions);
-      next.first_block = blocks;
-      next.shape = ShapeOf(part);
-      uniform = uniform && next.shape == plan.parts[0].shape;
-      // A fair part of the device, by bytes, and no more than there is to do.
-      const uint64_t share = uint64_t{part.count} * (part.table.row_bytes + 64) * resident * kWaves / bytes;
-      const uint64_t needed = (part.count + kThreads / 4 - 1) / (kThreads / 4);
-      const uint64_t least = (part.count + kBlockKeys - 1) / kBlockKeys;
-      next.blocks = static_cast<uint32_t>(std::min(needed, std::max(share, least)));
-      blocks += next.blocks;
-    }
-    positions += part.count;
-  }
+  if (stamp == 0) return cudaErrorInvalidValue;
+  uint64_t positions = 0;
+  for (int i = 0; i < num_parts; ++i) positions += parts[i].count;
   if (positions > workspace.max_positions) return cudaErrorInvalidValue;
-  if (plan.num_parts == 0) {  // nothing to ask: the result must be published all the same
-    PartPlan& nothing = plan.parts[plan.num_parts++];
-    nothing = {};
-    nothing.blocks = 1;
-    nothing.part.table.row_bytes = 16;
-    blocks = 1;
-  }
-  const Kernel kernel = uniform ? KernelOf(plan.parts[0].shape) : MixedQueryKernel;
-  kernel<<<blocks, kThreads, 0, stream>>>(plan);
-  return cudaGetLastError();
+  return LaunchAny(parts, num_parts, workspace, stamp, stream);
+}
+
+int LaunchUntoldQuery(const QueryPart* parts, int num_parts, cudaStream_t stream) {
+  return LaunchAny(parts, num_parts, QueryWorkspace(), 0, stream);
 }
 
 }  // namespace hps::cuda

@@ -40,6 +40,16 @@ __device__ void Unlock(CacheBucket* bucket, bool changed) {
   }
 }
 
+// By one thread that holds the locks, around all that readers could notice.
+__device__ void BeginChange(const CacheTable& table) {
+  atomicAdd(&table.activity->begun, 1u);
+  __threadfence();
+}
+__device__ void EndChange(const CacheTable& table) {
+  __threadfence();
+  atomicAdd(&table.activity->ended, 1u);
+}
+
 // The buckets of a key, locked. second is nullptr unless the key may be there.
 struct LockedKey {
   CacheBucket* first = nullptr;
@@ -83,9 +93,12 @@ __device__ LockedKey LockKey(const WriteTile& tile, const CacheTable& table, int
   }
 }
 
-__device__ void UnlockKey(const WriteTile& tile, const LockedKey& locked, const CacheBucket* changed) {
+// changed: the bucket in which the caller has changed something since BeginChange, or nullptr.
+__device__ void UnlockKey(const WriteTile& tile, const CacheTable& table, const LockedKey& locked,
+                          const CacheBucket* changed) {
   tile.Sync();
   if (tile.lane != 0) return;
+  if (changed != nullptr) EndChange(table);
   if (locked.second != nullptr) Unlock(locked.second, changed == locked.second);
   Unlock(locked.first, changed == locked.first);
 }
@@ -103,13 +116,14 @@ __device__ void WriteRow(const WriteTile& tile, const CacheTable& table, const C
 __device__ bool InsertKey(const WriteTile& tile, const CacheTable& table, int64_t key, const void* row, bool spill) {
   const LockedKey locked = LockKey(tile, table, key, spill);
   if (locked.found != nullptr) {
-    UnlockKey(tile, locked, nullptr);
+    UnlockKey(tile, table, locked, nullptr);
     return false;
   }
   CacheBucket* target = locked.first;
   int way = 0;
   int evicts = 0;
   if (tile.lane == 0) {
+    BeginChange(table);
     uint64_t state = LoadState(locked.first);
     way = ChooseWay(&state);
     evicts = (state & StateHolds(way)) != 0;
@@ -141,6 +155,7 @@ __device__ bool InsertKey(const WriteTile& tile, const CacheTable& table, int64_
   __threadfence();
   tile.Sync();
   if (tile.lane == 0) {
+    EndChange(table);
     // A reader of the key looks at the first bucket again where the second one matters.
     if (locked.second != nullptr) Unlock(locked.second, target == locked.second);
     Unlock(locked.first, true);
@@ -168,10 +183,12 @@ __global__ void __launch_bounds__(kThreads)
   ForEachTile(count, [&](const WriteTile& tile, uint32_t i) {
     const LockedKey locked = LockKey(tile, table, keys[i], false);
     if (locked.found != nullptr) {
+      if (tile.lane == 0) BeginChange(table);
+      tile.Sync();
       WriteRow(tile, table, locked.found, locked.way, rows + uint64_t{i} * table.row_bytes);
       __threadfence();
     }
-    UnlockKey(tile, locked, locked.found);
+    UnlockKey(tile, table, locked, locked.found);
   });
 }
 
@@ -179,17 +196,23 @@ __global__ void __launch_bounds__(kThreads) EraseKernel(CacheTable table, const 
   ForEachTile(count, [&](const WriteTile& tile, uint32_t i) {
     const LockedKey locked = LockKey(tile, table, keys[i], false);
     if (locked.found != nullptr && tile.lane == 0) {
+      BeginChange(table);
       *reinterpret_cast<volatile int64_t*>(&locked.found->keys[locked.way]) =
           FillerOf(locked.found - table.buckets, table.num_buckets);
       atomicAnd(StateAddress(locked.found),
                 ~static_cast<unsigned long long>(StateHolds(locked.way) | uint64_t{3} << (2 * locked.way)));
     }
-    UnlockKey(tile, locked, locked.found);
+    UnlockKey(tile, table, locked, locked.found);
   });
 }
 
 __global__ void __launch_bounds__(kThreads) ClearKernel(CacheTable table) {
   const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) *table.activity = CacheActivity();
+    // Queries read the first row in place of those that are missing.
+    for (uint32_t i = threadIdx.x; i < table.row_bytes / 4; i += blockDim.x) static_cast<uint32_t*>(table.rows)[i] = 0;
+  }
   for (uint64_t b = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; b < table.num_buckets; b += step) {
     const int64_t filler = FillerOf(b, table.num_buckets);
     for (int way = 0; way < kCacheWays; ++way) table.buckets[b].keys[way] = filler;
@@ -264,21 +287,17 @@ unsigned BlocksFor(uint64_t tiles_or_threads, uint64_t per_block) {
       std::min<uint64_t>(std::max<uint64_t>((tiles_or_threads + per_block - 1) / per_block, 1), kMaxBlocks));
 }
 
-bool Valid(const CacheTable& table) {
-  return table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= kMinBuckets;
-}
-
 }  // namespace
 
 int LaunchClear(const CacheTable& table, cudaStream_t stream) {
-  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (!IsValid(table)) return cudaErrorInvalidValue;
   ClearKernel<<<BlocksFor(table.num_buckets, kThreads), kThreads, 0, stream>>>(table);
   return cudaGetLastError();
 }
 
 int LaunchInsert(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, bool spill,
                  uint32_t* evicted, cudaStream_t stream) {
-  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
   InsertKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(
       table, keys, static_cast<const char*>(rows), count, spill, evicted);
@@ -286,7 +305,7 @@ int LaunchInsert(const CacheTable& table, const int64_t* keys, const void* rows,
 }
 
 int LaunchUpdate(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, cudaStream_t stream) {
-  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
   UpdateKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(table, keys,
                                                                              static_cast<const char*>(rows), count);
@@ -294,7 +313,7 @@ int LaunchUpdate(const CacheTable& table, const int64_t* keys, const void* rows,
 }
 
 int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) {
-  if (!Valid(table)) return cudaErrorInvalidValue;
+  if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
   EraseKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(table, keys, count);
   return cudaGetLastError();
@@ -302,7 +321,7 @@ int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cu
 
 int LaunchDump(const CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
                cudaStream_t stream) {
-  if (!Valid(table) || first > last || last > table.num_buckets) return cudaErrorInvalidValue;
+  if (!IsValid(table) || first > last || last > table.num_buckets) return cudaErrorInvalidValue;
   if (first == last) return cudaSuccess;
   DumpKernel<<<BlocksFor(last - first, kThreads), kThreads, 0, stream>>>(table, first, last, keys, count);
   return cudaGetLastError();

@@ -239,6 +239,18 @@ Status CacheWriter::Upload(std::byte* to, std::span<const std::byte> from) {
   return OkStatus();
 }
 
+Status CacheWriter::Download(void* to, const void* from, size_t bytes) {
+  cuda::Device& device = context_->device();
+  std::lock_guard lock(mutex_);
+  HPS_RETURN_IF_ERROR(context_->CheckAlive());
+  HPS_ASSIGN_OR_RETURN(Buffer * buffer, NextBuffer(bytes));
+  int error = device.Copy(buffer->pinned.get(), from, bytes, stream_.get());
+  if (error == 0) error = device.SynchronizeStream(stream_.get());
+  HPS_RETURN_IF_ERROR(context_->Check(error, "reading from the device"));
+  std::memcpy(to, buffer->pinned.get(), bytes);
+  return OkStatus();
+}
+
 Status CacheWriter::Flush() {
   std::lock_guard lock(mutex_);
   // Also where the device has failed: nothing may use the memory that is freed next.

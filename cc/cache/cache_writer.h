@@ -58,6 +58,8 @@ class CacheWriter {
   Status Dump(const cuda::CacheTable& table, uint64_t first, uint64_t last, std::vector<Key>* keys);
   Status Clear(const cuda::CacheTable& table);
   // Copies host memory into device memory.
+  // Copies at most a piece from the device, behind the writes so far, and waits for it.
+  Status Download(void* to, const void* from, size_t bytes);
   Status Upload(std::byte* to, std::span<const std::byte> from);
   Status Flush();
   Status OrderAfterWrites(DeviceStream stream);

@@ -13,7 +13,8 @@ uint64_t BucketsOf(uint64_t capacity_rows) {
 }
 
 uint64_t BytesOf(uint64_t num_buckets, uint32_t row_bytes) {
-  return num_buckets * (sizeof(cuda::CacheBucket) + uint64_t{cuda::kCacheWays} * row_bytes);
+  return num_buckets * (sizeof(cuda::CacheBucket) + uint64_t{cuda::kCacheWays} * row_bytes) +
+         sizeof(cuda::CacheActivity);
 }
 
 std::span<const std::byte> BytesOf(const std::vector<cuda::CacheBucket>& buckets) {
@@ -50,15 +51,21 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources
   }
   std::shared_ptr<DeviceCache> cache(new DeviceCache(resources, spec));
   DeviceContext& context = *resources.context;
-  HPS_ASSIGN_OR_RETURN(cache->buckets_, DeviceMemory::Allocate(context, num_buckets * sizeof(cuda::CacheBucket),
-                                                               "the keys of the cache of " + spec.name));
+  HPS_ASSIGN_OR_RETURN(
+      cache->buckets_,
+      DeviceMemory::Allocate(context, num_buckets * sizeof(cuda::CacheBucket) + sizeof(cuda::CacheActivity),
+                             "the keys of the cache of " + spec.name));
   HPS_ASSIGN_OR_RETURN(cache->rows_,
                        DeviceMemory::Allocate(context, num_buckets * cuda::kCacheWays * uint64_t{spec.row_bytes},
                                               "the rows of the cache of " + spec.name +
                                                   " (use a smaller gpucacheper, or fewer models on this device)"));
   cache->spec_.capacity_rows = num_buckets * cuda::kCacheWays;
-  cache->cache_.table = {reinterpret_cast<cuda::CacheBucket*>(cache->buckets_.get()), num_buckets, cache->rows_.get(),
-                         spec.row_bytes};
+  cuda::CacheTable& table = cache->cache_.table;
+  table.buckets = reinterpret_cast<cuda::CacheBucket*>(cache->buckets_.get());
+  table.num_buckets = num_buckets;
+  table.rows = cache->rows_.get();
+  table.row_bytes = spec.row_bytes;
+  table.activity = reinterpret_cast<cuda::CacheActivity*>(table.buckets + num_buckets);
   cache->cache_.number = context.NextCache();
   return cache;
 }
@@ -84,6 +91,7 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   keys = {};
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<DeviceCache> cache, Allocate(resources, spec, num_buckets));
   CacheWriter& writer = *resources.writer;
+  HPS_RETURN_IF_ERROR(writer.Clear(cache->cache_.table));
   HPS_RETURN_IF_ERROR(writer.Upload(cache->buckets_.get(), BytesOf(placement.Finish())));
   // Every key has its place now; rows follow as updates. Nobody else knows the cache yet, but tiers may change.
   std::vector<bool> written(placement.slots());
@@ -116,7 +124,7 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   }
   HPS_RETURN_IF_ERROR(writer.Erase(cache->cache_, gone, &loading));
   HPS_RETURN_IF_ERROR(writer.Flush());
-  cache->whole_ = spec.type == CacheType::kStatic;
+  cache->cache_.table.whole = spec.type == CacheType::kStatic;
   return cache;
 }
 
@@ -135,8 +143,10 @@ Status DeviceCache::Preload(const RowScan& scan) {
   return Flush();
 }
 
-// A lookup that runs holds the cache, so only what ended ones have left on their streams is waited for.
+// A lookup that runs holds the cache, so only what ended ones have left on their streams is waited for. Those of whole
+// tables leave nothing that tells when they are done.
 DeviceCache::~DeviceCache() {
+  if (whole()) (void)resources_.context->device().Synchronize();
   (void)resources_.writer->Flush();
   (void)resources_.workspaces->Quiesce();
 }
@@ -150,6 +160,10 @@ CacheStats DeviceCache::stats() const {
   stats.rows_erased = counters_.erased.load(std::memory_order_relaxed);
   stats.rows_outdated = counters_.outdated.load(std::memory_order_relaxed);
   stats.device_bytes = buckets_.bytes() + rows_.bytes();
+  cuda::CacheActivity activity;
+  if (whole() && resources_.writer->Download(&activity, cache_.table.activity, sizeof(activity)).ok()) {
+    stats.rows_defaulted = activity.untold_missing;
+  }
   return stats;
 }
 

@@ -69,7 +69,7 @@ class DeviceCache final : public EmbeddingCache {
   // The number by which the gate knows this cache.
   uint32_t number() const { return cache_.number; }
   // Static, and every row of the table was placed: a missing key is one that no tier had then.
-  bool whole() const { return whole_; }
+  bool whole() const { return cache_.table.whole; }
   // Rows that a fill has put in place and that were taken out again, because they had been updated meanwhile.
   void CountOutdated(uint64_t rows) { counters_.outdated.fetch_add(rows, std::memory_order_relaxed); }
 
@@ -80,7 +80,6 @@ class DeviceCache final : public EmbeddingCache {
 
   DeviceResources resources_;
   CacheSpec spec_;
-  bool whole_ = false;
   DeviceMemory buckets_;
   DeviceMemory rows_;
   WrittenCache cache_;

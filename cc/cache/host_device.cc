@@ -210,16 +210,38 @@ int HostDevice::EnqueueLaunch(Launch kind, cudaStream_t stream, std::function<vo
 
 int HostDevice::CreateStream(cudaStream_t* stream) {
   if (const int lost = lost_.load()) return lost;
-  *stream = reinterpret_cast<cudaStream_t>(new Stream(gate_, lost_));
+  auto made = std::make_shared<Stream>(gate_, lost_);
+  *stream = reinterpret_cast<cudaStream_t>(made.get());
+  std::lock_guard lock(mutex_);
+  Stream* const raw = made.get();
+  streams_.emplace(raw, std::move(made));
   return 0;
 }
-void HostDevice::DestroyStream(cudaStream_t stream) { delete reinterpret_cast<Stream*>(stream); }
+void HostDevice::DestroyStream(cudaStream_t stream) {
+  std::shared_ptr<Stream> gone;  // ends when the lock has been given back
+  std::lock_guard lock(mutex_);
+  const auto place = streams_.find(reinterpret_cast<Stream*>(stream));
+  if (place == streams_.end()) return;
+  gone = std::move(place->second);
+  streams_.erase(place);
+}
 int HostDevice::QueryStream(cudaStream_t stream) {
   if (const int lost = lost_.load()) return lost;
   return StreamOf(stream)->Idle() ? 0 : cuda::kErrorNotReady;
 }
 int HostDevice::SynchronizeStream(cudaStream_t stream) {
   StreamOf(stream)->Wait();
+  return lost_.load();
+}
+
+int HostDevice::Synchronize() {
+  std::vector<std::shared_ptr<Stream>> streams;
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& [raw, stream] : streams_) streams.push_back(stream);
+  }
+  StreamOf(nullptr)->Wait();
+  for (const auto& stream : streams) stream->Wait();
   return lost_.load();
 }
 
@@ -292,6 +314,14 @@ int HostDevice::Query(const cuda::QueryPart* parts, int num_parts, const cuda::Q
   if (const int error = CheckQuery(copy, workspace, stamp)) return error;
   return EnqueueLaunch(kQuery, stream,
                        [=, this, copy = std::move(copy)] { HostQuery(copy, workspace, stamp, locks_); });
+}
+int HostDevice::UntoldQuery(const cuda::QueryPart* parts, int num_parts, cudaStream_t stream) {
+  if (num_parts < 0 || num_parts > cuda::kMaxQueryParts) return cuda::kErrorInvalidValue;
+  std::vector<cuda::QueryPart> copy(parts, parts + num_parts);
+  for (const cuda::QueryPart& part : copy) {
+    if (const int error = CheckTable(part.table)) return error;
+  }
+  return EnqueueLaunch(kQuery, stream, [=, this, copy = std::move(copy)] { HostUntoldQuery(copy, locks_); });
 }
 int HostDevice::Fill(const cuda::QueryPart* parts, int num_parts, const cuda::QueryWorkspace& workspace,
                      const cuda::FillRequest& request, cudaStream_t stream) {

@@ -58,6 +58,7 @@ class HostDevice final : public cuda::Device {
   void DestroyStream(cudaStream_t stream) override;
   int QueryStream(cudaStream_t stream) override;
   int SynchronizeStream(cudaStream_t stream) override;
+  int Synchronize() override;
   int CreateEvent(cudaEvent_t* event) override;
   void DestroyEvent(cudaEvent_t event) override;
   int RecordEvent(cudaEvent_t event, cudaStream_t stream) override;
@@ -69,6 +70,7 @@ class HostDevice final : public cuda::Device {
   int Clear(const cuda::CacheTable& table, cudaStream_t stream) override;
   int Query(const cuda::QueryPart* parts, int num_parts, const cuda::QueryWorkspace& workspace, uint32_t stamp,
             cudaStream_t stream) override;
+  int UntoldQuery(const cuda::QueryPart* parts, int num_parts, cudaStream_t stream) override;
   int Fill(const cuda::QueryPart* parts, int num_parts, const cuda::QueryWorkspace& workspace,
            const cuda::FillRequest& request, cudaStream_t stream) override;
   int Insert(const cuda::CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, bool spill,
@@ -100,6 +102,7 @@ class HostDevice final : public cuda::Device {
   std::map<void*, std::pair<size_t, bool>> memory_;  // bytes; whether of the device
   uint64_t device_bytes_ = 0;
   std::unique_ptr<Stream> default_stream_;
+  std::map<Stream*, std::shared_ptr<Stream>> streams_;  // the others
 };
 
 }  // namespace hps

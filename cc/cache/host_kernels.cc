@@ -59,7 +59,7 @@ bool ReadRow(const CacheTable& table, int64_t key, void* output, BucketLocks& lo
       const int way = WayOf(*bucket, key);
       if (way < 0) continue;
       std::memcpy(output, RowOf(table, bucket, way), table.row_bytes);
-      bucket->state |= cuda::StateNextRef(bucket->state, way);
+      if (!table.whole) bucket->state |= cuda::StateNextRef(bucket->state, way);
       return true;
     }
     return false;
@@ -97,7 +97,8 @@ bool InsertKey(const CacheTable& table, int64_t key, const void* row, bool spill
 }  // namespace
 
 int CheckTable(const CacheTable& table) {
-  const bool valid = table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= cuda::kMinBuckets;
+  const bool valid = table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= cuda::kMinBuckets &&
+                     table.activity != nullptr;
   return valid ? 0 : cuda::kErrorInvalidValue;
 }
 
@@ -112,11 +113,24 @@ int CheckQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorks
 }
 
 void HostClear(const CacheTable& table, BucketLocks& locks) {
+  *table.activity = {};
   for (uint64_t b = 0; b < table.num_buckets; ++b) {
     CacheBucket& bucket = table.buckets[b];
     std::scoped_lock lock(locks.Of(&bucket));
     std::fill(bucket.keys, bucket.keys + kCacheWays, cuda::FillerOf(b, table.num_buckets));
     bucket.state = 0;
+  }
+}
+
+void HostUntoldQuery(const std::vector<cuda::QueryPart>& parts, BucketLocks& locks) {
+  for (const cuda::QueryPart& part : parts) {
+    const size_t row_words = part.table.row_bytes / sizeof(float);
+    for (uint32_t i = 0; i < part.count; ++i) {
+      float* const output = static_cast<float*>(part.output) + i * row_words;
+      if (ReadRow(part.table, part.keys[i], output, locks)) continue;
+      std::fill(output, output + row_words, part.default_value);
+      std::atomic_ref(part.table.activity->untold_missing).fetch_add(1, std::memory_order_relaxed);
+    }
   }
 }
 

@@ -36,6 +36,7 @@ int CheckTable(const cuda::CacheTable& table);
 int CheckQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorkspace& workspace, uint32_t stamp);
 
 void HostClear(const cuda::CacheTable& table, BucketLocks& locks);
+void HostUntoldQuery(const std::vector<cuda::QueryPart>& parts, BucketLocks& locks);
 void HostQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorkspace& workspace, uint32_t stamp,
                BucketLocks& locks);
 void HostFill(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorkspace& workspace,

@@ -123,7 +123,7 @@ void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
   for (size_t i = 0; i < device.caches.size(); ++i) {
     const MetricLabels labels = {{"model", model_}, {"table", table_names_[i]}, {"device", number}};
     std::vector<CountedTotal>& totals = device.cache_totals.emplace_back();
-    for (const char* what : {"inserted", "evicted", "updated", "refreshed", "erased", "outdated"}) {
+    for (const char* what : {"inserted", "evicted", "updated", "refreshed", "erased", "outdated", "defaulted"}) {
       totals.emplace_back(metrics.FindCounter(std::string("hps_cache_rows_") + what + "_total", labels));
     }
     device.cache_bytes.push_back(metrics.FindGauge("hps_cache_memory_bytes", labels));
@@ -241,8 +241,8 @@ void ModelCaches::PublishMetrics(bool last) const {
   for (const ModelDevice& device : devices_) {
     for (size_t i = 0; i < device.caches.size(); ++i) {
       const CacheStats stats = device.caches[i]->stats();
-      const uint64_t totals[] = {stats.rows_inserted,  stats.rows_evicted, stats.rows_updated,
-                                 stats.rows_refreshed, stats.rows_erased,  stats.rows_outdated};
+      const uint64_t totals[] = {stats.rows_inserted, stats.rows_evicted,  stats.rows_updated,  stats.rows_refreshed,
+                                 stats.rows_erased,   stats.rows_outdated, stats.rows_defaulted};
       for (size_t t = 0; t < std::size(totals); ++t) device.cache_totals[i][t].Publish(totals[t]);
       set(device.cache_bytes[i], stats.device_bytes);
     }

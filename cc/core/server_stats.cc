@@ -63,7 +63,8 @@ Json DevicesJson(const Model& model) {
                                  {"rows_updated", stats.rows_updated},
                                  {"rows_refreshed", stats.rows_refreshed},
                                  {"rows_erased", stats.rows_erased},
-                                 {"rows_outdated", stats.rows_outdated}});
+                                 {"rows_outdated", stats.rows_outdated},
+                                 {"rows_defaulted", stats.rows_defaulted}});
     }
     devices.push_back(std::move(entry));
   }

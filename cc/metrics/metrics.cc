@@ -82,6 +82,7 @@ constexpr std::pair<std::string_view, std::string_view> kHelp[] = {
     {"hps_cache_memory_bytes", "Memory of the device that the table's cache takes."},
     {"hps_cache_refreshes_done_total", "Refreshes of a whole cache in the background."},
     {"hps_cache_refreshes_failed_total", "Refreshes in the background that failed."},
+    {"hps_cache_rows_defaulted_total", "Default values in lookups of static caches, which nobody waits for."},
     {"hps_cache_rows_deferred_total", "Default values of keys that are inserted later (hit_rate_threshold)."},
     {"hps_cache_rows_erased_total", "Keys that were to be taken out of the cache."},
     {"hps_cache_rows_evicted_total", "Rows pushed out by inserts, those of lookups not counted."},

@@ -50,6 +50,7 @@ TEST_F(DeviceLookupTest, WholeTablesAreNotWaitedFor) {
   std::fill_n(expected.begin(), 10, 1);
   EXPECT_EQ(asked.Versions(stream.get()), expected);
   EXPECT_EQ(source_->fetches(), 0);
+  EXPECT_EQ(cache_->stats().rows_defaulted, 10u);
 }
 
 TEST_F(DeviceLookupTest, ACacheThatGoesWaitsForWhatItsLookupsLeft) {

@@ -21,13 +21,14 @@ class HostDeviceTest : public ::testing::Test {
  protected:
   struct Table {
     Table(cuda::Device& device, uint64_t num_buckets, uint32_t width)
-        : buckets(device, num_buckets), rows(device, num_buckets * kCacheWays * width) {
-      table = {buckets.get(), num_buckets, rows.get(), width * 4};
+        : buckets(device, num_buckets), rows(device, num_buckets * kCacheWays * width), activity(device, 1) {
+      table = {buckets.get(), num_buckets, rows.get(), width * 4, false, activity.get()};
       EXPECT_EQ(device.Clear(table, nullptr), 0);
       EXPECT_EQ(device.SynchronizeStream(nullptr), 0);
     }
     DeviceArray<CacheBucket> buckets;
     DeviceArray<float> rows;
+    DeviceArray<cuda::CacheActivity> activity;
     CacheTable table;
   };
   // Returns how many rows another one had to go for.

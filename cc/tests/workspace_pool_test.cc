@@ -133,7 +133,7 @@ TEST_F(WorkspacePoolTest, UsesOnDifferentStreamsAreOrdered) {
   EXPECT_EQ(device_->QueryStream(two.get()), cuda::kErrorNotReady);
   device_->HoldStream(one.get(), false);
   EXPECT_EQ(second.Versions(two.get()), std::vector<int>(20, 0));
-  EXPECT_EQ(device_->QueryStream(one.get()), 0);
+  EXPECT_EQ(device_->SynchronizeStream(one.get()), 0);
 }
 
 TEST_F(WorkspacePoolTest, ManyThreadsShareAFew) {

@@ -96,8 +96,8 @@ class DeviceArray {
 class Table {
  public:
   Table(uint64_t num_buckets, uint32_t width)
-      : width(width), buckets_(num_buckets), rows_(num_buckets * kCacheWays * width) {
-    table = {buckets_.get(), num_buckets, rows_.get(), width * 4};
+      : width(width), buckets_(num_buckets), rows_(num_buckets * kCacheWays * width), activity_(1) {
+    table = {buckets_.get(), num_buckets, rows_.get(), width * 4, false, activity_.get()};
     CHECK_CUDA(LaunchClear(table, nullptr));
   }
   void Insert(const std::vector<int64_t>& keys, uint32_t version, bool spill = false, uint32_t* evicted = nullptr) {
@@ -138,6 +138,7 @@ class Table {
  private:
   DeviceArray<CacheBucket> buckets_;
   DeviceArray<float> rows_;
+  DeviceArray<CacheActivity> activity_;
 };
 
 uint32_t PowerOfTwo(uint32_t at_least) {

@@ -71,7 +71,9 @@ struct CacheStats {
   uint64_t rows_refreshed = 0;
   uint64_t rows_erased = 0;    // given to Erase
   uint64_t rows_outdated = 0;  // left out of Insert or Refresh, or erased after a fill: updated meanwhile
-  uint64_t device_bytes = 0;   // buckets and rows
+  // Positions that lookups nobody waited for answered with the default value: whole static caches.
+  uint64_t rows_defaulted = 0;
+  uint64_t device_bytes = 0;  // buckets and rows
 };
 
 class EmbeddingCache {

@@ -1,0 +1,333 @@
+// How fast the device cache answers when every key is resident, beside the ceiling of a hash lookup on the same GPU in
+// the same run: a kernel that reads each key, hashes it, reads one random sector of 32 bytes, and copies the row that
+// it leads to (best of four shapes). Each line of output is one measurement in JSON; all rows are checked.
+//
+//   told      LaunchQuery: the host learns what is missing (dynamic caches)
+//   whole     LaunchUntoldQuery over a table that gives up no rows (static caches)
+//   wall_us   from the launch until the host knows that nothing is missing, median and p99 of 2,000 calls
+//
+// Keys are uniform over the resident rows, or follow Zipf's law with exponent 1.05. Times are medians of five rounds of
+// 32 batches of different keys; the resident rows are those of the issue's table where the GPU has room for them.
+//
+// Usage: device_cache_benchmark [COMMIT]
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "benchmarks/native/run_record.h"
+#include "cuda_kernels/device_cache.h"
+
+namespace hps::cuda {
+namespace {
+
+constexpr int kBatches = 32;
+constexpr int kRounds = 5;
+constexpr uint32_t kMostKeys = 1 << 20;
+
+void Check(int error, int line) {
+  if (error == 0) return;
+  std::fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(static_cast<cudaError_t>(error)));
+  std::exit(1);
+}
+#define CHECK(call) Check(static_cast<int>(call), __LINE__)
+
+template <typename T>
+class Array {
+ public:
+  explicit Array(size_t count) { CHECK(cudaMalloc(&data_, count * sizeof(T))); }
+  Array(const Array&) = delete;
+  ~Array() { cudaFree(data_); }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+__global__ void MakeKeys(int64_t* keys, uint64_t first, uint32_t count) {
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) keys[i] = static_cast<int64_t>(CacheHash(static_cast<int64_t>(first + i)));
+}
+__host__ __device__ float Element(int64_t key, uint32_t column) {
+  return static_cast<float>(CacheHash(key + column * 0x9E3779B97F4A7C15) >> 40);
+}
+__global__ void MakeRows(const int64_t* keys, uint32_t count, float* rows, uint32_t width) {
+  const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < uint64_t{count} * width; i += step) {
+    rows[i] = Element(keys[i / width], static_cast<uint32_t>(i % width));
+  }
+}
+__global__ void CountWrong(const int64_t* keys, uint32_t count, const float* rows, uint32_t width, uint32_t* wrong) {
+  const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < uint64_t{count} * width; i += step) {
+    if (rows[i] != Element(keys[i / width], static_cast<uint32_t>(i % width))) atomicAdd(wrong, 1u);
+  }
+}
+
+// kLanes threads of 16 bytes a row, kKeys rows of each group of threads at once.
+template <int kLanes, int kKeys>
+__global__ void __launch_bounds__(256) Ceiling(const int64_t* keys, const uint4* sectors, uint64_t num_sectors,
+                                               const float4* rows, uint64_t num_rows, float4* output, uint32_t count) {
+  const int lane = threadIdx.x % kLanes;
+  const uint64_t first = (uint64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kLanes * kKeys;
+  uint64_t place[kKeys];
+  uint4 sector[kKeys];
+  float4 value[kKeys];
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) place[k] = first + k < count ? CacheHash(keys[first + k]) : 0;
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) sector[k] = __ldg(sectors + __umul64hi(place[k], num_sectors) * 2 + (lane & 1));
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {  // the sectors hold zeros; the row's place has to wait for them all the same
+    place[k] = __umul64hi(CacheHash(static_cast<int64_t>(place[k] + sector[k].x)), num_rows);
+  }
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+    if (first + k < count) value[k] = __ldcs(rows + place[k] * kLanes + lane);
+  }
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+    if (first + k < count) __stcs(output + (first + k) * kLanes + lane, value[k]);
+  }
+}
+
+class Benchmark {
+ public:
+  Benchmark(uint32_t width, uint64_t capacity)
+      : width_(width),
+        num_buckets_(capacity / kCacheWays),
+        buckets_(num_buckets_),
+        rows_(num_buckets_ * kCacheWays * width),
+        activity_(1),
+        keys_(uint64_t{kBatches} * kMostKeys),
+        output_(uint64_t{kMostKeys} * width),
+        sectors_(capacity / 2),
+        first_wins_(2 * kMostKeys),
+        lists_(3 * kMostKeys),
+        counters_(64) {
+    CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    CHECK(cudaMemset(first_wins_.get(), 0, 2 * kMostKeys * sizeof(uint64_t)));
+    CHECK(cudaMemset(counters_.get(), 0, 256));
+    CHECK(cudaMemset(sectors_.get(), 0, capacity / 2 * sizeof(uint4)));
+    CHECK(cudaHostAlloc(&missing_, kMostKeys * sizeof(MissingKey), cudaHostAllocMapped));
+    CHECK(cudaHostAlloc(&result_, sizeof(QueryResult), cudaHostAllocMapped));
+    std::memset(result_, 0, sizeof(QueryResult));
+    workspace_ = {first_wins_.get(),
+                  2 * kMostKeys,
+                  lists_.get(),
+                  lists_.get() + kMostKeys,
+                  lists_.get() + 2 * kMostKeys,
+                  counters_.get(),
+                  nullptr,
+                  nullptr,
+                  kMostKeys};
+    CHECK(cudaHostGetDevicePointer(&workspace_.missing, missing_, 0));
+    CHECK(cudaHostGetDevicePointer(&workspace_.result, result_, 0));
+    table_ = {buckets_.get(), num_buckets_, rows_.get(), width * 4, false, activity_.get()};
+    Fill();
+  }
+  ~Benchmark() {
+    cudaStreamDestroy(stream_);
+    cudaFreeHost(missing_);
+    cudaFreeHost(result_);
+  }
+
+  void Run() {
+    for (const double zipf : {0.0, 1.05}) {
+      PickKeys(zipf);
+      for (const uint32_t count : {1u << 10, 1u << 14, 1u << 16, 1u << 20}) Measure(count, zipf);
+    }
+  }
+
+ private:
+  // Half as many rows again as there is room for: every bucket is full then, or nearly.
+  void Fill() {
+    CHECK(LaunchClear(table_, stream_));
+    const uint64_t rows = num_buckets_ * kCacheWays * 3 / 2;
+    for (uint64_t first = 0; first < rows; first += kMostKeys) {
+      const auto count = static_cast<uint32_t>(std::min<uint64_t>(kMostKeys, rows - first));
+      MakeKeys<<<kMostKeys / 256, 256, 0, stream_>>>(keys_.get(), first, count);
+      MakeRows<<<4096, 256, 0, stream_>>>(keys_.get(), count, output_.get(), width_);
+      CHECK(LaunchInsert(table_, keys_.get(), output_.get(), count, false, nullptr, stream_));
+    }
+    constexpr uint64_t kPiece = uint64_t{kBatches} * kMostKeys / kCacheWays;
+    for (uint64_t first = 0; first < num_buckets_; first += kPiece) {
+      CHECK(cudaMemsetAsync(counters_.get() + 32, 0, 4, stream_));
+      CHECK(LaunchDump(table_, first, std::min(first + kPiece, num_buckets_), keys_.get(), counters_.get() + 32,
+                       stream_));
+      uint32_t found = 0;
+      CHECK(cudaMemcpyAsync(&found, counters_.get() + 32, 4, cudaMemcpyDeviceToHost, stream_));
+      CHECK(cudaStreamSynchronize(stream_));
+      const size_t before = resident_.size();
+      resident_.resize(before + found);
+      CHECK(cudaMemcpy(resident_.data() + before, keys_.get(), found * 8ull, cudaMemcpyDeviceToHost));
+    }
+  }
+
+  void PickKeys(double zipf) {
+    std::mt19937_64 random(7);
+    std::vector<int64_t> picked(uint64_t{kBatches} * kMostKeys);
+    const auto rows = static_cast<double>(resident_.size());
+    for (int64_t& key : picked) {
+      const double u = static_cast<double>(random() >> 11) * 0x1p-53;
+      // Zipf's law, by the inverse of its continuous form.
+      const double rank = zipf == 0 ? u * rows : std::pow(1 + u * (std::pow(rows, 1 - zipf) - 1), 1 / (1 - zipf)) - 1;
+      // Neighbours in rank are no neighbours in memory.
+      const size_t place = std::min(resident_.size() - 1, static_cast<size_t>(rank));
+      key = resident_[static_cast<size_t>(place * 1'000'000'007ull % resident_.size())];
+    }
+    CHECK(cudaMemcpy(keys_.get(), picked.data(), picked.size() * 8, cudaMemcpyHostToDevice));
+  }
+
+  double Microseconds(const std::function<void(int)>& launch) {
+    cudaEvent_t begin, end;
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    std::vector<float> times;
+    for (int i = 0; i < kBatches; ++i) launch(i);
+    for (int round = 0; round < kRounds; ++round) {
+      CHECK(cudaEventRecord(begin, stream_));
+      for (int i = 0; i < kBatches; ++i) launch(i);
+      CHECK(cudaEventRecord(end, stream_));
+      CHECK(cudaEventSynchronize(end));
+      float milliseconds = 0;
+      CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+      times.push_back(milliseconds);
+    }
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
+    std::sort(times.begin(), times.end());
+    return times[kRounds / 2] * 1e3 / kBatches;
+  }
+
+  template <int kLanes, int kKeys>
+  double CeilingOf(uint32_t count) {
+    const uint64_t threads = (uint64_t{count} + kKeys - 1) / kKeys * kLanes;
+    return Microseconds([&](int i) {
+      Ceiling<kLanes, kKeys><<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream_>>>(
+          Keys(i, count), sectors_.get(), num_buckets_ * kCacheWays / 4, reinterpret_cast<const float4*>(rows_.get()),
+          num_buckets_ * kCacheWays, reinterpret_cast<float4*>(output_.get()), count);
+    });
+  }
+  template <int kLanes>
+  double CeilingOf(uint32_t count) {
+    return std::min({CeilingOf<kLanes, 1>(count), CeilingOf<kLanes, 2>(count), CeilingOf<kLanes, 4>(count),
+                     CeilingOf<kLanes, 8>(count)});
+  }
+
+  const int64_t* Keys(int batch, uint32_t count) const { return keys_.get() + uint64_t(batch) * count; }
+  QueryPart Part(int batch, uint32_t count, bool whole) const {
+    CacheTable table = table_;
+    table.whole = whole;
+    return {table, Keys(batch, count), count, -1.0f, output_.get()};
+  }
+  void Told(int batch, uint32_t count) {
+    const QueryPart part = Part(batch, count, false);
+    CHECK(LaunchQuery(&part, 1, workspace_, ++stamp_, stream_));
+  }
+  void Whole(int batch, uint32_t count) {
+    const QueryPart part = Part(batch, count, true);
+    CHECK(LaunchUntoldQuery(&part, 1, stream_));
+  }
+
+  // The batch that was asked last must be right.
+  void CheckRows(uint32_t count) {
+    CHECK(cudaMemsetAsync(counters_.get() + 32, 0, 4, stream_));
+    CountWrong<<<4096, 256, 0, stream_>>>(Keys(kBatches - 1, count), count, output_.get(), width_,
+                                          counters_.get() + 32);
+    uint32_t wrong = 0;
+    CHECK(cudaMemcpyAsync(&wrong, counters_.get() + 32, 4, cudaMemcpyDeviceToHost, stream_));
+    CHECK(cudaStreamSynchronize(stream_));
+    CHECK(cudaMemsetAsync(output_.get(), 0xFF, uint64_t{count} * width_ * 4, stream_));
+    if (wrong == 0) return;
+    std::fprintf(stderr, "%u elements of %u rows of width %u are wrong\n", wrong, count, width_);
+    std::exit(1);
+  }
+
+  std::vector<double> WallMicroseconds(uint32_t count) {
+    std::vector<double> times;
+    const volatile uint64_t* done = &result_->done;
+    for (int i = 0; i < 2200; ++i) {
+      const auto begin = Now();
+      Told(i % kBatches, count);
+      while (*done >> 32 != stamp_) {
+      }
+      if (i >= 200) times.push_back(Now() - begin);
+      if (static_cast<uint32_t>(*done) != 0) Check(cudaErrorUnknown, __LINE__);
+      CHECK(cudaStreamSynchronize(stream_));
+    }
+    std::sort(times.begin(), times.end());
+    return times;
+  }
+  static double Now() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return static_cast<double>(now.tv_sec) * 1e6 + static_cast<double>(now.tv_nsec) * 1e-3;
+  }
+
+  void Measure(uint32_t count, double zipf) {
+    const double ceiling = width_ == 16   ? CeilingOf<4>(count)
+                           : width_ == 64 ? CeilingOf<16>(count)
+                                          : CeilingOf<32>(count);
+    const double told = Microseconds([&](int i) { Told(i, count); });
+    CheckRows(count);
+    const double whole = Microseconds([&](int i) { Whole(i, count); });
+    CheckRows(count);
+    std::printf(
+        "{\"kind\": \"device_cache_hits\", \"width\": %u, \"resident_rows\": %zu, \"zipf\": %.2f, \"keys\": %u, "
+        "\"ceiling_us\": %.2f, \"told_us\": %.2f, \"told_ratio\": %.3f, \"whole_us\": %.2f, \"whole_ratio\": %.3f",
+        width_, resident_.size(), zipf, count, ceiling, told, ceiling / told, whole, ceiling / whole);
+    if (zipf == 0 && count <= 1 << 14) {
+      const std::vector<double> times = WallMicroseconds(count);
+      std::printf(", \"wall_us\": %.1f, \"wall_p99_us\": %.1f", times[times.size() / 2],
+                  times[times.size() * 99 / 100]);
+    }
+    std::puts("}");
+  }
+
+  const uint32_t width_;
+  const uint64_t num_buckets_;
+  Array<CacheBucket> buckets_;
+  Array<float> rows_;
+  Array<CacheActivity> activity_;
+  Array<int64_t> keys_;
+  Array<float> output_;
+  Array<uint4> sectors_;
+  Array<uint64_t> first_wins_;
+  Array<uint32_t> lists_;
+  Array<uint32_t> counters_;
+  MissingKey* missing_ = nullptr;
+  QueryResult* result_ = nullptr;
+  QueryWorkspace workspace_;
+  CacheTable table_;
+  cudaStream_t stream_ = nullptr;
+  uint32_t stamp_ = 0;
+  std::vector<int64_t> resident_;
+};
+
+int Main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  cudaDeviceProp device;
+  CHECK(cudaGetDeviceProperties(&device, 0));
+  std::printf(
+      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"device_cache_benchmark\", \"commit\": \"%s\", "
+      "\"machine\": \"%s\", \"cuda\": \"%d.%d\"}\n",
+      UtcNow().c_str(), argc > 1 ? argv[1] : Commit().c_str(), device.name, CUDART_VERSION / 1000,
+      CUDART_VERSION % 1000 / 10);
+  const std::pair<uint32_t, uint64_t> shapes[] = {{16, 40'000'000}, {64, 10'000'000}, {128, 5'000'000}};
+  for (const auto& [width, rows] : shapes) Benchmark(width, rows).Run();
+  return 0;
+}
+
+}  // namespace
+}  // namespace hps::cuda
+
+int main(int argc, char** argv) { return hps::cuda::Main(argc, argv); }
