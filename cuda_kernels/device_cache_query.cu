@@ -297,6 +297,7 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t blo
     const uint64_t after = LoadActivity(activity);
     if (!__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before))) return num_rare;
   }
+  __syncwarp();  // what the first round has put into `rare` counts no more
   return QueryKeys<Word, kRowLanes, kFit, true>(plan, first, LoadKey(Warp(), plan.part, first), rare);
 }
 
