@@ -75,6 +75,7 @@ class Benchmark {
     folder_ = ::mkdtemp(pattern.data());
     WriteTable(folder_ / "t", rows, width);
     ServerConfig config;
+    config.volatile_db.num_partitions = 16;
     for (const bool fixed : {false, true}) {
       ModelConfig model;
       model.name = fixed ? "static" : "dynamic";
