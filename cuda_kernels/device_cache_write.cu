@@ -282,6 +282,16 @@ __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ F
   });
 }
 
+// Writes that no lookup waits for use an eighth of the device: a query that comes meanwhile finds room on every
+// multiprocessor. So they still change more rows than the link can bring.
+unsigned BackgroundBlocks(uint64_t tiles) {
+  int device = 0, processors = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  return static_cast<unsigned>(std::min<uint64_t>((tiles + kThreads / kLanes - 1) / (kThreads / kLanes), processors));
+}
+
 unsigned BlocksFor(uint64_t tiles_or_threads, uint64_t per_block) {
   return static_cast<unsigned>(
       std::min<uint64_t>(std::max<uint64_t>((tiles_or_threads + per_block - 1) / per_block, 1), kMaxBlocks));
@@ -299,23 +309,22 @@ int LaunchInsert(const CacheTable& table, const int64_t* keys, const void* rows,
                  uint32_t* evicted, cudaStream_t stream) {
   if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
-  InsertKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(
-      table, keys, static_cast<const char*>(rows), count, spill, evicted);
+  InsertKernel<<<BackgroundBlocks(count), kThreads, 0, stream>>>(table, keys, static_cast<const char*>(rows), count,
+                                                                 spill, evicted);
   return cudaGetLastError();
 }
 
 int LaunchUpdate(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, cudaStream_t stream) {
   if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
-  UpdateKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(table, keys,
-                                                                             static_cast<const char*>(rows), count);
+  UpdateKernel<<<BackgroundBlocks(count), kThreads, 0, stream>>>(table, keys, static_cast<const char*>(rows), count);
   return cudaGetLastError();
 }
 
 int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) {
   if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
-  EraseKernel<<<BlocksFor(count, kThreads / kLanes), kThreads, 0, stream>>>(table, keys, count);
+  EraseKernel<<<BackgroundBlocks(count), kThreads, 0, stream>>>(table, keys, count);
   return cudaGetLastError();
 }
 

@@ -5,6 +5,7 @@
 //   told      LaunchQuery: the host learns what is missing (dynamic caches)
 //   whole     LaunchUntoldQuery over a table that gives up no rows (static caches)
 //   wall_us   from the launch until the host knows that nothing is missing, median and p99 of 2,000 calls
+//   beside    the same for batches of 65,536 keys while another stream updates rows, at a tenth of the memory's rate
 //
 // Keys are uniform over the resident rows, or follow Zipf's law with exponent 1.05. Times are medians of five rounds of
 // 32 batches of different keys; the resident rows are those of the issue's table where the GPU has room for them.
@@ -14,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -21,6 +23,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "benchmarks/native/run_record.h"
@@ -31,6 +34,7 @@ namespace {
 
 constexpr int kBatches = 32;
 constexpr int kRounds = 5;
+constexpr int kCalls = 2200;  // of which the first 200 are not timed
 constexpr uint32_t kMostKeys = 1 << 20;
 
 void Check(int error, int line) {
@@ -144,6 +148,7 @@ class Benchmark {
     for (const double zipf : {0.0, 1.05}) {
       PickKeys(zipf);
       for (const uint32_t count : {1u << 10, 1u << 14, 1u << 16, 1u << 20}) Measure(count, zipf);
+      if (zipf == 0) MeasureBesideWriter(0.1);
     }
   }
 
@@ -239,10 +244,9 @@ class Benchmark {
   }
 
   // The batch that was asked last must be right.
-  void CheckRows(uint32_t count) {
+  void CheckRows(uint32_t count, int batch = kBatches - 1) {
     CHECK(cudaMemsetAsync(counters_.get() + 32, 0, 4, stream_));
-    CountWrong<<<4096, 256, 0, stream_>>>(Keys(kBatches - 1, count), count, output_.get(), width_,
-                                          counters_.get() + 32);
+    CountWrong<<<4096, 256, 0, stream_>>>(Keys(batch, count), count, output_.get(), width_, counters_.get() + 32);
     uint32_t wrong = 0;
     CHECK(cudaMemcpyAsync(&wrong, counters_.get() + 32, 4, cudaMemcpyDeviceToHost, stream_));
     CHECK(cudaStreamSynchronize(stream_));
@@ -252,10 +256,61 @@ class Benchmark {
     std::exit(1);
   }
 
+  // Beside updates of resident rows that read and write `share` of what a copy of the same memory moves.
+  void MeasureBesideWriter(double share) {
+    constexpr uint32_t kCount = 1 << 16;
+    const std::vector<double> quiet = WallMicroseconds(kCount);
+    cudaStream_t stream;
+    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    const Array<float> rows(uint64_t{kCount} * width_);
+    const int64_t* const keys = Keys(kBatches / 2, kMostKeys);
+    MakeRows<<<4096, 256, 0, stream>>>(keys, kCount, rows.get(), width_);
+    CHECK(cudaStreamSynchronize(stream));
+    const double batch_bytes = 2.0 * kCount * width_ * sizeof(float);
+    const double pause = batch_bytes / (share * CopyBytesPerMicrosecond());
+    std::atomic<bool> done{false};
+    std::atomic<uint64_t> batches{0};
+    std::thread writer([&] {
+      CHECK(cudaSetDevice(0));
+      for (double next = Now(); !done; next = std::max(next + pause, Now() - pause)) {
+        while (Now() < next) {
+        }
+        CHECK(LaunchUpdate(table_, keys, rows.get(), kCount, stream));
+        if (++batches % 4 == 0) CHECK(cudaStreamSynchronize(stream));  // no backlog
+      }
+      CHECK(cudaStreamSynchronize(stream));
+    });
+    const double begin = Now();
+    const std::vector<double> beside = WallMicroseconds(kCount);
+    const double bytes_per_us = static_cast<double>(batches) * batch_bytes / (Now() - begin);
+    done = true;
+    writer.join();
+    CHECK(cudaStreamDestroy(stream));
+    CheckRows(kCount, (kCalls - 1) % kBatches);
+    std::printf(
+        "{\"kind\": \"device_cache_beside_writer\", \"width\": %u, \"keys\": %u, \"quiet_us\": %.1f, "
+        "\"quiet_p99_us\": %.1f, \"beside_us\": %.1f, \"beside_p99_us\": %.1f, \"p99_ratio\": %.2f, "
+        "\"updates_of_copy_rate\": %.3f}\n",
+        width_, kCount, Quantile(quiet, 50), Quantile(quiet, 99), Quantile(beside, 50), Quantile(beside, 99),
+        Quantile(beside, 99) / Quantile(quiet, 99), bytes_per_us / CopyBytesPerMicrosecond());
+  }
+  static double Quantile(const std::vector<double>& sorted, size_t percent) {
+    return sorted[sorted.size() * percent / 100];
+  }
+  // Read and written.
+  double CopyBytesPerMicrosecond() {
+    if (copy_rate_ != 0) return copy_rate_;
+    constexpr size_t kBytes = 512 << 20;
+    const Array<char> from(kBytes), to(kBytes);
+    const double time = Microseconds(
+        [&](int) { CHECK(cudaMemcpyAsync(to.get(), from.get(), kBytes, cudaMemcpyDeviceToDevice, stream_)); });
+    return copy_rate_ = 2.0 * kBytes / time;
+  }
+
   std::vector<double> WallMicroseconds(uint32_t count) {
     std::vector<double> times;
     const volatile uint64_t* done = &result_->done;
-    for (int i = 0; i < 2200; ++i) {
+    for (int i = 0; i < kCalls; ++i) {
       const auto begin = Now();
       Told(i % kBatches, count);
       while (*done >> 32 != stamp_) {
@@ -310,6 +365,7 @@ class Benchmark {
   CacheTable table_;
   cudaStream_t stream_ = nullptr;
   uint32_t stamp_ = 0;
+  double copy_rate_ = 0;
   std::vector<int64_t> resident_;
 };
 
