@@ -17,15 +17,25 @@
 namespace hps {
 namespace {
 
-std::string NewOwner() {
+// "<host>:<process>:<random number>", with "/<member>" where the store has a name for this opening of it.
+std::string NewOwner(const TableStore& store) {
   char host[65] = "";
   (void)::gethostname(host, sizeof(host) - 1);
   std::random_device random;
-  return std::string(host) + ":" + std::to_string(::getpid()) + ":" + std::to_string(random());
+  const std::string member = store.MemberName();
+  return std::string(host) + ":" + std::to_string(::getpid()) + ":" + std::to_string(random()) +
+         (member.empty() ? "" : "/" + member);
 }
 
 bool Owns(const std::optional<std::string>& claim, const std::string& owner) {
   return claim && claim->starts_with(owner + " ");
+}
+
+// Whether the store knows that nobody is there any more to renew the claim.
+bool OwnerIsGone(const TableStore& store, const std::string& claim) {
+  const size_t end = std::min(claim.find(' '), claim.size());
+  const size_t slash = claim.rfind('/', end);
+  return slash != std::string::npos && store.MemberIsGone(std::string_view(claim).substr(slash + 1, end - slash - 1));
 }
 
 }  // namespace
@@ -35,7 +45,7 @@ SharedTier::SharedTier(TableStore& store, std::string model, const ClaimOptions&
       model_(std::move(model)),
       options_(options),
       claim_name_("hps.load." + model_),
-      owner_(NewOwner()) {}
+      owner_(NewOwner(store)) {}
 
 SharedTier::~SharedTier() {
   if (!claimed_) return;
@@ -118,7 +128,7 @@ Status SharedTier::AcquireClaim() {
       seen = claim;
       seen_since = now;
     }
-    if (!claim || now - seen_since >= options_.stale_after) {
+    if (!claim || now - seen_since >= options_.stale_after || OwnerIsGone(store_, *claim)) {
       HPS_RETURN_IF_ERROR(store_.WriteRecord(claim_name_, owner_ + " " + std::to_string(++renewals_)));
       // Whoever wrote last has it; the others see that when they read it again.
     } else if (!told) {

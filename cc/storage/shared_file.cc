@@ -131,12 +131,18 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
                                 "; choose another shared_memory_name, or have its owner remove it");
     }
     HPS_RETURN_IF_ERROR(file->Lock());
+    if (::fstat(opened, &info) != 0) return file->NameError(errno, "cannot be looked at");
     // The open file that is mapped and grows. It tells at once whether the name still means the file that is locked.
     file->file_ = ::shm_open(full_name.c_str(), O_RDWR, 0600);
     struct stat again;
     if (file->file_ >= 0 && ::fstat(file->file_, &again) == 0 && again.st_ino == info.st_ino &&
         again.st_dev == info.st_dev) {
       return file;
+    }
+    if (file->file_ < 0 && errno != ENOENT) {
+      Status failed = file->NameError(errno, "cannot be opened");
+      if (info.st_size == 0) (void)file->Remove();  // made just now, or left by a creator that died
+      return failed;
     }
   }
   return Unavailable("/dev/shm" + full_name + " is made and removed all the time; try again");
@@ -222,12 +228,11 @@ Result<uint32_t> SharedFile::Join() {
 }
 
 Status SharedFile::Remove() {
-  const int named = ::shm_open(name_.c_str(), O_RDWR, 0600);
-  if (named < 0) return errno == ENOENT ? OkStatus() : NameError(errno, "cannot be looked at");
   struct stat own;
-  struct stat other;
-  const bool same = ::fstat(file_, &own) == 0 && ::fstat(named, &other) == 0 && own.st_ino == other.st_ino;
-  ::close(named);
+  struct stat named;
+  if (::fstat(lock_file_, &own) != 0) return NameError(errno, "cannot be looked at");
+  if (::stat(path_.c_str(), &named) != 0) return errno == ENOENT ? OkStatus() : NameError(errno, "cannot be looked at");
+  const bool same = own.st_ino == named.st_ino && own.st_dev == named.st_dev;
   if (same && ::shm_unlink(name_.c_str()) != 0 && errno != ENOENT) return NameError(errno, "cannot be removed");
   return OkStatus();
 }

@@ -181,6 +181,8 @@ class FaultyStore final : public TableStore {
     HPS_RETURN_IF_ERROR(Ask());
     return store_->EraseRecord(name);
   }
+  std::string MemberName() const override { return store_->MemberName(); }
+  bool MemberIsGone(std::string_view name) const override { return store_->MemberIsGone(name); }
   Status Flush() override {
     HPS_RETURN_IF_ERROR(Ask());
     return store_->Flush();

@@ -1,0 +1,128 @@
+// Coming and going of processes that share memory: creations that fail, members that are known to be gone, and what they
+// held.
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <thread>
+
+#include "cc/core/shared_tier.h"
+#include "cc/tests/multi_process_fixture.h"
+
+namespace hps::testing {
+namespace {
+
+// A limit of this process (setrlimit) while it lives.
+class Limit {
+ public:
+  Limit(__rlimit_resource resource, rlim_t value) : resource_(resource) {
+    ::getrlimit(resource, &before_);
+    const rlimit limit = {value, before_.rlim_max};
+    ::setrlimit(resource, &limit);
+  }
+  ~Limit() { ::setrlimit(resource_, &before_); }
+
+ private:
+  const __rlimit_resource resource_;
+  rlimit before_;
+};
+
+// Each step of the creation fails once.
+TEST_F(MultiProcessTest, ACreationThatFailsLeavesNoFile) {
+  {
+    const int next_file = ::open("/dev/null", O_RDONLY);
+    ::close(next_file);
+    const Limit one_more(RLIMIT_NOFILE, static_cast<rlim_t>(next_file) + 1);
+    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kFailedPrecondition, {"cannot be opened"});
+  }
+  EXPECT_FALSE(Exists(name));
+  const auto before = ::signal(SIGXFSZ, SIG_IGN);
+  {
+    const Limit small(RLIMIT_FSIZE, 1 << 20);
+    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kResourceExhausted,
+                {"lower shared_memory_size"});
+  }
+  EXPECT_FALSE(Exists(name));
+  if (!kSanitized) {  // sanitizers have more address space than that
+    const Limit narrow(RLIMIT_AS, rlim_t{1} << 40);
+    MultiProcessOptions options = Options(name);
+    options.bytes = uint64_t{1} << 41;
+    ExpectError(OpenMultiProcessStore(options).status(), StatusCode::kResourceExhausted, {"no address space"});
+  }
+  EXPECT_FALSE(Exists(name));
+  // What somebody uses stays, with its rows.
+  const auto store = Open(name);
+  ASSERT_OK(Put(*Create(*store), Keys(0, 10, false), 1));
+  {
+    const int next_file = ::open("/dev/null", O_RDONLY);
+    ::close(next_file);
+    const Limit one_more(RLIMIT_NOFILE, static_cast<rlim_t>(next_file) + 1);
+    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kFailedPrecondition, {"cannot be opened"});
+  }
+  EXPECT_TRUE(Exists(name));
+  ExpectVersion(*OpenTable(*Open(name)), Keys(0, 10, false), 1);
+  ::signal(SIGXFSZ, before);
+}
+
+TEST_F(MultiProcessTest, MembersThatAreGoneAreKnownByName) {
+  const auto store = Open(name);
+  auto other = Open(name);
+  const std::string other_name = other->MemberName();
+  EXPECT_NE(other_name, store->MemberName());
+  for (const auto& member : {store->MemberName(), other_name}) EXPECT_FALSE(store->MemberIsGone(member)) << member;
+  other.reset();
+  EXPECT_TRUE(store->MemberIsGone(other_name));
+  other = Open(name);  // has the same number
+  EXPECT_TRUE(store->MemberIsGone(other_name));
+  EXPECT_FALSE(store->MemberIsGone(other->MemberName()));
+  for (const char* text : {"", "0", "0.", ".1", "0.0", "x.1", "0.1x", "999.1", "-1.1", "0.99999999999"}) {
+    EXPECT_FALSE(store->MemberIsGone(text)) << text;
+  }
+}
+
+const std::map<std::string, SharedTier::Wanted> kWanted = {{"t", {"a folder", {.row_bytes = kRowBytes}}}};
+
+// Holds the claim of a load until it is killed.
+int RunLoader(const fs::path& folder) {
+  const auto store = Open(folder.filename().string());
+  SharedTier tier(*store, "m", {});
+  EXPECT_TRUE(tier.Prepare(kWanted, {}).ok());
+  std::puts("claimed");
+  std::fflush(stdout);
+  while (true) ::pause();
+}
+
+TEST_F(MultiProcessTest, TheLoadOfAProcessThatDiedIsTakenOverAtOnce) {
+  const auto store = Open(name);
+  ChildProcess loader("loader", folder / "");
+  loader.WaitForLine("claimed");
+  const std::string claim = Value(store->ReadRecord("hps.load.m")).value_or("");
+  const size_t slash = claim.find('/');
+  ASSERT_NE(slash, std::string::npos) << claim;
+  EXPECT_FALSE(store->MemberIsGone(claim.substr(slash + 1, claim.find(' ') - slash - 1)));
+  std::atomic<bool> done{false};
+  std::thread waiting([&] {
+    SharedTier tier(*store, "m", {.stale_after = std::chrono::hours(1)});
+    EXPECT_TRUE(tier.Prepare(kWanted, {}).ok());
+    done = true;
+  });
+  loader.Kill();
+  [&] { WaitUntil([&] { return done.load(); }, "the claim of a process that has died"); }();
+  if (!done) (void)store->EraseRecord("hps.load.m");
+  waiting.join();
+}
+
+int RunRole(const std::string& role, const fs::path& given) {
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  return role == "loader" ? RunLoader(given.parent_path()) : 1;
+}
+
+}  // namespace
+}  // namespace hps::testing
+
+int main(int argc, char** argv) { return hps::testing::RunTests(argc, argv, hps::testing::RunRole); }
