@@ -186,7 +186,7 @@ def test_generations_records_and_families_of_others(tmp_path):
                     "2\t20\titems\tfp: tab\tinside", "0\t0\tusers\t", "1\t9\tgone\tfp"
                 ),
                 b"hps.record/hps.model.broken": b"hps model record 1\nnonsense\n",
-                b"hps.record/hps.model.newer": b"hps model record 2\n",
+                b"hps.record/hps.model.newer": b"hps model record 9\n",
                 b"hps.record/something": b"else",
                 b"of another program": b"x",
             },
@@ -217,7 +217,7 @@ def test_generations_records_and_families_of_others(tmp_path):
     problems = report.all_problems()
     assert len(problems) == 2
     assert any("record of model broken cannot be understood" in problem for problem in problems)
-    assert any("record of model newer has the format version '2'" in problem for problem in problems)
+    assert any("record of model newer has the format version '9'" in problem for problem in problems)
     assert any("a record something" in note for note in report.notes)
     assert any("names table gone in generation 1, which is not there" in note for note in report.notes)
     text = report.to_text()
@@ -306,10 +306,17 @@ def test_names_and_records():
     assert parse_table_name("hps_et.a-b.c_d@12").generation == 12
     for other in ("hps_et.a", "hps_et.a.b.c", "hps_et.a.b@0", "hps_et.a.b@", "hps_et..b", "default", "hps_et.ä.b"):
         assert parse_table_name(other) is None
-    for text in (b"", b"hps model record 1", b"hps model record 1\n1\t2\tt\tf", b"hps model record 1\nx\t2\tt\tf\n"):
-        if text != b"hps model record 1":
-            with pytest.raises(hps.errors.DataLossError):
-                parse_model_record(text, "the record")
+    for text in (
+        b"",
+        b"hps model record 1\n1\t2\tt\tf",
+        b"hps model record 1\nx\t2\tt\tf\n",
+        b"hps model record 2\n1\t2\tt\tf\n",
+    ):
+        with pytest.raises(hps.errors.DataLossError):
+            parse_model_record(text, "the record")
+    record = parse_model_record(b"hps model record 2\n1\t500\t1000\tt\tf\tg\n0\t7\t0\tu\t\n", "the record")
+    assert (record["t"].rows, record["t"].all_rows, record["t"].fingerprint) == (500, 1000, "f\tg")
+    assert (record["u"].rows, record["u"].all_rows, record["u"].fingerprint) == (7, 0, "")
 
 
 # A configuration ------------------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ def test_tables_generations_and_records(server, client, rng):
     write_rows(client, "hps_et.films.items", keys[:5], rows[:5])
     describe(client, "hps_et.films.items")
     client.set("hps.record/hps.model.films", record("1\t300\titems\tthe fingerprint"))
+    write_rows(client, "hps_et.half.t", keys[:150], rows[:150])
+    describe(client, "hps_et.half.t")
+    client.set("hps.record/hps.model.half", "hps model record 2\n0\t150\t300\tt\tf\n")
     client.set("hps.record/hps.load.ads", "somebody")
     write_rows(client, "hps_et.ads.short", [1, -1, 7], rows[:3], key_bytes=4, access=lambda key: 3)
     client.hset("hps.table/hps_et.gone.t", mapping={"num_partitions": 4, "dropping": 1})
@@ -87,7 +90,8 @@ def test_tables_generations_and_records(server, client, rng):
     client.set("session:1", "x")
     report = inspect(f"redis://{server.address}", rows=5)
     assert set(by_name(report)) == {
-        "hps_et.films.items@1", "hps_et.films.items", "hps_et.ads.short", "hps_et.gone.t", "hctr_et.old.t"
+        "hps_et.films.items@1", "hps_et.films.items", "hps_et.half.t", "hps_et.ads.short", "hps_et.gone.t",
+        "hctr_et.old.t",
     }  # fmt: skip
     table = by_name(report)["hps_et.films.items@1"]
     assert (table.state, table.generation, table.recorded_rows) == ("current", 1, 300)
@@ -96,6 +100,7 @@ def test_tables_generations_and_records(server, client, rng):
     for key, values in zip(table.sample.keys, table.sample.values, strict=True):
         np.testing.assert_array_equal(np.float32(values), rows[key + 10, :4])
     assert by_name(report)["hps_et.films.items"].state == "superseded"
+    assert "put 150 of 300 rows here" in by_name(report)["hps_et.half.t"].notes[0]
     short = by_name(report)["hps_et.ads.short"]
     assert (short.key_bytes, short.rows, short.access_rows, sorted(short.sample.keys)) == (4, 3, 3, [-1, 1, 7])
     assert "another program wrote it" in short.notes[0]

@@ -184,6 +184,11 @@ def _add_notes(report: Report, records) -> None:
             table.notes.append("its load is running or was cut short")
         elif table.state == CURRENT and table.rows < (table.recorded_rows or 0):
             table.notes.append(f"{table.recorded_rows} rows were loaded: the others were evicted, or never brought up")
+        if table.state == CURRENT and table.left_out_of:
+            table.notes.append(
+                f"its load put {table.recorded_rows} of {table.left_out_of} rows here and left the others to the "
+                f"persistent_db: a node without one loads it anew"
+            )
     for model, tables in records.items():
         for table, record in tables.items():
             if (model, table, record.generation) not in stored and record.fingerprint:

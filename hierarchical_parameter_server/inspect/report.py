@@ -61,6 +61,7 @@ class Table:
     access_rows: int | None = None  # Redis: rows whose last or how frequent use is kept
     fingerprint: str = ""
     recorded_rows: int | None = None
+    left_out_of: int = 0  # Redis: a load put only some of so many rows in
     sample: Sample = dataclasses.field(default_factory=Sample)
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -84,6 +85,7 @@ class Table:
             table.state = INCOMPLETE
         else:
             table.state, table.fingerprint, table.recorded_rows = CURRENT, record.fingerprint, record.rows
+            table.left_out_of = record.all_rows
         return table
 
     def take_sample(self, keys: list[bytes], rows: list[bytes], shown: int) -> None:
