@@ -31,6 +31,7 @@
 #include <thread>
 #include <utility>
 
+#include "cc/storage/rocksdb_folder.h"
 #include "cc/storage/rocksdb_manifest.h"
 #include "cc/storage/table_memory.h"
 #include "hps/log.h"
@@ -40,7 +41,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kCurrentFile = "CURRENT";               // every database has one
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
@@ -50,14 +50,10 @@ constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several
 constexpr size_t kBlockBytes = 2 << 10;
 constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
-std::string Located(std::string_view path) { return "rocks_db \"" + std::string(path) + "\""; }
-
 rocksdb::Slice ToSlice(std::string_view bytes) { return rocksdb::Slice(bytes.data(), bytes.size()); }
 std::string_view ToView(const rocksdb::Slice& bytes) { return std::string_view(bytes.data(), bytes.size()); }
 
 bool Contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
-
-constexpr const char* kRestore = "; restore the folder, or delete it and load the model again";
 
 // `where` names the database, and the table where there is one.
 Status MapStatus(const rocksdb::Status& status, const std::string& where) {
@@ -70,12 +66,12 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
       return FailedPrecondition(
           text + "; the files were written by a newer RocksDB: write them again with table format_version 5");
     }
-    return DataLoss(text + kRestore);
+    return DataLoss(text + kRestoreFolder);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
   if (status.IsMemoryLimit()) return ResourceExhausted(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
-  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestore);
+  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestoreFolder);
   if (status.IsIOError()) {
     if (Contains(text, "lock hold by") || Contains(text, "While lock file")) {
       return Unavailable(text +
@@ -96,13 +92,6 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
   }
   if (status.IsNotSupported() || status.IsShutdownInProgress()) return FailedPrecondition(text);
   return Internal(text);
-}
-
-Status MapError(const std::error_code& error, const std::string& what) {
-  const std::string text = what + ": " + error.message();
-  if (error == std::errc::no_space_on_device) return ResourceExhausted(text + "; free disk space");
-  if (error == std::errc::not_a_directory) return InvalidArgument(text + "; a part of the path is a file");
-  return FailedPrecondition(text);
 }
 
 // Takes RocksDB's own errors to the host's log, each run of equal ones once. The usual log file in the database folder
@@ -216,11 +205,12 @@ rocksdb::ColumnFamilyHandle* HandleOf(RocksDbFamily& family) { return static_cas
 
 class Database final : public RocksDbDatabase, public std::enable_shared_from_this<Database> {
  public:
-  // `path` is canonical and has been checked by PrepareFolder.
+  // `path` is canonical and has been checked by PrepareRocksDbFolder.
   Database(std::string path, bool read_only) : RocksDbDatabase(std::move(path), read_only) {}
   ~Database() override;
   Status Start(const RocksDbOptions& options);
 
+  Status CheckFolder() const override { return read_only_ || !folder_ ? OkStatus() : folder_->Check(Where()); }
   std::shared_ptr<RocksDbFamily> Find(std::string_view name) override;
   Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) override;
   Status Drop(std::string_view name) override;
@@ -265,6 +255,7 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
+  std::optional<OpenRocksDbFolder> folder_;  // once it is open
   std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
   std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
   size_t threads_ = 1;                 // that write sorted files
@@ -300,7 +291,7 @@ Status Database::TryStart(const RocksDbOptions& options) {
   database_options.listeners = {write_errors_};
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
-  if (fs::exists(fs::path(path_) / kCurrentFile)) {
+  if (fs::exists(fs::path(path_) / kRocksDbCurrent)) {
     HPS_RETURN_IF_ERROR(CheckManifest(path_, Where()));
     HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
   }
@@ -315,17 +306,18 @@ Status Database::TryStart(const RocksDbOptions& options) {
   const rocksdb::Status opened = read_only_
                                      ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
                                      : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
-  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kCurrentFile)) {
+  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kRocksDbCurrent)) {
     return MapStatus(opened, Where() + ", in " + LogFiles(path_));
   }
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
+  folder_.emplace(path_);
   // Twice the cores: a thread waits while its file is synced.
   threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
   if (!read_only_) {
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
-    if (error) return MapError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+    if (error) return MapFolderError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
     NoteManifest(path_);
   }
   for (size_t i = 0; i < names.size(); ++i) {
@@ -341,10 +333,12 @@ Status Database::TryStart(const RocksDbOptions& options) {
 Database::~Database() {
   if (db_ == nullptr) return;
   families_.clear();
+  const Status folder = CheckFolder();
+  if (!folder.ok()) Log(LogLevel::kWarning, folder.ToString());
   for (rocksdb::ColumnFamilyHandle* handle : handles_) {
     // What stands in the log goes into table files: then a log that gets lost or damaged takes nothing with it, and
     // opening is quick.
-    if (!read_only_ && write_errors_->error().ok()) {
+    if (!read_only_ && folder.ok() && write_errors_->error().ok()) {
       const rocksdb::Status flushed = db_->Flush(rocksdb::FlushOptions(), handle);
       if (!flushed.ok() && !flushed.IsColumnFamilyDropped()) Log(LogLevel::kWarning, Map(flushed).ToString());
     }
@@ -353,7 +347,7 @@ Database::~Database() {
     }
   }
   if (Status status = Map(db_->Close()); !status.ok()) Log(LogLevel::kWarning, status.ToString());
-  if (!read_only_) NoteManifest(path_);
+  if (!read_only_ && folder.ok()) NoteManifest(path_);
 }
 
 std::shared_ptr<Family> Database::Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle) {
@@ -369,6 +363,7 @@ std::shared_ptr<RocksDbFamily> Database::Find(std::string_view name) {
 
 Result<std::shared_ptr<RocksDbFamily>> Database::Create(const std::string& name) {
   HPS_RETURN_IF_ERROR(RequireWritable());
+  HPS_RETURN_IF_ERROR(CheckFolder());
   std::lock_guard lock(mutex_);
   if (families_.contains(name)) return AlreadyExists(Where(name) + ": exists already; open or drop it");
   rocksdb::ColumnFamilyHandle* handle = nullptr;
@@ -493,6 +488,7 @@ Status Database::FinishBulk(RocksDbFamily& family) {
 
 Status Database::FinishBulkLocked(RocksDbFamily& family) {
   if (family.bulk == nullptr) return OkStatus();
+  HPS_RETURN_IF_ERROR(CheckFolder());
   HPS_RETURN_IF_ERROR(Map(write_errors_->error(), family));
   BulkRows& rows = *family.bulk;
   rows.Sort();
@@ -532,8 +528,8 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
                                         rows.bytes() / kBulkFileBytes + 1);
   HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
   std::error_code error;
-  fs::create_directories(BulkFolder(), error);
-  if (error) return MapError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
+  fs::create_directory(BulkFolder(), error);
+  if (error) return MapFolderError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
   const uint64_t first_file = bulk_files_.fetch_add(ranges.size());
 
   std::atomic<size_t> next{0};
@@ -619,6 +615,7 @@ Result<std::optional<std::string>> Database::ReadRecord(std::string_view key) {
 Status Database::WriteRecord(std::string_view key, std::optional<std::string_view> value) {
   rocksdb::WriteOptions synced;
   synced.sync = true;
+  HPS_RETURN_IF_ERROR(CheckFolder());
   std::shared_lock lock(log_mutex_);
   return Map(value ? db_->Put(synced, ToSlice(key), ToSlice(*value)) : db_->Delete(synced, ToSlice(key)));
 }
@@ -637,6 +634,7 @@ RocksDbFamilyStats Database::Stats(RocksDbFamily& family) {
 
 Status Database::Flush() {
   if (read_only_) return OkStatus();
+  HPS_RETURN_IF_ERROR(CheckFolder());
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
   const std::vector<std::shared_ptr<Family>> families = Families();
   for (const std::shared_ptr<Family>& family : families) HPS_RETURN_IF_ERROR(FinishBulk(*family));
@@ -651,59 +649,14 @@ Status Database::Flush() {
   std::lock_guard lock(log_mutex_);
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
   NoteManifest(path_);  // it names the rows' files by now
-  return Map(db_->FlushWAL(/*sync=*/true));
+  HPS_RETURN_IF_ERROR(Map(db_->FlushWAL(/*sync=*/true)));
+  return CheckFolder();
 }
 
 Status Database::DestroyHandle(rocksdb::ColumnFamilyHandle* handle) {
   std::lock_guard lock(mutex_);
   handles_.erase(handle);
   return Map(db_->DestroyColumnFamilyHandle(handle));
-}
-
-// What an interrupted creation, or the system, may leave in a folder without a database.
-bool MayLieInEmptyFolder(const std::string& name) {
-  return name == "LOCK" || name == "IDENTITY" || name == "lost+found" || name.starts_with("LOG") ||
-         name.starts_with("MANIFEST-") || name.ends_with(".dbtmp");
-}
-
-// Makes the folder where that is asked for; refuses what is no database. Returns its canonical path.
-Result<std::string> PrepareFolder(const RocksDbOptions& options) {
-  const std::string where = Located(options.path);
-  if (options.path.empty()) return InvalidArgument(where + ": the path is empty");
-  const fs::path path(options.path);
-  std::error_code error;
-  const fs::file_status status = fs::status(path, error);
-  if (status.type() == fs::file_type::not_found) {
-    if (options.read_only) return NotFound(where + ": no such folder, and read_only makes none");
-    fs::create_directories(path, error);
-    if (error) return MapError(error, where + ": cannot make the folder");
-  } else if (error) {
-    return MapError(error, where);
-  } else if (status.type() != fs::file_type::directory) {
-    return InvalidArgument(where + " is not a folder; name the folder of a RocksDB database, or one to be made");
-  }
-  if (!fs::exists(path / kCurrentFile, error)) {
-    std::string other;
-    bool manifest = false;
-    fs::directory_iterator entry(path, error);
-    for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
-      const std::string name = entry->path().filename().string();
-      manifest |= name.starts_with("MANIFEST-");
-      if (!MayLieInEmptyFolder(name)) other = name;
-    }
-    if (error) return MapError(error, where);
-    if (!other.empty() && manifest) {
-      return DataLoss(where + ": the file \"" + (path / kCurrentFile).string() + "\" is missing" + kRestore);
-    }
-    if (!other.empty()) {
-      return InvalidArgument(where + " is not a RocksDB database and holds other things (\"" + other +
-                             "\"); name an empty or a new folder");
-    }
-    if (options.read_only) return NotFound(where + ": the folder holds no database, and read_only makes none");
-  }
-  const fs::path canonical = fs::canonical(path, error);
-  if (error) return MapError(error, where);
-  return canonical.string();
 }
 
 // The open databases of this process, by canonical path. An entry outlives its database until that has really closed,
@@ -738,7 +691,7 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
   std::shared_ptr<Database> database;  // outlives the lock: letting go of it may lock again
   std::unique_lock lock(registry.mutex);
   for (;;) {
-    if (registry.ended) return FailedPrecondition(Located(path) + ": the process is ending; no database is opened");
+    if (registry.ended) return FailedPrecondition(LocatedRocksDb(path) + ": the process is ending; no database is opened");
     auto found = registry.databases.find(path);
     if (found == registry.databases.end()) break;
     database = found->second.lock();
@@ -764,7 +717,7 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
 }  // namespace
 
 Result<std::shared_ptr<RocksDbDatabase>> RocksDbDatabase::Open(const RocksDbOptions& options) {
-  HPS_ASSIGN_OR_RETURN(const std::string path, PrepareFolder(options));
+  HPS_ASSIGN_OR_RETURN(const std::string path, PrepareRocksDbFolder(options.path, options.read_only));
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<Database> database, OpenShared(path, options));
   return std::shared_ptr<RocksDbDatabase>(std::move(database));
 }
@@ -776,7 +729,7 @@ bool EndRocksDb(std::chrono::milliseconds limit) {
   return registry.closed.wait_for(lock, limit, [&] { return registry.live == 0; });
 }
 
-std::string RocksDbDatabase::Where() const { return Located(path_); }
+std::string RocksDbDatabase::Where() const { return LocatedRocksDb(path_); }
 
 std::string RocksDbDatabase::Where(std::string_view table) const {
   return Where() + ", table \"" + std::string(table) + "\"";

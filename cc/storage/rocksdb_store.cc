@@ -406,6 +406,7 @@ class RocksDbStore final : public TableStore {
     const std::string where = database->Where(spec.name);
     return Guarded(where, [&]() -> Result<std::shared_ptr<Table>> {
       HPS_RETURN_IF_ERROR(CheckSpec(where, spec));
+      HPS_RETURN_IF_ERROR(database->CheckFolder());
       std::shared_ptr<RocksDbFamily> family = database->Find(spec.name);
       if (family == nullptr) return NotFound(where + ": no such table; create it first");
       HPS_RETURN_IF_ERROR(database->FinishBulk(*family));

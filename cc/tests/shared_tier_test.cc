@@ -563,6 +563,25 @@ TEST_F(TierStartTest, AnEmptyTableOfADatabaseIsNotServedInSilence) {
   ExpectRows(Lookup(*Open(Tiers::kBoth, read_only), "m", 0, kWidth, kKeys), kKeys, 0);
 }
 
+TEST_F(TierStartTest, AReplacementWhoseDatabaseWasDeletedFailsAndTheOldVersionServes) {
+  for (const Tiers tiers : {Tiers::kBoth, Tiers::kPersistent}) {
+    auto server = Open(tiers, [](ServerConfig*) {});
+    fs::remove_all(folder_ / "database");
+    for (const uint32_t version : {2, 1}) {  // another one, and that which is there
+      ExpectError(server->ReplaceModel(Version(version)), StatusCode::kDataLoss,
+                  {"model 'm'", "table 't'", (folder_ / "database").string(), "deleted or replaced"});
+    }
+    ExpectVersion(*server, 1, /*from_volatile=*/tiers == Tiers::kBoth);
+    ExpectError(server->Close(), StatusCode::kDataLoss, {"deleted or replaced"});
+    // The next start makes the database anew.
+    server = Open(tiers, [](ServerConfig*) {});
+    ExpectVersion(*server, 1, /*from_volatile=*/tiers == Tiers::kBoth);
+    ASSERT_OK(server->ReplaceModel(Version(2)));
+    ASSERT_OK(server->Close());
+    fs::remove_all(folder_ / "database");
+  }
+}
+
 TEST_F(TierStartTest, TheVolatileTierTakesNoMoreThanItsMargin) {
   const HashMapOptions bounded{.num_partitions = 1, .overflow = {.margin = 300}};
   const BuildOptions options{.show_progress = false};

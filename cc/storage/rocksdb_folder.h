@@ -1,0 +1,50 @@
+// The folder of a RocksDB database: looked at, and made, before the database is opened, and watched while it is open.
+//
+// RocksDB holds its files open. It goes on writing when they have been deleted, and says that all is well.
+
+#ifndef HPS_STORAGE_ROCKSDB_FOLDER_H_
+#define HPS_STORAGE_ROCKSDB_FOLDER_H_
+
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <system_error>
+
+#include "hps/status.h"
+
+namespace hps {
+
+inline constexpr const char* kRocksDbCurrent = "CURRENT";  // every database has one
+inline constexpr const char* kRestoreFolder = "; restore the folder, or delete it and load the model again";
+
+// For messages: rocks_db "path".
+std::string LocatedRocksDb(std::string_view path);
+Status MapFolderError(const std::error_code& error, const std::string& what);
+
+// Makes the folder unless `read_only`; refuses what is no database. Returns its canonical path.
+Result<std::string> PrepareRocksDbFolder(const std::filesystem::path& path, bool read_only);
+
+// Thread safety: Check from any thread.
+class OpenRocksDbFolder {
+ public:
+  // To be made when the database has been opened.
+  explicit OpenRocksDbFolder(std::filesystem::path path);
+  ~OpenRocksDbFolder();
+  OpenRocksDbFolder(const OpenRocksDbFolder&) = delete;
+  OpenRocksDbFolder& operator=(const OpenRocksDbFolder&) = delete;
+
+  // kDataLoss, with `where` in front, if the path does not lead to the database any more.
+  Status Check(const std::string& where) const;
+
+ private:
+  const std::filesystem::path path_;
+  const int folder_;  // holds the folder's number; -1: could not be opened
+  bool has_lock_ = false;
+  struct stat lock_ = {};
+};
+
+}  // namespace hps
+
+#endif  // HPS_STORAGE_ROCKSDB_FOLDER_H_
