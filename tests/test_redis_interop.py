@@ -91,6 +91,7 @@ def test_rows_go_both_ways(tmp_path, service, long_keys):
             b"num_partitions": b"5",
             b"row_bytes": b"28",
             b"key_bytes": b"8" if long_keys else b"4",
+            b"id": client.hget(f"hps.table/{TABLE}", "id"),
         }
 
         # What the other client writes, changes and removes, read by us.

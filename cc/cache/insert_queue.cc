@@ -1,4 +1,4 @@
-// Lock order: stop_mutex_, mutex_. Tiers and devices are asked with neither held.
+// Tiers and devices are asked without mutex_.
 
 #include "cc/cache/insert_queue.h"
 
@@ -6,67 +6,30 @@
 #include <cstring>
 #include <utility>
 
-#include "cc/base/hash.h"
-
 namespace hps {
 
-InsertQueue::InsertQueue(size_t most_keys) : most_keys_(most_keys), thread_([this] { Run(); }) {}
-
-InsertQueue::~InsertQueue() { Stop(); }
-
 void InsertQueue::Stop() {
-  std::deque<InsertBatch> dropped;  // freed after the lock
-  std::lock_guard stop_lock(stop_mutex_);
   cancelled_.store(true);
-  {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
-    dropped.swap(queue_);
-    for (const InsertBatch& batch : dropped) {
-      stats_.dropped += batch.keys.size();
-      stats_.queued -= batch.keys.size();
-    }
-  }
-  changed_.notify_all();
-  if (thread_.joinable()) thread_.join();
-}
-
-uint64_t InsertQueue::Mark(const InsertBatch& batch, Key key) {
-  return SlotHash(static_cast<uint64_t>(key) ^ SlotHash(reinterpret_cast<uintptr_t>(batch.cache.get()))) | 1;
-}
-
-void InsertQueue::Forget(const InsertBatch& batch) {
-  for (const Key key : batch.keys) {
-    const uint64_t mark = Mark(batch, key);
-    uint64_t& place = filter_[mark / 2 % kFilterSlots];
-    if (place == mark) place = 0;
-  }
+  worker_.Stop();
 }
 
 void InsertQueue::Enqueue(InsertBatch batch) {
+  if (!worker_.stopped()) {
+    size_t kept = 0;
+    const size_t repeated =
+        queued_.Add(batch.cache.get(), batch.keys, [&](size_t i) { batch.keys[kept++] = batch.keys[i]; });
+    batch.keys.resize(kept);
+    std::lock_guard lock(mutex_);
+    stats_.repeated += repeated;
+  }
+  if (batch.keys.empty()) return;
+  const auto queued = std::make_shared<const InsertBatch>(std::move(batch));
+  const size_t count = queued->keys.size();
   {
     std::lock_guard lock(mutex_);
-    const size_t asked = batch.keys.size();
-    if (!stopping_) {
-      std::erase_if(batch.keys,
-                    [&](Key key) { return filter_[Mark(batch, key) / 2 % kFilterSlots] == Mark(batch, key); });
-      stats_.repeated += asked - batch.keys.size();
-    }
-    if (batch.keys.empty()) return;
-    if (stopping_ || stats_.queued + batch.keys.size() > most_keys_) {
-      stats_.dropped += batch.keys.size();
-      return;
-    }
-    for (const Key key : batch.keys) filter_[Mark(batch, key) / 2 % kFilterSlots] = Mark(batch, key);
-    stats_.queued += batch.keys.size();
-    queue_.push_back(std::move(batch));
+    stats_.queued += count;
   }
-  changed_.notify_all();
-}
-
-void InsertQueue::Drain() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return stopping_ || (queue_.empty() && !busy_); });
+  if (!worker_.Offer(count, [this, queued](bool dropped) { dropped ? Drop(*queued) : Run(*queued); })) Drop(*queued);
 }
 
 InsertQueue::Stats InsertQueue::stats() const {
@@ -97,41 +60,33 @@ Status InsertQueue::Insert(const InsertBatch& batch, std::span<const Key> keys, 
   return batch.cache->Insert(held, {rows_.data(), row_bytes}, read_at);
 }
 
-void InsertQueue::Run() {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-    if (stopping_) return;
-    InsertBatch batch = std::move(queue_.front());
-    queue_.pop_front();
-    busy_ = true;
-    lock.unlock();
-    Stats done;
-    Status status;
-    const size_t step = std::max<size_t>(kPieceBytes / batch.cache->spec().row_bytes, 1);
-    for (size_t first = 0; first < batch.keys.size() && status.ok(); first += step) {
-      const auto keys = std::span(batch.keys).subspan(first, std::min(step, batch.keys.size() - first));
-      uint64_t absent = 0;
-      status = Insert(batch, keys, &absent);
-      if (!status.ok()) break;
-      done.absent += absent;
-      done.inserted += keys.size() - absent;
-    }
-    lock.lock();
-    Forget(batch);
-    stats_.queued -= batch.keys.size();
-    stats_.absent += done.absent;
-    stats_.inserted += done.inserted;
-    if (!status.ok()) {
-      (stopping_ ? stats_.dropped : stats_.failed) += batch.keys.size() - done.absent - done.inserted;
-      if (!stopping_) last_error_ = status;
-    }
-    lock.unlock();
-    batch = {};  // may free a cache
-    lock.lock();
-    busy_ = false;
-    changed_.notify_all();
+void InsertQueue::Drop(const InsertBatch& batch) {
+  queued_.Remove(batch.cache.get(), batch.keys);
+  std::lock_guard lock(mutex_);
+  stats_.dropped += batch.keys.size();
+  stats_.queued -= batch.keys.size();
+}
+
+void InsertQueue::Run(const InsertBatch& batch) {
+  Stats done;
+  Status status;
+  const size_t step = std::max<size_t>(kPieceBytes / batch.cache->spec().row_bytes, 1);
+  for (size_t first = 0; first < batch.keys.size() && status.ok(); first += step) {
+    const auto keys = std::span(batch.keys).subspan(first, std::min(step, batch.keys.size() - first));
+    uint64_t absent = 0;
+    status = Insert(batch, keys, &absent);
+    if (!status.ok()) break;
+    done.absent += absent;
+    done.inserted += keys.size() - absent;
   }
+  queued_.Remove(batch.cache.get(), batch.keys);
+  std::lock_guard lock(mutex_);
+  stats_.queued -= batch.keys.size();
+  stats_.absent += done.absent;
+  stats_.inserted += done.inserted;
+  if (status.ok()) return;
+  (cancelled_ ? stats_.dropped : stats_.failed) += batch.keys.size() - done.absent - done.inserted;
+  if (!cancelled_) last_error_ = status;
 }
 
 }  // namespace hps

@@ -10,14 +10,13 @@
 #define HPS_CACHE_INSERT_QUEUE_H_
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <vector>
 
+#include "cc/base/background_worker.h"
+#include "cc/base/queued_keys.h"
 #include "cc/cache/device_cache.h"
 #include "cc/cache/row_source.h"
 
@@ -34,12 +33,12 @@ class InsertQueue {
  public:
   static constexpr size_t kMostKeys = size_t{1} << 20;
 
-  explicit InsertQueue(size_t most_keys = kMostKeys);
-  ~InsertQueue();
+  explicit InsertQueue(size_t most_keys = kMostKeys) : worker_(most_keys) {}
+  ~InsertQueue() { Stop(); }
 
   void Enqueue(InsertBatch batch);
   // Waits until everything enqueued before is done or dropped.
-  void Drain();
+  void Drain() { worker_.Drain(); }
   // Ends the thread; what is queued or comes later is dropped and counted. A fetch that is under way is cancelled.
   void Stop();
 
@@ -55,27 +54,19 @@ class InsertQueue {
   Status last_error() const;
 
  private:
-  static constexpr size_t kFilterSlots = size_t{1} << 16;
   static constexpr size_t kPieceBytes = size_t{16} << 20;  // of rows fetched at a time
 
-  void Run();
+  void Run(const InsertBatch& batch);
+  void Drop(const InsertBatch& batch);
   Status Insert(const InsertBatch& batch, std::span<const Key> keys, uint64_t* absent);
-  static uint64_t Mark(const InsertBatch& batch, Key key);
-  void Forget(const InsertBatch& batch);  // REQUIRES: mutex_
 
-  const size_t most_keys_;
   std::atomic<bool> cancelled_{false};
-  std::mutex stop_mutex_;     // makes a second Stop wait for the first; before mutex_
-  mutable std::mutex mutex_;  // guards the following members
-  std::condition_variable changed_;
-  std::deque<InsertBatch> queue_;
-  std::vector<uint64_t> filter_ = std::vector<uint64_t>(kFilterSlots);  // keys in the queue, by their marks
+  QueuedKeys queued_;
+  mutable std::mutex mutex_;  // guards the next two
   Stats stats_;
   Status last_error_;
-  bool busy_ = false;
-  bool stopping_ = false;
   std::vector<std::byte> rows_;  // Insert's
-  std::thread thread_;
+  BackgroundWorker worker_;
 };
 
 }  // namespace hps

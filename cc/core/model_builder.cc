@@ -111,9 +111,9 @@ class Builder {
       }
     }
     const bool gives_up_rows = volatile_->capabilities().bounded;
-    return shared_->Prepare(wanted, {.load = options_.load_volatile,
-                                     .alone = SharedTierIsAlone(),
-                                     .whole = SharedTierIsAlone() && !gives_up_rows});
+    return shared_->Prepare(
+        wanted,
+        {.load = options_.load_volatile, .alone = SharedTierIsAlone(), .whole = SharedTierIsAlone() && !gives_up_rows});
   }
 
   // Whether a row that a load leaves out of the shared tier is served by no tier, and is meant to be there.
@@ -368,9 +368,10 @@ class Builder {
                                               " rows that were loaded into this table"
                                         : "the database holds no row of this table, and no record that it was loaded";
       if (!Writable()) {
-        return FailedPrecondition(what + ": every key would be answered with the default value; load it once with a "
-                                         "server that may write (persistent_db with read_only false and "
-                                         "initialize_after_startup true)");
+        return FailedPrecondition(what +
+                                  ": every key would be answered with the default value; load it once with a "
+                                  "server that may write (persistent_db with read_only false and "
+                                  "initialize_after_startup true)");
       }
       Log(LogLevel::kWarning, "model '" + config_.name + "', table '" + table.name + "': " + what +
                                   "; persistent_db.initialize_after_startup is false, so it stays empty, and keys that "
@@ -488,9 +489,9 @@ class Builder {
   const BuildOptions& options_;
   TableStore* const volatile_;
   TableStore* const persistent_;
-  std::optional<SharedTier> shared_;             // where the volatile store is shared
-  std::map<std::string, std::string> fingerprints_;  // of folders, by table
-  std::map<std::string, std::string> wanted_;        // fingerprint by table, for shared_
+  std::optional<SharedTier> shared_;                             // where the volatile store is shared
+  std::map<std::string, std::string> fingerprints_;              // of folders, by table
+  std::map<std::string, std::string> wanted_;                    // fingerprint by table, for shared_
   std::map<std::string, SharedTier::Contents> shared_contents_;  // of the tables that shared_ was given rows for
   ModelRecord old_record_;
   ModelRecord new_record_;

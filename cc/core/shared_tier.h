@@ -8,9 +8,9 @@
 // - Unloading and closing drop nothing.
 //
 // So that nodes which start together do not all load the same rows, the one that loads keeps a claim in the store
-// ("hps.load.<model>") and the others wait for it: until it is gone, or is not renewed any more, or the store knows that
-// its owner has died. The claim saves work only; if two nodes both believe to hold it, or its owner dies, rows stay
-// right.
+// ("hps.load.<model>") and the others wait for it: until it is gone, or is not renewed any more, or the store knows
+// that its owner has died. The claim saves work only; if two nodes both believe to hold it, or its owner dies, rows
+// stay right.
 //
 // The record also says how many rows a table held when its load ended, and whether the load left some out for a
 // persistent tier to serve. Where none may be missing (SharedTierUse) a table that holds fewer, or was given only some,

@@ -197,7 +197,8 @@ class RedisStore final : public TableStore {
       }
       HPS_ASSIGN_OR_RETURN(description, ReadDescription(spec.name));
     }
-    if (description && (description->row_bytes == 0 || description->key_bytes == 0 || description->id.empty()) && adopt) {
+    if (description && (description->row_bytes == 0 || description->key_bytes == 0 || description->id.empty()) &&
+        adopt) {
       std::string id;
       HPS_RETURN_IF_ERROR(Describe(spec, description->old, &id).status());
       HPS_ASSIGN_OR_RETURN(description, ReadDescription(spec.name));
@@ -221,8 +222,9 @@ class RedisStore final : public TableStore {
   }
 
   Result<std::optional<Description>> ReadDescription(std::string_view name) const {
-    HPS_ASSIGN_OR_RETURN(const RedisReply reply, session_->Call({"HMGET", RedisDescriptionKey(name), "num_partitions",
-                                                                 "row_bytes", "key_bytes", "layout", "dropping", "id"}));
+    HPS_ASSIGN_OR_RETURN(const RedisReply reply,
+                         session_->Call({"HMGET", RedisDescriptionKey(name), "num_partitions", "row_bytes", "key_bytes",
+                                         "layout", "dropping", "id"}));
     if (reply.elements.size() != 6 || reply.elements[0].kind == RedisReply::Kind::kNil) {
       return std::optional<Description>();
     }
@@ -249,7 +251,8 @@ class RedisStore final : public TableStore {
     };
     // The layout comes first, so that no table of the old one is ever taken for one of the new.
     if (old) HPS_RETURN_IF_ERROR(session_->Call({"HSETNX", key, "layout", "4.1"}).status());
-    HPS_ASSIGN_OR_RETURN(const RedisReply first, set("num_partitions", std::to_string(session_->options.num_partitions)));
+    HPS_ASSIGN_OR_RETURN(const RedisReply first,
+                         set("num_partitions", std::to_string(session_->options.num_partitions)));
     HPS_RETURN_IF_ERROR(set("row_bytes", std::to_string(spec.row_bytes)).status());
     HPS_RETURN_IF_ERROR(set("key_bytes", std::to_string(spec.key_bytes)).status());
     HPS_RETURN_IF_ERROR(set("id", RandomRedisId()).status());

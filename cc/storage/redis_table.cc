@@ -226,16 +226,16 @@ class RedisTable final : public Table {
     if (keys.empty()) return;
     const size_t weight = keys.size();
     RedisSession* session = session_.get();  // the worker ends before the session
-    (void)session_->worker.Offer(weight,
-                                 [session, layout = state_->layout(), place = state_->place(), keys = std::move(keys)] {
-                                   if (place->dropped || session->closed) return;
-                                   std::vector<std::unique_ptr<RedisTask>> tasks;
-                                   AppendAccessTasks(session->options.overflow, layout, *place, keys, &tasks);
-                                   std::vector<RedisTask*> pointers;
-                                   for (const auto& task : tasks) pointers.push_back(task.get());
-                                   // Which rows are old need not be known exactly.
-                                   (void)session->cluster->Run(pointers, steady_clock::now() + std::chrono::seconds(2));
-                                 });
+    (void)session_->worker.Offer(
+        weight, [session, layout = state_->layout(), place = state_->place(), keys = std::move(keys)](bool dropped) {
+          if (dropped || place->dropped || session->closed) return;
+          std::vector<std::unique_ptr<RedisTask>> tasks;
+          AppendAccessTasks(session->options.overflow, layout, *place, keys, &tasks);
+          std::vector<RedisTask*> pointers;
+          for (const auto& task : tasks) pointers.push_back(task.get());
+          // Which rows are old need not be known exactly.
+          (void)session->cluster->Run(pointers, steady_clock::now() + std::chrono::seconds(2));
+        });
   }
 
   Status UpsertSlice(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) {
@@ -403,7 +403,7 @@ void RedisTableState::FreeMoved() {
   std::lock_guard lock(mutex_);
   if (!place_->dropped || std::exchange(freed_, true)) return;
   RedisSession* session = session_.get();  // the worker ends before the session
-  (void)session_->worker.Post([session, place = place_] {
+  (void)session_->worker.Post([session, place = place_](bool) {
     std::deque<RedisCommandTask> tasks;
     for (const RedisTablePlace::Partition& partition : place->partitions) {
       tasks.emplace_back(partition.values_slot, std::vector<std::string>{"UNLINK", partition.values});

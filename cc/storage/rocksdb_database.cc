@@ -256,9 +256,9 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
   std::optional<OpenRocksDbFolder> folder_;  // once it is open
-  std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
-  std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
-  size_t threads_ = 1;                 // that write sorted files
+  std::shared_mutex log_mutex_;              // held shared to write, exclusively while the log is synced
+  std::atomic<bool> unlogged_{false};        // rows were written past the log since the last flush
+  size_t threads_ = 1;                       // that write sorted files
   BulkMemory bulk_memory_{.limit_bytes = kRocksDbBulkBytes};
   std::atomic<uint64_t> bulk_files_{0};
 
@@ -691,7 +691,8 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
   std::shared_ptr<Database> database;  // outlives the lock: letting go of it may lock again
   std::unique_lock lock(registry.mutex);
   for (;;) {
-    if (registry.ended) return FailedPrecondition(LocatedRocksDb(path) + ": the process is ending; no database is opened");
+    if (registry.ended)
+      return FailedPrecondition(LocatedRocksDb(path) + ": the process is ending; no database is opened");
     auto found = registry.databases.find(path);
     if (found == registry.databases.end()) break;
     database = found->second.lock();

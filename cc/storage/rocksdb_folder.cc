@@ -86,9 +86,10 @@ Status OpenRocksDbFolder::Check(const std::string& where) const {
   if (!gone) gone = ::stat((path_ / kRocksDbCurrent).c_str(), &named) != 0;
   if (!gone && has_lock_ && ::stat((path_ / "LOCK").c_str(), &named) == 0) gone = !SameFile(lock_, named);
   if (!gone) return OkStatus();
-  return DataLoss(where + ": the folder was deleted or replaced while it was in use, so nothing can be stored there any "
-                          "more; rows that were loaded before go on being served. Restore the folder if you need it, "
-                          "then start again");
+  return DataLoss(where +
+                  ": the folder was deleted or replaced while it was in use, so nothing can be stored there any "
+                  "more; rows that were loaded before go on being served. Restore the folder if you need it, "
+                  "then start again");
 }
 
 }  // namespace hps

@@ -1,4 +1,4 @@
-// Status, log, metrics and the thread pool.
+// Status, log, metrics, the thread pool and the background worker.
 
 #include <gtest/gtest.h>
 #include <sched.h>
@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "cc/base/background_worker.h"
+#include "cc/base/queued_keys.h"
 #include "hps/executor.h"
 #include "hps/log.h"
 #include "hps/metrics.h"
@@ -329,6 +331,63 @@ TEST(InlineExecutorTest, RunsOnePiece) {
   });
   InlineExecutor().ParallelFor(0, 1, [&](size_t, size_t) { ++calls; });
   EXPECT_EQ(calls, 1);
+}
+
+// ---- work that nobody waits for -----------------------------------------------------------------------------------
+
+TEST(BackgroundWorkerTest, TakesWhatFitsAndStopDropsWhatWasOnlyOffered) {
+  BackgroundWorker worker(10);
+  std::mutex gate;
+  std::unique_lock closed(gate);
+  std::mutex done_mutex;
+  std::vector<std::string> done;
+  const auto job = [&](const char* name) {
+    return [&, name](bool dropped) {
+      std::lock_guard lock(done_mutex);
+      done.push_back(std::string(name) + (dropped ? " dropped" : ""));
+    };
+  };
+  std::atomic<bool> begun{false};
+  ASSERT_TRUE(worker.Offer(4, [&](bool dropped) {
+    begun = true;
+    std::lock_guard wait(gate);
+    job("first")(dropped);
+  }));
+  while (!begun) std::this_thread::yield();
+  EXPECT_FALSE(worker.Offer(7, job("too much")));  // what runs takes room as well
+  EXPECT_TRUE(worker.Offer(6, job("second")));
+  EXPECT_TRUE(worker.Post(job("posted")));
+  EXPECT_FALSE(worker.Drain(5, std::chrono::steady_clock::time_point::max()));
+  EXPECT_FALSE(worker.Drain(10, std::chrono::steady_clock::now()));
+  EXPECT_FALSE(worker.stopped());
+  std::thread stopping([&] { worker.Stop(); });
+  while (!worker.stopped()) std::this_thread::yield();
+  EXPECT_FALSE(worker.Offer(1, job("too late")));
+  EXPECT_FALSE(worker.Post(job("too late")));
+  closed.unlock();
+  stopping.join();
+  worker.Stop();
+  worker.Drain();
+  std::sort(done.begin(), done.end());
+  EXPECT_EQ(done, (std::vector<std::string>{"first", "posted", "second dropped"}));
+}
+
+TEST(QueuedKeysTest, KnowsKeysByTableUntilTheyAreRemoved) {
+  QueuedKeys queued;
+  const int tables[2] = {};
+  std::vector<size_t> fresh;
+  const auto add = [&](const int* table, std::vector<Key> keys) {
+    fresh.clear();
+    return queued.Add(table, keys, [&](size_t i) { fresh.push_back(i); });
+  };
+  EXPECT_EQ(add(&tables[0], {0, -1, 5, 5}), 1u);
+  EXPECT_EQ(fresh, (std::vector<size_t>{0, 1, 2}));
+  EXPECT_EQ(add(&tables[0], {7, 5}), 1u);
+  EXPECT_EQ(fresh, (std::vector<size_t>{0}));
+  EXPECT_EQ(add(&tables[1], {5}), 0u);
+  queued.Remove(&tables[0], std::vector<Key>{5});
+  EXPECT_EQ(add(&tables[0], {5}), 0u);
+  EXPECT_EQ(add(&tables[1], {5}), 1u);
 }
 
 }  // namespace

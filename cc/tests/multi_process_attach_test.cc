@@ -1,5 +1,5 @@
-// Coming and going of processes that share memory: creations that fail, members that are known to be gone, and what they
-// held.
+// Coming and going of processes that share memory: creations that fail, members that are known to be gone, and what
+// they held.
 
 #include <fcntl.h>
 #include <signal.h>

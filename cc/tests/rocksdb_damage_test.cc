@@ -198,7 +198,6 @@ TEST_F(RocksDbDamage, FlippedBytes) {
   }
 }
 
-
 // The database goes on writing into files that nobody will find. It must not say that they are stored.
 TEST_F(RocksDbStore, AFolderThatWasDeletedOrReplacedTakesNothingMore) {
   for (const std::string what : {"deleted", "emptied", "replaced", "contents replaced"}) {
