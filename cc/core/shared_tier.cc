@@ -76,8 +76,10 @@ Status SharedTier::Prepare(const std::map<std::string, Wanted>& wanted, const Sh
                   [&](const auto& entry) { return Holds(entry.first, entry.second.fingerprint); })) {
     return OkStatus();
   }
-  HPS_RETURN_IF_ERROR(AcquireClaim());
+  bool owner_died = false;
+  HPS_RETURN_IF_ERROR(AcquireClaim(&owner_died));
   HPS_RETURN_IF_ERROR(ReadState(wanted, use));  // another node may have loaded meanwhile
+  if (owner_died) DropLeftovers(wanted);
   for (const auto& [table, shortage] : short_) {
     Log(LogLevel::kWarning, "model '" + model_ + "', table '" + table + "': in the volatile tier (" +
                                 std::string(store_.kind()) + ") " + shortage.text + "; it is loaded anew");
@@ -124,7 +126,7 @@ Status SharedTier::ReadState(const std::map<std::string, Wanted>& wanted, const 
   return OkStatus();
 }
 
-Status SharedTier::AcquireClaim() {
+Status SharedTier::AcquireClaim(bool* owner_died) {
   std::optional<std::string> seen;
   Clock::time_point seen_since = Clock::now();
   bool told = false;
@@ -140,7 +142,9 @@ Status SharedTier::AcquireClaim() {
       seen = claim;
       seen_since = now;
     }
-    if (!claim || now - seen_since >= options_.stale_after || OwnerIsGone(store_, *claim)) {
+    const bool gone = claim && OwnerIsGone(store_, *claim);
+    *owner_died = gone;  // of the claim that was seen last before this one
+    if (!claim || gone || now - seen_since >= options_.stale_after) {
       HPS_RETURN_IF_ERROR(store_.WriteRecord(claim_name_, owner_ + " " + std::to_string(++renewals_)));
       // Whoever wrote last has it; the others see that when they read it again.
     } else if (!told) {
@@ -150,6 +154,22 @@ Status SharedTier::AcquireClaim() {
     }
     std::this_thread::sleep_for(options_.poll);
   }
+}
+
+void SharedTier::DropLeftovers(const std::map<std::string, Wanted>& wanted) {
+  const Result<std::vector<std::string>> stored = store_.ListTables();
+  Status status = stored.status();
+  for (const auto& [table, want] : wanted) {
+    const auto recorded = record_.tables.find(table);
+    for (size_t i = 0; status.ok() && i < stored->size(); ++i) {
+      const std::optional<uint64_t> generation = GenerationOf((*stored)[i], model_, table);
+      if (!generation || (recorded != record_.tables.end() && *generation <= recorded->second.generation)) continue;
+      status = store_.DropTable((*stored)[i]);
+      if (status.code() == StatusCode::kNotFound) status = OkStatus();
+    }
+  }
+  if (!status.ok())
+    Log(LogLevel::kWarning, "a load of model '" + model_ + "' that was cut short: " + status.ToString());
 }
 
 void SharedTier::KeepClaim() {

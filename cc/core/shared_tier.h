@@ -95,7 +95,10 @@ class SharedTier {
   };
 
   Status ReadState(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use);
-  Status AcquireClaim();
+  // *owner_died: the claim was taken from an owner of whom the store knows that it is gone.
+  Status AcquireClaim(bool* owner_died);
+  // What a load that nobody goes on with has left: in memory of a fixed size it takes the room of the next one.
+  void DropLeftovers(const std::map<std::string, Wanted>& wanted);
   void DropOlder(const std::string& table, uint64_t oldest_kept);
 
   struct Made {

@@ -85,36 +85,56 @@ TEST_F(MultiProcessTest, MembersThatAreGoneAreKnownByName) {
   }
 }
 
+const TableSpec kLoaded = {.row_bytes = kRowBytes, .expected_rows = 120'000};  // more than half of the memory
 const std::map<std::string, SharedTier::Wanted> kWanted = {{"t", {"a folder", {.row_bytes = kRowBytes}}}};
 
-// Holds the claim of a load until it is killed.
+// Loads half of a table that takes most of the memory, until it is killed.
 int RunLoader(const fs::path& folder) {
   const auto store = Open(folder.filename().string());
   SharedTier tier(*store, "m", {});
   EXPECT_TRUE(tier.Prepare(kWanted, {}).ok());
-  std::puts("claimed");
+  bool fill = false;
+  const auto table = Value(tier.Open("t", kLoaded, "a folder", /*load=*/true, &fill));
+  EXPECT_TRUE(Put(*table, Keys(0, kLoaded.expected_rows / 2, false), 1).ok());
+  std::puts("loading");
   std::fflush(stdout);
   while (true) ::pause();
 }
 
 TEST_F(MultiProcessTest, TheLoadOfAProcessThatDiedIsTakenOverAtOnce) {
   const auto store = Open(name);
-  ChildProcess loader("loader", folder / "");
-  loader.WaitForLine("claimed");
-  const std::string claim = Value(store->ReadRecord("hps.load.m")).value_or("");
-  const size_t slash = claim.find('/');
-  ASSERT_NE(slash, std::string::npos) << claim;
-  EXPECT_FALSE(store->MemberIsGone(claim.substr(slash + 1, claim.find(' ') - slash - 1)));
-  std::atomic<bool> done{false};
-  std::thread waiting([&] {
-    SharedTier tier(*store, "m", {.stale_after = std::chrono::hours(1)});
-    EXPECT_TRUE(tier.Prepare(kWanted, {}).ok());
-    done = true;
-  });
-  loader.Kill();
-  [&] { WaitUntil([&] { return done.load(); }, "the claim of a process that has died"); }();
-  if (!done) (void)store->EraseRecord("hps.load.m");
-  waiting.join();
+  for (const bool replacement : {false, true}) {
+    if (replacement) {  // beside a version that must stay
+      ASSERT_OK(Put(*Create(*store), Keys(0, 10, false), 1));
+      ModelRecord record;
+      record.tables["t"] = {0, "another folder", 10};
+      ASSERT_OK(WriteModelRecord(*store, "m", record));
+    }
+    ChildProcess loader("loader", folder / "");
+    loader.WaitForLine("loading");
+    const std::string claim = Value(store->ReadRecord("hps.load.m")).value_or("");
+    const size_t slash = claim.find('/');
+    ASSERT_NE(slash, std::string::npos) << claim;
+    EXPECT_FALSE(store->MemberIsGone(claim.substr(slash + 1, claim.find(' ') - slash - 1)));
+    std::atomic<bool> done{false};
+    std::thread waiting([&] {
+      SharedTier tier(*store, "m", {.stale_after = std::chrono::hours(1)});
+      EXPECT_TRUE(tier.Prepare(kWanted, {}).ok());
+      bool fill = false;  // there is room for one only
+      const auto table = tier.Open("t", kLoaded, "a folder", /*load=*/true, &fill);
+      EXPECT_TRUE(table.ok()) << table.status().ToString();
+      EXPECT_TRUE(fill);
+      tier.Undo();
+      done = true;
+    });
+    loader.Kill();
+    [&] { WaitUntil([&] { return done.load(); }, "the claim of a process that has died"); }();
+    if (!done) (void)store->EraseRecord("hps.load.m");
+    waiting.join();
+  }
+  ExpectVersion(*OpenTable(*store), Keys(0, 10, false), 1);
+  EXPECT_EQ(Value(store->ListTables()), std::vector<std::string>{kTableName});
+  ASSERT_OK(CheckMultiProcessStore(*store));
 }
 
 int RunRole(const std::string& role, const fs::path& given) {
