@@ -332,6 +332,12 @@ Status Database::TryStart(const RocksDbOptions& options) {
 
 Database::~Database() {
   if (db_ == nullptr) return;
+  for (const auto& [name, family] : families_) {
+    // A table may outlive the database with rows that could not be brought in, and they count in bulk_memory_.
+    std::lock_guard lock(family->bulk_mutex);
+    family->bulk_pending = false;
+    family->bulk.reset();
+  }
   families_.clear();
   const Status folder = CheckFolder();
   if (!folder.ok()) Log(LogLevel::kWarning, folder.ToString());
