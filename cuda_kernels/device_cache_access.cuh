@@ -62,13 +62,13 @@ struct Tile {
   __device__ T Broadcast(T value, int from) const {
     return __shfl_sync(mask, value, from, kLanes);
   }
-  // The state, which quarter 3 holds.
+  // The state (quarter 3 holds it) and the way that holds the key, or -1: the answers of the first four lanes for all.
+  // Beside a writer other lanes may have read something else, and then the tile would part for ever.
   __device__ uint64_t StateOf(const BucketQuarter& quarter) const {
-    return __shfl_sync(mask, static_cast<unsigned long long>(quarter.high), lane | 3, kLanes);
+    return Broadcast(static_cast<unsigned long long>(quarter.high), 3);
   }
-  // The way that holds the key, or -1, in all lanes.
   __device__ int WayOf(const BucketQuarter& bucket, int64_t key) const {
-    return GroupWayOf(bucket, key, quarter(), mask);
+    return Broadcast(GroupWayOf(bucket, key, quarter(), mask), 0);
   }
 };
 
