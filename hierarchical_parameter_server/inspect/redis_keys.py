@@ -68,6 +68,7 @@ def _inspect(nodes: Nodes, options: RedisOptions, shown: int) -> Report:
     tables: dict[str, _Found] = {}
     records: dict[str, dict[str, stored_names.TableRecord]] = {}
     used_bytes = 0
+    all_nodes = not nodes.unreachable
     for address, client in nodes.clients.items():
         try:
             used_bytes += client.info("memory")["used_memory"]
@@ -78,10 +79,11 @@ def _inspect(nodes: Nodes, options: RedisOptions, shown: int) -> Report:
             if not nodes.cluster:
                 raise failure from error
             report.problems.append(f"its keys are missing here: {failure}")
+            all_nodes = False
     report.facts["used_memory_bytes"] = used_bytes
     for stored in sorted(tables):
         report.tables.append(_inspect_table(stored, tables[stored], records, shown))
-    _add_notes(report, records)
+    _add_findings(report, records, all_nodes)
     return report
 
 
@@ -175,16 +177,22 @@ def _check_layout(table: Table, found: _Found, partitions: int, misplaced: int, 
     table.key_bytes = table.key_bytes or found.fields["key_bytes"]
 
 
-def _add_notes(report: Report, records) -> None:
+def _add_findings(report: Report, records, all_nodes: bool) -> None:
+    """`all_nodes`: that no rows are missing because their node was not asked."""
     stored = {(table.model, table.table, table.generation) for table in report.tables}
     for table in report.tables:
         if table.state == SUPERSEDED:
             table.notes.append("the generation before, which other nodes may still serve, or one that is being loaded")
         elif table.state == INCOMPLETE:
             table.notes.append("its load is running or was cut short")
-        elif table.state == CURRENT and table.rows < (table.recorded_rows or 0):
-            table.notes.append(f"{table.recorded_rows} rows were loaded: the others were evicted, or never brought up")
+        elif table.state == CURRENT and all_nodes and not table.problems:
+            table.compare_rows(
+                "load the model anew (replace_model, or a restart), and see that Redis loses no rows (maxmemory-policy "
+                "noeviction, replicas)"
+            )
     for model, tables in records.items():
         for table, record in tables.items():
-            if (model, table, record.generation) not in stored and record.fingerprint:
-                report.notes.append(f"the record of model {model} names table {table}, of which no row is there")
+            if all_nodes and (model, table, record.generation) not in stored and record.fingerprint:
+                report.problems.append(
+                    f"the record of model {model} names table {table}, of which nothing is there: load the model anew"
+                )
