@@ -21,6 +21,7 @@
 #include <optional>
 #include <random>
 
+#include "cc/base/system_limits.h"
 #include "cc/core/host_memory.h"
 #include "cc/core/model_record.h"
 #include "cc/core/shared_tier.h"
@@ -59,7 +60,8 @@ class Builder {
       new_record_ = old_record_;  // tables that the configuration does not name stay what they are
     }
     model_->config = config_;
-    Status status = BuildTables();
+    // Caught here, because what was begun must be undone.
+    Status status = WithinLimits("its tables cannot be loaded", [&] { return BuildTables(); });
     if (!status.ok()) {
       Undo();
       return status.WithContext("model '" + config_.name + "'");

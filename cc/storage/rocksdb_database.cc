@@ -28,9 +28,11 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <system_error>
 #include <thread>
 #include <utility>
 
+#include "cc/base/system_limits.h"
 #include "cc/storage/rocksdb_manifest.h"
 #include "cc/storage/table_memory.h"
 #include "hps/log.h"
@@ -73,10 +75,16 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
     return DataLoss(text + kRestore);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
-  if (status.IsMemoryLimit()) return ResourceExhausted(text);
+  if (status.IsMemoryLimit()) return NoMemory(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
   if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestore);
   if (status.IsIOError()) {
+    for (const int error : {EMFILE, ENFILE, EFBIG, ENOMEM}) {
+      if (Contains(text, std::generic_category().message(error))) return *LimitReached(error, text);
+    }
+    if (Contains(text, "lock hold by current process")) {
+      return Unavailable(text + "; an opening in this process failed half-way and left it: restart the process");
+    }
     if (Contains(text, "lock hold by") || Contains(text, "While lock file")) {
       return Unavailable(text +
                          "; the database is locked by another process: close it there, or open it with read_only");
@@ -101,6 +109,7 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
 Status MapError(const std::error_code& error, const std::string& what) {
   const std::string text = what + ": " + error.message();
   if (error == std::errc::no_space_on_device) return ResourceExhausted(text + "; free disk space");
+  if (auto limit = LimitReached(error.value(), text)) return *std::move(limit);
   if (error == std::errc::not_a_directory) return InvalidArgument(text + "; a part of the path is a file");
   return FailedPrecondition(text);
 }
@@ -295,6 +304,9 @@ Status Database::Start(const RocksDbOptions& options) {
 }
 
 Status Database::TryStart(const RocksDbOptions& options) {
+  // RocksDB's own threads, and those that open its files, cannot be refused: the folder's lock would stay, or worse.
+  constexpr size_t kOpeningThreads = 20;
+  HPS_RETURN_IF_ERROR(CheckThreads(std::min<size_t>(options.num_threads, 1024) + kOpeningThreads, Where()));
   rocksdb::DBOptions database_options = DatabaseOptions(options);
   database_options.info_log = std::make_shared<ErrorLogger>(Where());
   database_options.listeners = {write_errors_};
@@ -556,7 +568,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
         if (written) files.push_back(path);
       }
     } catch (const std::exception& error) {
-      fail(ResourceExhausted(Where(family.name) + ": " + error.what()));
+      fail(NoMemory(Where(family.name) + ": " + error.what()));
     }
   };
   {
