@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <fstream>
 #include <mutex>
 #include <new>
@@ -109,28 +110,38 @@ Status CaughtStatus(std::string_view what) {
   }
 }
 
+bool AddressSpaceIsLimited() { return Limit(RLIMIT_AS).has_value(); }
+
 Status CheckThreads(size_t count, const std::string& what) {
-  std::mutex mutex;  // guards the next
+  static const volatile size_t kSmall = 64;  // volatile: the allocation is what counts
+  std::mutex mutex;  // guards the next two
+  size_t ready = 0;
   bool ended = false;
-  std::condition_variable end;
+  std::condition_variable changed;
   bool all = true;
   std::vector<std::thread> threads;
   try {
     threads.reserve(count);
     while (threads.size() < count) {
       threads.emplace_back([&] {
+        // A thread that allocates takes 64 MiB of address space for an arena, as those that are to come will do. Arenas
+        // are handed on to later threads.
+        std::free(std::malloc(kSmall));
         std::unique_lock lock(mutex);
-        end.wait(lock, [&] { return ended; });
+        ++ready;
+        changed.notify_all();
+        changed.wait(lock, [&] { return ended; });
       });
     }
   } catch (const std::exception&) {
     all = false;
   }
   {
-    std::lock_guard lock(mutex);
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return ready == threads.size(); });
     ended = true;
   }
-  end.notify_all();
+  changed.notify_all();
   for (std::thread& thread : threads) thread.join();
   return all ? OkStatus() : NoThreads(what);
 }

@@ -171,6 +171,8 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   // (RocksDB's own choice is to forget silently what follows a damaged record.)
   result.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   result.bytes_per_sync = 1 << 20;
+  // Opening with several threads ends the process where one of them cannot be started (see CheckThreads below).
+  if (AddressSpaceIsLimited()) result.max_file_opening_threads = 1;
   result.stats_dump_period_sec = 0;
   result.stats_persist_period_sec = 0;
   return result;
