@@ -2,6 +2,7 @@
 
 #include "cc/base/system_limits.h"
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 
 #include <cerrno>
@@ -52,6 +53,11 @@ std::string MemoryAdvice() {
       GroupLimit("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes");
   return InForce({AddressSpace(), group ? std::to_string(*group >> 20) + " MiB of the control group" : ""}) +
          "; raise the limit, or keep fewer rows in memory (`hps memory ps.json` does the sum)";
+}
+
+bool HasAddressSpace(size_t bytes) {
+  void* space = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return space != MAP_FAILED && ::munmap(space, bytes) == 0;
 }
 
 }  // namespace
@@ -139,6 +145,8 @@ Status CheckThreads(size_t count, const std::string& what) {
   {
     std::unique_lock lock(mutex);
     changed.wait(lock, [&] { return ready == threads.size(); });
+    // With room for an arena left none of the threads went without, so that later ones take no more address space.
+    if (AddressSpaceIsLimited()) all = all && HasAddressSpace(size_t{256} << 20);
     ended = true;
   }
   changed.notify_all();
