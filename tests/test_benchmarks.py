@@ -236,9 +236,10 @@ def test_tables_of_design_notes_are_made_from_the_recorded_lines(tree):
     note, lines = tree / "docs/design/0006-when-tiers-fail.md", tree / "benchmarks/results/stack.jsonl"
     before = note.read_text(encoding="utf-8")
     run = {"kind": "run", "version": "of the test", "commit": "abc", "load_average": 0.5}
-    measured = {"kind": "load_beside_lookups", "tiers": "hash_map", "p99_ratio": 1.25, "p99_ratio_quartiles": [1.1, 1.5]}
+    measured = {"kind": "load_beside_lookups", "tiers": "hash_map", "p99_ratio": 1.25}
+    measured |= {"p99_ratio_quartiles": [1.1, 1.5], "quiet_p99_us": 171.5}
     with open(lines, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in (run, {**measured, "quiet_p99_us": 171.5}))
+        file.writelines(json.dumps(record) + "\n" for record in (run, measured))
     command = [sys.executable, "tools/generate_docs.py"]
     check = subprocess.run([*command, "--check"], cwd=tree, capture_output=True, text=True)
     assert (check.returncode, check.stdout) == (1, f"{note.relative_to(tree)}:1: out of date: run ./dev docs\n")

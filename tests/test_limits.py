@@ -1,4 +1,4 @@
-"""Limits of the process: what fails says which limit it was and what to do, nothing is spoilt, and all works above it."""
+"""Limits of the process: what fails says which limit it was and what to do, and all works again above it."""
 
 import json
 
@@ -10,8 +10,8 @@ from services import RedisServer
 WIDTH = 16
 ROWS = 100_000
 
-# Tries a server under each of some limits, then without one; prints a JSON list of the errors' types and texts ("" where
-# it served). A server that is refused leaves nothing behind that would keep the next one from starting.
+# Tries a server under each of some limits, then without one; prints a JSON list of the errors' types and texts (""
+# where it served). A server that is refused leaves nothing behind that would keep the next one from starting.
 ATTEMPTS = """
     import json, os, resource, shutil, sys
     import numpy as np

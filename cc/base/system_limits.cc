@@ -35,7 +35,7 @@ std::optional<uint64_t> GroupLimit(const char* v2, const char* v1) {
 }
 
 // "; in force: a, b" of those that are there.
-std::string InForce(const std::vector<std::string>& limits) {
+std::string LimitsText(const std::vector<std::string>& limits) {
   std::string text;
   for (const std::string& limit : limits) {
     if (!limit.empty()) text += (text.empty() ? "; in force: " : ", ") + limit;
@@ -51,7 +51,7 @@ std::string AddressSpace() {
 std::string MemoryAdvice() {
   const std::optional<uint64_t> group =
       GroupLimit("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes");
-  return InForce({AddressSpace(), group ? std::to_string(*group >> 20) + " MiB of the control group" : ""}) +
+  return LimitsText({AddressSpace(), group ? std::to_string(*group >> 20) + " MiB of the control group" : ""}) +
          "; raise the limit, or keep fewer rows in memory (`hps memory ps.json` does the sum)";
 }
 
@@ -89,11 +89,11 @@ std::optional<Status> LimitReached(int error, const std::string& text) {
 Status NoThreads(const std::string& what) {
   const std::optional<uint64_t> user = Limit(RLIMIT_NPROC);
   const std::optional<uint64_t> group = GroupLimit("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max");
-  return ResourceExhausted(what + ": the system refuses to start a thread" +
-                           InForce({AddressSpace(),
-                                    user ? std::to_string(*user) + " threads of this user (RLIMIT_NPROC, ulimit -u)" : "",
-                                    group ? std::to_string(*group) + " threads of the control group (pids.max)" : ""}) +
-                           "; raise the limit that was reached, or ask for fewer threads (persistent_db.num_threads)");
+  return ResourceExhausted(
+      what + ": the system refuses to start a thread" +
+      LimitsText({AddressSpace(), user ? std::to_string(*user) + " threads of this user (RLIMIT_NPROC, ulimit -u)" : "",
+                  group ? std::to_string(*group) + " threads of the control group (pids.max)" : ""}) +
+      "; raise the limit that was reached, or ask for fewer threads (persistent_db.num_threads)");
 }
 
 Status NoMemory(const std::string& what) {
@@ -120,7 +120,7 @@ bool AddressSpaceIsLimited() { return Limit(RLIMIT_AS).has_value(); }
 
 Status CheckThreads(size_t count, const std::string& what) {
   static const volatile size_t kSmall = 64;  // volatile: the allocation is what counts
-  std::mutex mutex;  // guards the next two
+  std::mutex mutex;                          // guards the next two
   size_t ready = 0;
   bool ended = false;
   std::condition_variable changed;

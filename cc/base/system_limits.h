@@ -26,7 +26,8 @@ std::optional<Status> LimitReached(int error, const std::string& text);
 Status NoThreads(const std::string& what);
 Status NoMemory(const std::string& what);
 
-// Whether RLIMIT_AS is set: then nobody can tell beforehand how many threads can be had, because each may reserve an arena.
+// Whether RLIMIT_AS is set: then nobody can tell beforehand how many threads can be had, because each may reserve an
+// arena.
 bool AddressSpaceIsLimited();
 // Whether `count` more threads could be started now; NoThreads(what) if not. For libraries that end the process, or are
 // left unusable, where they get none.

@@ -300,7 +300,8 @@ class ParameterServer::Impl {
     std::optional<Result<std::shared_ptr<Model>>> model;
     std::thread loader([&] {
       StandBackForLookups();
-      model.emplace(WithinLimits("model '" + config.name + "'", [&] { return BuildModel(config, *resources_, options); }));
+      model.emplace(
+          WithinLimits("model '" + config.name + "'", [&] { return BuildModel(config, *resources_, options); }));
     });
     loader.join();
     return *std::move(model);

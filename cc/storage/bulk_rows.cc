@@ -71,8 +71,7 @@ class BulkRows::Run {
       for (size_t piece; (piece = next++) < pieces;) {
         const size_t first = piece * piece_records;
         const auto some = entries.subspan(first, std::min(piece_records, entries.size() - first));
-        Status written = buffer == nullptr ? NoMemory(where_)
-                                           : WritePiece(some, first, rows, buffer.get());
+        Status written = buffer == nullptr ? NoMemory(where_) : WritePiece(some, first, rows, buffer.get());
         if (written.ok()) continue;
         std::lock_guard lock(mutex);
         if (status.ok()) status = std::move(written);

@@ -33,6 +33,7 @@
 #include <utility>
 
 #include "cc/base/system_limits.h"
+#include "cc/storage/rocksdb_folder.h"
 #include "cc/storage/rocksdb_manifest.h"
 #include "cc/storage/table_memory.h"
 #include "hps/log.h"
@@ -42,7 +43,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kCurrentFile = "CURRENT";               // every database has one
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
@@ -52,14 +52,10 @@ constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several
 constexpr size_t kBlockBytes = 2 << 10;
 constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
-std::string Located(std::string_view path) { return "rocks_db \"" + std::string(path) + "\""; }
-
 rocksdb::Slice ToSlice(std::string_view bytes) { return rocksdb::Slice(bytes.data(), bytes.size()); }
 std::string_view ToView(const rocksdb::Slice& bytes) { return std::string_view(bytes.data(), bytes.size()); }
 
 bool Contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
-
-constexpr const char* kRestore = "; restore the folder, or delete it and load the model again";
 
 // `where` names the database, and the table where there is one.
 Status MapStatus(const rocksdb::Status& status, const std::string& where) {
@@ -72,12 +68,12 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
       return FailedPrecondition(
           text + "; the files were written by a newer RocksDB: write them again with table format_version 5");
     }
-    return DataLoss(text + kRestore);
+    return DataLoss(text + kRestoreRocksDb);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
   if (status.IsMemoryLimit()) return NoMemory(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
-  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestore);
+  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestoreRocksDb);
   if (status.IsIOError()) {
     for (const int error : {EMFILE, ENFILE, EFBIG, ENOMEM}) {
       if (Contains(text, std::generic_category().message(error))) return *LimitReached(error, text);
@@ -104,14 +100,6 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
   }
   if (status.IsNotSupported() || status.IsShutdownInProgress()) return FailedPrecondition(text);
   return Internal(text);
-}
-
-Status MapError(const std::error_code& error, const std::string& what) {
-  const std::string text = what + ": " + error.message();
-  if (error == std::errc::no_space_on_device) return ResourceExhausted(text + "; free disk space");
-  if (auto limit = LimitReached(error.value(), text)) return *std::move(limit);
-  if (error == std::errc::not_a_directory) return InvalidArgument(text + "; a part of the path is a file");
-  return FailedPrecondition(text);
 }
 
 // Takes RocksDB's own errors to the host's log, each run of equal ones once. The usual log file in the database folder
@@ -197,19 +185,6 @@ void SetFamilyOptions(rocksdb::ColumnFamilyOptions* options) {
   options->write_buffer_size = kWriteBufferBytes;
   options->max_write_buffer_number = 3;
   options->compression = rocksdb::kNoCompression;
-}
-
-// The logs of a database, for RocksDB's messages about damage that name no file: all that they can mean, CURRENT being
-// mentioned by name.
-std::string LogFiles(const fs::path& folder) {
-  std::string names;
-  std::error_code error;
-  for (fs::directory_iterator entry(folder, error); !error && entry != fs::directory_iterator();
-       entry.increment(error)) {
-    if (entry->path().extension() != ".log" || entry->file_size(error) == 0) continue;
-    names += (names.empty() ? "" : ", ") + entry->path().filename().string();
-  }
-  return names.empty() ? "no log" : names;
 }
 
 class Database;
@@ -314,7 +289,7 @@ Status Database::TryStart(const RocksDbOptions& options) {
   database_options.listeners = {write_errors_};
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
-  if (fs::exists(fs::path(path_) / kCurrentFile)) {
+  if (fs::exists(fs::path(path_) / kRocksDbCurrentFile)) {
     HPS_RETURN_IF_ERROR(CheckManifest(path_, Where()));
     HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
   }
@@ -329,8 +304,9 @@ Status Database::TryStart(const RocksDbOptions& options) {
   const rocksdb::Status opened = read_only_
                                      ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
                                      : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
-  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kCurrentFile)) {
-    return MapStatus(opened, Where() + ", in " + LogFiles(path_));
+  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) &&
+      !Contains(opened.ToString(), kRocksDbCurrentFile)) {
+    return MapStatus(opened, Where() + ", in " + RocksDbLogFiles(path_));
   }
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
@@ -339,7 +315,7 @@ Status Database::TryStart(const RocksDbOptions& options) {
   if (!read_only_) {
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
-    if (error) return MapError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+    if (error) return MapFileError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
     NoteManifest(path_);
   }
   for (size_t i = 0; i < names.size(); ++i) {
@@ -547,7 +523,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
   HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
   std::error_code error;
   fs::create_directories(BulkFolder(), error);
-  if (error) return MapError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
+  if (error) return MapFileError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
   const uint64_t first_file = bulk_files_.fetch_add(ranges.size());
 
   std::atomic<size_t> next{0};
@@ -674,52 +650,6 @@ Status Database::DestroyHandle(rocksdb::ColumnFamilyHandle* handle) {
   return Map(db_->DestroyColumnFamilyHandle(handle));
 }
 
-// What an interrupted creation, or the system, may leave in a folder without a database.
-bool MayLieInEmptyFolder(const std::string& name) {
-  return name == "LOCK" || name == "IDENTITY" || name == "lost+found" || name.starts_with("LOG") ||
-         name.starts_with("MANIFEST-") || name.ends_with(".dbtmp");
-}
-
-// Makes the folder where that is asked for; refuses what is no database. Returns its canonical path.
-Result<std::string> PrepareFolder(const RocksDbOptions& options) {
-  const std::string where = Located(options.path);
-  if (options.path.empty()) return InvalidArgument(where + ": the path is empty");
-  const fs::path path(options.path);
-  std::error_code error;
-  const fs::file_status status = fs::status(path, error);
-  if (status.type() == fs::file_type::not_found) {
-    if (options.read_only) return NotFound(where + ": no such folder, and read_only makes none");
-    fs::create_directories(path, error);
-    if (error) return MapError(error, where + ": cannot make the folder");
-  } else if (error) {
-    return MapError(error, where);
-  } else if (status.type() != fs::file_type::directory) {
-    return InvalidArgument(where + " is not a folder; name the folder of a RocksDB database, or one to be made");
-  }
-  if (!fs::exists(path / kCurrentFile, error)) {
-    std::string other;
-    bool manifest = false;
-    fs::directory_iterator entry(path, error);
-    for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
-      const std::string name = entry->path().filename().string();
-      manifest |= name.starts_with("MANIFEST-");
-      if (!MayLieInEmptyFolder(name)) other = name;
-    }
-    if (error) return MapError(error, where);
-    if (!other.empty() && manifest) {
-      return DataLoss(where + ": the file \"" + (path / kCurrentFile).string() + "\" is missing" + kRestore);
-    }
-    if (!other.empty()) {
-      return InvalidArgument(where + " is not a RocksDB database and holds other things (\"" + other +
-                             "\"); name an empty or a new folder");
-    }
-    if (options.read_only) return NotFound(where + ": the folder holds no database, and read_only makes none");
-  }
-  const fs::path canonical = fs::canonical(path, error);
-  if (error) return MapError(error, where);
-  return canonical.string();
-}
-
 // The open databases of this process, by canonical path. An entry outlives its database until that has really closed,
 // so that whoever opens the folder next can wait for the lock to be free.
 struct Registry {
@@ -752,7 +682,8 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
   std::shared_ptr<Database> database;  // outlives the lock: letting go of it may lock again
   std::unique_lock lock(registry.mutex);
   for (;;) {
-    if (registry.ended) return FailedPrecondition(Located(path) + ": the process is ending; no database is opened");
+    if (registry.ended)
+      return FailedPrecondition(LocatedRocksDb(path) + ": the process is ending; no database is opened");
     auto found = registry.databases.find(path);
     if (found == registry.databases.end()) break;
     database = found->second.lock();
@@ -778,7 +709,7 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
 }  // namespace
 
 Result<std::shared_ptr<RocksDbDatabase>> RocksDbDatabase::Open(const RocksDbOptions& options) {
-  HPS_ASSIGN_OR_RETURN(const std::string path, PrepareFolder(options));
+  HPS_ASSIGN_OR_RETURN(const std::string path, PrepareRocksDbFolder(options));
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<Database> database, OpenShared(path, options));
   return std::shared_ptr<RocksDbDatabase>(std::move(database));
 }
@@ -790,7 +721,7 @@ bool EndRocksDb(std::chrono::milliseconds limit) {
   return registry.closed.wait_for(lock, limit, [&] { return registry.live == 0; });
 }
 
-std::string RocksDbDatabase::Where() const { return Located(path_); }
+std::string RocksDbDatabase::Where() const { return LocatedRocksDb(path_); }
 
 std::string RocksDbDatabase::Where(std::string_view table) const {
   return Where() + ", table \"" + std::string(table) + "\"";

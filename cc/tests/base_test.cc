@@ -303,9 +303,7 @@ TEST(SystemLimitsTest, EachLimitIsNamedWithItsRemedy) {
 }
 
 TEST(SystemLimitsTest, ExceptionsBecomeStatuses) {
-  const auto thrown = [](const auto& exception) {
-    return WithinLimits("here", [&]() -> Status { throw exception; });
-  };
+  const auto thrown = [](const auto& exception) { return WithinLimits("here", [&]() -> Status { throw exception; }); };
   EXPECT_EQ(thrown(std::bad_alloc()).code(), StatusCode::kResourceExhausted);
   EXPECT_EQ(thrown(std::system_error(EAGAIN, std::generic_category())).code(), StatusCode::kResourceExhausted);
   EXPECT_EQ(thrown(std::system_error(EMFILE, std::generic_category())).code(), StatusCode::kResourceExhausted);

@@ -77,7 +77,7 @@ def inspect_database(folder: Path, shown: int, exact: bool = False) -> Report:
 
 
 def _manifest_problems(folder: Path) -> list[str]:
-    """What a server refuses: a MANIFEST that is shorter than our note of it says. A shorter one opens, without tables."""
+    """What a server refuses: a MANIFEST shorter than our note of it says. RocksDB opens it, without tables."""
     try:
         noted = (folder / _MANIFEST_NOTE).read_text(encoding="utf-8").split()  # before the rest: a server may write
         name, noted_bytes = noted[0], int(noted[1])
@@ -89,8 +89,8 @@ def _manifest_problems(folder: Path) -> list[str]:
     if there >= noted_bytes:
         return []
     return [
-        f"{folder / name} has {there} bytes and had {noted_bytes} when it was last flushed: its end is lost, and with it "
-        f"the names of table files; servers refuse the database: restore the folder, or delete it and load the model again"
+        f"{folder / name} has {there} bytes and had {noted_bytes} when it was last flushed: its end is lost, and with "
+        f"it the names of table files; servers refuse the database: restore the folder, or delete it and load anew"
     ]
 
 
@@ -106,8 +106,8 @@ def _format_problems(database) -> list[str]:
             if kind == _BLOCK_BASED and version > _NEWEST_FORMAT:
                 newer.setdefault(version, []).append(file["name"].lstrip("/"))
     return [
-        f"{len(files)} table files ({min(files)} and so on) have the format_version {version}, and servers refuse them: "
-        f"they read up to {_NEWEST_FORMAT}; write them again with that (in rocksdict: "
+        f"{len(files)} table files ({min(files)} and so on) have the format_version {version}, and servers refuse "
+        f"them: they read up to {_NEWEST_FORMAT}; write them again with that (in rocksdict: "
         f"BlockBasedOptions.set_format_version({_NEWEST_FORMAT}))"
         for version, files in sorted(newer.items())
     ]
