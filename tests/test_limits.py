@@ -38,6 +38,7 @@ ATTEMPTS = """
         except Exception as error:
             return [type(error).__name__, str(error)]
 
+    shared = "/dev/shm/" + str(isinstance(config, dict) and config.get("volatile_db", {}).get("shared_memory_name"))
     result = []
     for above in [*range(int(first), int(last), int(step)), None]:
         shutil.rmtree(database, ignore_errors=True)
@@ -45,6 +46,7 @@ ATTEMPTS = """
             resource.setrlimit(which, (used() + above, infinity))
         result.append(attempt())
         resource.setrlimit(which, (infinity, infinity))
+        assert not os.path.exists(shared)
     print(json.dumps(result))
 """
 

@@ -136,7 +136,11 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
     HPS_RETURN_IF_ERROR(file->Lock());
     // The open file that is mapped and grows. It tells at once whether the name still means the file that is locked.
     file->file_ = ::shm_open(full_name.c_str(), O_RDWR, 0600);
-    if (file->file_ < 0 && errno != ENOENT) return file->NameError(errno, "cannot be opened again");
+    if (file->file_ < 0 && errno != ENOENT) {
+      const int error = errno;
+      if (info.st_size == 0) (void)file->Remove();  // made just now
+      return file->NameError(error, "cannot be opened again");
+    }
     struct stat again;
     if (file->file_ >= 0 && ::fstat(file->file_, &again) == 0 && again.st_ino == info.st_ino &&
         again.st_dev == info.st_dev) {
@@ -228,12 +232,10 @@ Result<uint32_t> SharedFile::Join() {
 }
 
 Status SharedFile::Remove() {
-  const int named = ::shm_open(name_.c_str(), O_RDWR, 0600);
-  if (named < 0) return errno == ENOENT ? OkStatus() : NameError(errno, "cannot be looked at");
   struct stat own;
-  struct stat other;
-  const bool same = ::fstat(file_, &own) == 0 && ::fstat(named, &other) == 0 && own.st_ino == other.st_ino;
-  ::close(named);
+  struct stat other;  // what has the name now; without opening it, for there may be no more files to open
+  if (::stat(path_.c_str(), &other) != 0) return errno == ENOENT ? OkStatus() : NameError(errno, "cannot be looked at");
+  const bool same = ::fstat(lock_file_, &own) == 0 && own.st_ino == other.st_ino && own.st_dev == other.st_dev;
   if (same && ::shm_unlink(name_.c_str()) != 0 && errno != ENOENT) return NameError(errno, "cannot be removed");
   return OkStatus();
 }

@@ -102,8 +102,12 @@ Result<std::shared_ptr<SharedHeap>> SharedHeap::Attach(const SharedHeapOptions& 
     }
     fresh = true;
   }
-  if (fresh) HPS_RETURN_IF_ERROR(file->Reset(layout.bytes));
-  HPS_RETURN_IF_ERROR(file->Map(layout.bytes));
+  Status sized = fresh ? file->Reset(layout.bytes) : OkStatus();
+  if (sized.ok()) sized = file->Map(layout.bytes);
+  if (!sized.ok()) {
+    if (fresh) (void)file->Remove();  // it holds nothing, and nobody else has joined
+    return sized;
+  }
   heap->file_ = std::move(file);
   if (fresh) {
     if (Status made = heap->Initialise(); !made.ok()) {
