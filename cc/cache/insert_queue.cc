@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cc/base/system_limits.h"
+
 namespace hps {
 
 void InsertQueue::Stop() {
@@ -74,7 +76,7 @@ void InsertQueue::Run(const InsertBatch& batch) {
   for (size_t first = 0; first < batch.keys.size() && status.ok(); first += step) {
     const auto keys = std::span(batch.keys).subspan(first, std::min(step, batch.keys.size() - first));
     uint64_t absent = 0;
-    status = Insert(batch, keys, &absent);
+    status = WithinLimits("rows for a cache", [&] { return Insert(batch, keys, &absent); });
     if (!status.ok()) break;
     done.absent += absent;
     done.inserted += keys.size() - absent;

@@ -23,8 +23,9 @@ namespace hps {
 struct TableRecord {
   uint64_t generation = 0;  // 0 has the predecessor's bare table name
   std::string fingerprint;  // of the folder its rows were loaded from; empty while a first load is running
-  uint64_t rows = 0;        // read from that folder; in a shared volatile store: held after the load, 0 if not known
-  uint64_t all_rows = 0;    // in a shared volatile store that was given only some of them: how many there are, about
+  // Held after the load (an estimate where the store only estimates). 0: none; in a shared volatile store: not known.
+  uint64_t rows = 0;
+  uint64_t all_rows = 0;  // in a shared volatile store that was given only some of them: how many there are, about
 };
 
 struct ModelRecord {

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cc/base/system_limits.h"
+
 namespace hps {
 namespace {
 
@@ -49,7 +51,9 @@ void Promoter::Promote(const PromotionBatch& batch, bool dropped) {
 Status Promoter::Write(const PromotionBatch& batch) {
   if (batch.breaker != nullptr) HPS_RETURN_IF_ERROR(batch.breaker->Admit());
   const size_t row_bytes = batch.table->spec().row_bytes;
-  Status status = batch.table->Upsert(batch.keys, {batch.rows.data(), row_bytes}, {.only_absent = true});
+  Status status = WithinLimits("promoted rows", [&] {
+    return batch.table->Upsert(batch.keys, {batch.rows.data(), row_bytes}, {.only_absent = true});
+  });
   if (batch.breaker == nullptr) return status;
   const bool no_answer = status.code() == StatusCode::kUnavailable || status.code() == StatusCode::kDeadlineExceeded;
   if (status.ok()) {

@@ -16,6 +16,7 @@
 #include <thread>
 #include <utility>
 
+#include "cc/base/system_limits.h"
 #include "cc/storage/row_copy.h"
 #include "cc/storage/stored_order.h"
 
@@ -31,8 +32,8 @@ constexpr size_t kPrefetchRows = 8;
 
 Status FileError(const std::string& where, const std::string& what, int error) {
   const std::string text = where + ": " + what + ": " + std::generic_category().message(error);
-  if (error == ENOSPC || error == EDQUOT || error == EFBIG) return ResourceExhausted(text + "; free disk space");
-  if (error == EMFILE || error == ENFILE) return ResourceExhausted(text + "; raise the limit of open files");
+  if (error == ENOSPC || error == EDQUOT) return ResourceExhausted(text + "; free disk space");
+  if (auto limit = LimitReached(error, text)) return *std::move(limit);
   return Unavailable(text);
 }
 
@@ -46,7 +47,7 @@ class BulkRows::Run {
   static Result<std::unique_ptr<Run>> Create(const std::string& where, const std::filesystem::path& folder,
                                              size_t record_bytes) {
     std::error_code error;
-    std::filesystem::create_directories(folder, error);
+    std::filesystem::create_directory(folder, error);  // not that of a database that was deleted
     if (error) return FileError(where, "cannot make \"" + folder.string() + "\"", error.value());
     std::string name = (folder / "run_XXXXXX").string();
     const int file = ::mkostemp(name.data(), O_CLOEXEC);
@@ -70,8 +71,7 @@ class BulkRows::Run {
       for (size_t piece; (piece = next++) < pieces;) {
         const size_t first = piece * piece_records;
         const auto some = entries.subspan(first, std::min(piece_records, entries.size() - first));
-        Status written = buffer == nullptr ? ResourceExhausted(where_ + ": out of memory")
-                                           : WritePiece(some, first, rows, buffer.get());
+        Status written = buffer == nullptr ? NoMemory(where_) : WritePiece(some, first, rows, buffer.get());
         if (written.ok()) continue;
         std::lock_guard lock(mutex);
         if (status.ok()) status = std::move(written);

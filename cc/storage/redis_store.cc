@@ -255,6 +255,9 @@ class RedisStore final : public TableStore {
                          set("num_partitions", std::to_string(session_->options.num_partitions)));
     HPS_RETURN_IF_ERROR(set("row_bytes", std::to_string(spec.row_bytes)).status());
     HPS_RETURN_IF_ERROR(set("key_bytes", std::to_string(spec.key_bytes)).status());
+    if (capabilities().bounded) {  // for whoever looks for lost rows
+      HPS_RETURN_IF_ERROR(set("overflow_margin", std::to_string(session_->options.overflow.margin)).status());
+    }
     HPS_RETURN_IF_ERROR(set("id", RandomRedisId()).status());
     HPS_ASSIGN_OR_RETURN(RedisReply known, session_->Call({"HGET", key, "id"}));  // somebody may have been quicker
     *id = std::move(known.text);

@@ -28,9 +28,11 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <system_error>
 #include <thread>
 #include <utility>
 
+#include "cc/base/system_limits.h"
 #include "cc/storage/rocksdb_folder.h"
 #include "cc/storage/rocksdb_manifest.h"
 #include "cc/storage/table_memory.h"
@@ -66,13 +68,19 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
       return FailedPrecondition(
           text + "; the files were written by a newer RocksDB: write them again with table format_version 5");
     }
-    return DataLoss(text + kRestoreFolder);
+    return DataLoss(text + kRestoreRocksDb);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
-  if (status.IsMemoryLimit()) return ResourceExhausted(text);
+  if (status.IsMemoryLimit()) return NoMemory(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
-  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestoreFolder);
+  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestoreRocksDb);
   if (status.IsIOError()) {
+    for (const int error : {EMFILE, ENFILE, EFBIG, ENOMEM}) {
+      if (Contains(text, std::generic_category().message(error))) return *LimitReached(error, text);
+    }
+    if (Contains(text, "lock hold by current process")) {
+      return Unavailable(text + "; an opening in this process failed half-way and left it: restart the process");
+    }
     if (Contains(text, "lock hold by") || Contains(text, "While lock file")) {
       return Unavailable(text +
                          "; the database is locked by another process: close it there, or open it with read_only");
@@ -151,6 +159,8 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   // (RocksDB's own choice is to forget silently what follows a damaged record.)
   result.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   result.bytes_per_sync = 1 << 20;
+  // Opening with several threads ends the process where one of them cannot be started (see CheckThreads below).
+  if (AddressSpaceIsLimited()) result.max_file_opening_threads = 1;
   result.stats_dump_period_sec = 0;
   result.stats_persist_period_sec = 0;
   return result;
@@ -175,19 +185,6 @@ void SetFamilyOptions(rocksdb::ColumnFamilyOptions* options) {
   options->write_buffer_size = kWriteBufferBytes;
   options->max_write_buffer_number = 3;
   options->compression = rocksdb::kNoCompression;
-}
-
-// The logs of a database, for RocksDB's messages about damage that name no file: all that they can mean, CURRENT being
-// mentioned by name.
-std::string LogFiles(const fs::path& folder) {
-  std::string names;
-  std::error_code error;
-  for (fs::directory_iterator entry(folder, error); !error && entry != fs::directory_iterator();
-       entry.increment(error)) {
-    if (entry->path().extension() != ".log" || entry->file_size(error) == 0) continue;
-    names += (names.empty() ? "" : ", ") + entry->path().filename().string();
-  }
-  return names.empty() ? "no log" : names;
 }
 
 class Database;
@@ -286,12 +283,15 @@ Status Database::Start(const RocksDbOptions& options) {
 }
 
 Status Database::TryStart(const RocksDbOptions& options) {
+  // RocksDB's own threads, and those that open its files, cannot be refused: the folder's lock would stay, or worse.
+  constexpr size_t kOpeningThreads = 20;
+  HPS_RETURN_IF_ERROR(CheckThreads(std::min<size_t>(options.num_threads, 1024) + kOpeningThreads, Where()));
   rocksdb::DBOptions database_options = DatabaseOptions(options);
   database_options.info_log = std::make_shared<ErrorLogger>(Where());
   database_options.listeners = {write_errors_};
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
-  if (fs::exists(fs::path(path_) / kRocksDbCurrent)) {
+  if (fs::exists(fs::path(path_) / kRocksDbCurrentFile)) {
     HPS_RETURN_IF_ERROR(CheckManifest(path_, Where()));
     HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
   }
@@ -306,8 +306,9 @@ Status Database::TryStart(const RocksDbOptions& options) {
   const rocksdb::Status opened = read_only_
                                      ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
                                      : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
-  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kRocksDbCurrent)) {
-    return MapStatus(opened, Where() + ", in " + LogFiles(path_));
+  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) &&
+      !Contains(opened.ToString(), kRocksDbCurrentFile)) {
+    return MapStatus(opened, Where() + ", in " + RocksDbLogFiles(path_));
   }
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
@@ -317,7 +318,7 @@ Status Database::TryStart(const RocksDbOptions& options) {
   if (!read_only_) {
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
-    if (error) return MapFolderError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+    if (error) return MapFileError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
     NoteManifest(path_);
   }
   for (size_t i = 0; i < names.size(); ++i) {
@@ -482,7 +483,9 @@ Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes,
     family.bulk_key_bytes = key_bytes;
   }
   family.bulk_pending = true;
-  return family.bulk->Add(keys, rows);
+  const Status added = family.bulk->Add(keys, rows);
+  if (!added.ok()) HPS_RETURN_IF_ERROR(CheckFolder());  // which says more
+  return added;
 }
 
 Status Database::FinishBulk(RocksDbFamily& family) {
@@ -535,7 +538,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
   HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
   std::error_code error;
   fs::create_directory(BulkFolder(), error);
-  if (error) return MapFolderError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
+  if (error) return MapFileError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
   const uint64_t first_file = bulk_files_.fetch_add(ranges.size());
 
   std::atomic<size_t> next{0};
@@ -558,7 +561,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
         if (written) files.push_back(path);
       }
     } catch (const std::exception& error) {
-      fail(ResourceExhausted(Where(family.name) + ": " + error.what()));
+      fail(NoMemory(Where(family.name) + ": " + error.what()));
     }
   };
   {

@@ -7,6 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "cc/base/system_limits.h"
+
 namespace hps {
 namespace {
 
@@ -24,9 +26,10 @@ bool SameFile(const struct stat& a, const struct stat& b) { return a.st_ino == b
 
 std::string LocatedRocksDb(std::string_view path) { return "rocks_db \"" + std::string(path) + "\""; }
 
-Status MapFolderError(const std::error_code& error, const std::string& what) {
+Status MapFileError(const std::error_code& error, const std::string& what) {
   const std::string text = what + ": " + error.message();
   if (error == std::errc::no_space_on_device) return ResourceExhausted(text + "; free disk space");
+  if (auto limit = LimitReached(error.value(), text)) return *std::move(limit);
   if (error == std::errc::not_a_directory) return InvalidArgument(text + "; a part of the path is a file");
   return FailedPrecondition(text);
 }
@@ -39,13 +42,13 @@ Result<std::string> PrepareRocksDbFolder(const fs::path& path, bool read_only) {
   if (status.type() == fs::file_type::not_found) {
     if (read_only) return NotFound(where + ": no such folder, and read_only makes none");
     fs::create_directories(path, error);
-    if (error) return MapFolderError(error, where + ": cannot make the folder");
+    if (error) return MapFileError(error, where + ": cannot make the folder");
   } else if (error) {
-    return MapFolderError(error, where);
+    return MapFileError(error, where);
   } else if (status.type() != fs::file_type::directory) {
     return InvalidArgument(where + " is not a folder; name the folder of a RocksDB database, or one to be made");
   }
-  if (!fs::exists(path / kRocksDbCurrent, error)) {
+  if (!fs::exists(path / kRocksDbCurrentFile, error)) {
     std::string other;
     bool manifest = false;
     fs::directory_iterator entry(path, error);
@@ -54,9 +57,10 @@ Result<std::string> PrepareRocksDbFolder(const fs::path& path, bool read_only) {
       manifest |= name.starts_with("MANIFEST-");
       if (!MayLieInEmptyFolder(name)) other = name;
     }
-    if (error) return MapFolderError(error, where);
+    if (error) return MapFileError(error, where);
     if (!other.empty() && manifest) {
-      return DataLoss(where + ": the file \"" + (path / kRocksDbCurrent).string() + "\" is missing" + kRestoreFolder);
+      return DataLoss(where + ": the file \"" + (path / kRocksDbCurrentFile).string() + "\" is missing" +
+                      kRestoreRocksDb);
     }
     if (!other.empty()) {
       return InvalidArgument(where + " is not a RocksDB database and holds other things (\"" + other +
@@ -65,8 +69,19 @@ Result<std::string> PrepareRocksDbFolder(const fs::path& path, bool read_only) {
     if (read_only) return NotFound(where + ": the folder holds no database, and read_only makes none");
   }
   const fs::path canonical = fs::canonical(path, error);
-  if (error) return MapFolderError(error, where);
+  if (error) return MapFileError(error, where);
   return canonical.string();
+}
+
+std::string RocksDbLogFiles(const fs::path& folder) {
+  std::string names;
+  std::error_code error;
+  for (fs::directory_iterator entry(folder, error); !error && entry != fs::directory_iterator();
+       entry.increment(error)) {
+    if (entry->path().extension() != ".log" || entry->file_size(error) == 0) continue;
+    names += (names.empty() ? "" : ", ") + entry->path().filename().string();
+  }
+  return names.empty() ? "no log" : names;
 }
 
 OpenRocksDbFolder::OpenRocksDbFolder(fs::path path)
@@ -83,7 +98,7 @@ Status OpenRocksDbFolder::Check(const std::string& where) const {
   struct stat named = {};
   if (folder_ < 0 || ::fstat(folder_, &own) != 0) return OkStatus();  // nothing to compare with
   bool gone = ::stat(path_.c_str(), &named) != 0 || !SameFile(own, named);
-  if (!gone) gone = ::stat((path_ / kRocksDbCurrent).c_str(), &named) != 0;
+  if (!gone) gone = ::stat((path_ / kRocksDbCurrentFile).c_str(), &named) != 0;
   if (!gone && has_lock_ && ::stat((path_ / "LOCK").c_str(), &named) == 0) gone = !SameFile(lock_, named);
   if (!gone) return OkStatus();
   return DataLoss(where +

@@ -16,15 +16,20 @@
 
 namespace hps {
 
-inline constexpr const char* kRocksDbCurrent = "CURRENT";  // every database has one
-inline constexpr const char* kRestoreFolder = "; restore the folder, or delete it and load the model again";
+inline constexpr const char* kRocksDbCurrentFile = "CURRENT";  // every database has one
+// The remedy for what is damaged.
+inline constexpr const char* kRestoreRocksDb = "; restore the folder, or delete it and load the model again";
 
 // For messages: rocks_db "path".
 std::string LocatedRocksDb(std::string_view path);
-Status MapFolderError(const std::error_code& error, const std::string& what);
+// An error of the file system: `what` was tried.
+Status MapFileError(const std::error_code& error, const std::string& what);
 
 // Makes the folder unless `read_only`; refuses what is no database. Returns its canonical path.
 Result<std::string> PrepareRocksDbFolder(const std::filesystem::path& path, bool read_only);
+
+// The names of the logs with something in them, for messages about damage that name no file.
+std::string RocksDbLogFiles(const std::filesystem::path& folder);
 
 // Thread safety: Check from any thread.
 class OpenRocksDbFolder {

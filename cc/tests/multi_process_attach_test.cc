@@ -38,7 +38,8 @@ TEST_F(MultiProcessTest, ACreationThatFailsLeavesNoFile) {
     const int next_file = ::open("/dev/null", O_RDONLY);
     ::close(next_file);
     const Limit one_more(RLIMIT_NOFILE, static_cast<rlim_t>(next_file) + 1);
-    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kFailedPrecondition, {"cannot be opened"});
+    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kResourceExhausted,
+                {"cannot be opened again", "RLIMIT_NOFILE"});
   }
   EXPECT_FALSE(Exists(name));
   const auto before = ::signal(SIGXFSZ, SIG_IGN);
@@ -62,7 +63,8 @@ TEST_F(MultiProcessTest, ACreationThatFailsLeavesNoFile) {
     const int next_file = ::open("/dev/null", O_RDONLY);
     ::close(next_file);
     const Limit one_more(RLIMIT_NOFILE, static_cast<rlim_t>(next_file) + 1);
-    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kFailedPrecondition, {"cannot be opened"});
+    ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kResourceExhausted,
+                {"cannot be opened again", "RLIMIT_NOFILE"});
   }
   EXPECT_TRUE(Exists(name));
   ExpectVersion(*OpenTable(*Open(name)), Keys(0, 10, false), 1);
