@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "cc/base/system_limits.h"
+#include "cc/storage/rocksdb_folder.h"
 #include "cc/storage/row_copy.h"
 #include "cc/storage/stored_order.h"
 
@@ -31,10 +32,7 @@ constexpr size_t kSamplesPerRun = 1024;
 constexpr size_t kPrefetchRows = 8;
 
 Status FileError(const std::string& where, const std::string& what, int error) {
-  const std::string text = where + ": " + what + ": " + std::generic_category().message(error);
-  if (error == ENOSPC || error == EDQUOT) return ResourceExhausted(text + "; free disk space");
-  if (auto limit = LimitReached(error, text)) return *std::move(limit);
-  return Unavailable(text);
+  return MapFileError({error, std::generic_category()}, where + ": " + what);
 }
 
 }  // namespace

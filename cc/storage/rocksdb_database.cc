@@ -207,7 +207,7 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   ~Database() override;
   Status Start(const RocksDbOptions& options);
 
-  Status CheckFolder() const override { return read_only_ || !folder_ ? OkStatus() : folder_->Check(Where()); }
+  Status CheckFolder() const override { return folder_ ? folder_->Check(Where()) : OkStatus(); }
   std::shared_ptr<RocksDbFamily> Find(std::string_view name) override;
   Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) override;
   Status Drop(std::string_view name) override;
@@ -234,7 +234,8 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
  private:
   std::shared_ptr<Family> Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle);
-  Status TryStart(const RocksDbOptions& options);
+  // *changed: it failed because a process that writes the database did so meanwhile.
+  Status TryStart(const RocksDbOptions& options, bool* changed);
   Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, const rocksdb::WriteOptions& options);
   // The caller holds write_mutex, shared, and bulk_mutex of the family, which is not dropped.
   Status FinishBulkLocked(RocksDbFamily& family);
@@ -245,6 +246,12 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   std::vector<std::shared_ptr<Family>> Families();
   fs::path BulkFolder() const { return fs::path(path_) / kBulkFolder; }
 
+  // The cause, where what failed is that the folder went away meanwhile.
+  Status OrFolderGone(Status status) const {
+    if (!status.ok()) HPS_RETURN_IF_ERROR(CheckFolder());
+    return status;
+  }
+
   Status Map(const rocksdb::Status& status) const { return MapStatus(status, Where()); }
   Status Map(const rocksdb::Status& status, const RocksDbFamily& family) const {
     return MapStatus(status, Where(family.name));
@@ -252,10 +259,10 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
-  std::optional<OpenRocksDbFolder> folder_;  // once it is open
-  std::shared_mutex log_mutex_;              // held shared to write, exclusively while the log is synced
-  std::atomic<bool> unlogged_{false};        // rows were written past the log since the last flush
-  size_t threads_ = 1;                       // that write sorted files
+  std::unique_ptr<OpenRocksDbFolder> folder_;  // once it is open for writing
+  std::shared_mutex log_mutex_;                // held shared to write, exclusively while the log is synced
+  std::atomic<bool> unlogged_{false};          // rows were written past the log since the last flush
+  size_t threads_ = 1;                         // that write sorted files
   BulkMemory bulk_memory_{.limit_bytes = kRocksDbBulkBytes};
   std::atomic<uint64_t> bulk_files_{0};
 
@@ -271,18 +278,15 @@ Family::~Family() {
 }
 
 Status Database::Start(const RocksDbOptions& options) {
-  // A process that writes the database may delete a file between our reading of its name and our opening of it.
-  constexpr int kAttempts = 20;
-  Status status = TryStart(options);
-  for (int attempt = 1; read_only_ && attempt < kAttempts && status.code() == StatusCode::kDataLoss &&
-                        Contains(status.message(), "No such file");
-       ++attempt) {
-    status = TryStart(options);
-  }
+  constexpr int kAttempts = 50;
+  Status status;
+  bool changed = true;
+  for (int attempt = 0; changed && attempt < kAttempts; ++attempt) status = TryStart(options, &changed);
   return status;
 }
 
-Status Database::TryStart(const RocksDbOptions& options) {
+Status Database::TryStart(const RocksDbOptions& options, bool* changed) {
+  *changed = false;
   // RocksDB's own threads, and those that open its files, cannot be refused: the folder's lock would stay, or worse.
   constexpr size_t kOpeningThreads = 20;
   HPS_RETURN_IF_ERROR(CheckThreads(std::min<size_t>(options.num_threads, 1024) + kOpeningThreads, Where()));
@@ -291,9 +295,16 @@ Status Database::TryStart(const RocksDbOptions& options) {
   database_options.listeners = {write_errors_};
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
+  const std::string manifest = ManifestState(path_);
+  // A file may be deleted between our reading of its name and our opening of it.
+  const auto missed_file = [&](const rocksdb::Status& status) {
+    return read_only_ && !status.ok() && Contains(status.ToString(), "No such file");
+  };
   if (fs::exists(fs::path(path_) / kRocksDbCurrentFile)) {
     HPS_RETURN_IF_ERROR(CheckManifest(path_, Where()));
-    HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
+    const rocksdb::Status listed = rocksdb::DB::ListColumnFamilies(database_options, path_, &names);
+    *changed = missed_file(listed);
+    HPS_RETURN_IF_ERROR(Map(listed));
   }
   std::vector<rocksdb::ColumnFamilyDescriptor> descriptors(names.size());
   for (size_t i = 0; i < names.size(); ++i) {
@@ -310,23 +321,33 @@ Status Database::TryStart(const RocksDbOptions& options) {
       !Contains(opened.ToString(), kRocksDbCurrentFile)) {
     return MapStatus(opened, Where() + ", in " + RocksDbLogFiles(path_));
   }
+  *changed = missed_file(opened);
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
-  folder_.emplace(path_);
-  // Twice the cores: a thread waits while its file is synced.
-  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
-  if (!read_only_) {
-    std::error_code error;
-    fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
-    if (error) return MapFileError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
-    NoteManifest(path_);
+  // Rows that go from the log into a table file, after RocksDB has read the MANIFEST and before it reads the logs, are
+  // seen in neither.
+  *changed = read_only_ && ManifestState(path_) != manifest;
+  if (*changed) {
+    for (rocksdb::ColumnFamilyHandle* handle : handles) (void)db_->DestroyColumnFamilyHandle(handle);
+    db_ = nullptr;
+    return Unavailable(Where() + ": another process wrote to it whenever it was opened here; try again");
   }
+  // Before anything can fail: RocksDB ends the process that closes a database and has handles left.
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == rocksdb::kDefaultColumnFamilyName) {
       handles_.insert(handles[i]);
     } else {
       families_[names[i]] = Adopt(names[i], handles[i]);
     }
+  }
+  // Twice the cores: a thread waits while its file is synced.
+  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
+  if (!read_only_) {
+    HPS_ASSIGN_OR_RETURN(folder_, OpenRocksDbFolder::Open(path_, Where()));
+    std::error_code error;
+    fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
+    if (error) return MapFileError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+    NoteManifest(path_);
   }
   return OkStatus();
 }
@@ -483,9 +504,7 @@ Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes,
     family.bulk_key_bytes = key_bytes;
   }
   family.bulk_pending = true;
-  const Status added = family.bulk->Add(keys, rows);
-  if (!added.ok()) HPS_RETURN_IF_ERROR(CheckFolder());  // which says more
-  return added;
+  return OrFolderGone(family.bulk->Add(keys, rows));
 }
 
 Status Database::FinishBulk(RocksDbFamily& family) {
@@ -501,8 +520,8 @@ Status Database::FinishBulkLocked(RocksDbFamily& family) {
   HPS_RETURN_IF_ERROR(Map(write_errors_->error(), family));
   BulkRows& rows = *family.bulk;
   rows.Sort();
-  HPS_RETURN_IF_ERROR(rows.runs() == 0 && rows.bytes() <= kBulkBatchBytes ? WriteBulk(family, rows)
-                                                                          : IngestBulk(family, rows));
+  HPS_RETURN_IF_ERROR(OrFolderGone(rows.runs() == 0 && rows.bytes() <= kBulkBatchBytes ? WriteBulk(family, rows)
+                                                                                       : IngestBulk(family, rows)));
   {
     std::lock_guard lock(family.count_mutex);
     family.counted_sequence.reset();
@@ -652,13 +671,13 @@ Status Database::Flush() {
       rocksdb::Status status = db_->Flush(rocksdb::FlushOptions(), family->handle);
       if (status.ok() || status.IsColumnFamilyDropped()) continue;
       unlogged_ = true;
-      return MapStatus(status, Where(family->name));
+      return OrFolderGone(MapStatus(status, Where(family->name)));
     }
   }
   std::lock_guard lock(log_mutex_);
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
   NoteManifest(path_);  // it names the rows' files by now
-  HPS_RETURN_IF_ERROR(Map(db_->FlushWAL(/*sync=*/true)));
+  HPS_RETURN_IF_ERROR(OrFolderGone(Map(db_->FlushWAL(/*sync=*/true))));
   return CheckFolder();
 }
 

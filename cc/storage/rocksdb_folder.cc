@@ -7,6 +7,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <utility>
+
 #include "cc/base/system_limits.h"
 
 namespace hps {
@@ -28,10 +31,11 @@ std::string LocatedRocksDb(std::string_view path) { return "rocks_db \"" + std::
 
 Status MapFileError(const std::error_code& error, const std::string& what) {
   const std::string text = what + ": " + error.message();
-  if (error == std::errc::no_space_on_device) return ResourceExhausted(text + "; free disk space");
+  const bool no_space = error == std::errc::no_space_on_device || error.value() == EDQUOT;
+  if (no_space) return ResourceExhausted(text + "; free disk space");
   if (auto limit = LimitReached(error.value(), text)) return *std::move(limit);
   if (error == std::errc::not_a_directory) return InvalidArgument(text + "; a part of the path is a file");
-  return FailedPrecondition(text);
+  return error == std::errc::io_error ? Unavailable(text) : FailedPrecondition(text);
 }
 
 Result<std::string> PrepareRocksDbFolder(const fs::path& path, bool read_only) {
@@ -84,19 +88,23 @@ std::string RocksDbLogFiles(const fs::path& folder) {
   return names.empty() ? "no log" : names;
 }
 
-OpenRocksDbFolder::OpenRocksDbFolder(fs::path path)
-    : path_(std::move(path)), folder_(::open(path_.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC)) {
+Result<std::unique_ptr<OpenRocksDbFolder>> OpenRocksDbFolder::Open(const fs::path& path, const std::string& where) {
+  const int folder = ::open(path.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC);
+  const std::error_code error(errno, std::generic_category());
+  if (folder < 0) return MapFileError(error, where + ": cannot open the folder");
+  return std::unique_ptr<OpenRocksDbFolder>(new OpenRocksDbFolder(path, folder));
+}
+
+OpenRocksDbFolder::OpenRocksDbFolder(fs::path path, int folder) : path_(std::move(path)), folder_(folder) {
   has_lock_ = ::stat((path_ / "LOCK").c_str(), &lock_) == 0;
 }
 
-OpenRocksDbFolder::~OpenRocksDbFolder() {
-  if (folder_ >= 0) ::close(folder_);
-}
+OpenRocksDbFolder::~OpenRocksDbFolder() { ::close(folder_); }
 
 Status OpenRocksDbFolder::Check(const std::string& where) const {
   struct stat own = {};
   struct stat named = {};
-  if (folder_ < 0 || ::fstat(folder_, &own) != 0) return OkStatus();  // nothing to compare with
+  if (::fstat(folder_, &own) != 0) return OkStatus();  // nothing to compare with
   bool gone = ::stat(path_.c_str(), &named) != 0 || !SameFile(own, named);
   if (!gone) gone = ::stat((path_ / kRocksDbCurrentFile).c_str(), &named) != 0;
   if (!gone && has_lock_ && ::stat((path_ / "LOCK").c_str(), &named) == 0) gone = !SameFile(lock_, named);

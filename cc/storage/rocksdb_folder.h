@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -34,8 +35,8 @@ std::string RocksDbLogFiles(const std::filesystem::path& folder);
 // Thread safety: Check from any thread.
 class OpenRocksDbFolder {
  public:
-  // To be made when the database has been opened.
-  explicit OpenRocksDbFolder(std::filesystem::path path);
+  // To be made when the database has been opened. Errors have `where` in front.
+  static Result<std::unique_ptr<OpenRocksDbFolder>> Open(const std::filesystem::path& path, const std::string& where);
   ~OpenRocksDbFolder();
   OpenRocksDbFolder(const OpenRocksDbFolder&) = delete;
   OpenRocksDbFolder& operator=(const OpenRocksDbFolder&) = delete;
@@ -44,8 +45,10 @@ class OpenRocksDbFolder {
   Status Check(const std::string& where) const;
 
  private:
+  OpenRocksDbFolder(std::filesystem::path path, int folder);
+
   const std::filesystem::path path_;
-  const int folder_;  // holds the folder's number; -1: could not be opened
+  const int folder_;  // holds the folder's number
   bool has_lock_ = false;
   struct stat lock_ = {};
 };
