@@ -75,6 +75,18 @@ def service(request):
         yield service
 
 
+def test_the_description_tells_of_a_margin(tmp_path):
+    """Otherwise `hps inspect` would take what it evicts for lost."""
+    keys = np.arange(200)
+    with RedisServer() as service:
+        with serve(tmp_path, service, keys, rows_of(keys), overflow_margin=900), service.client() as client:
+            assert client.hget(f"hps.table/{TABLE}", "overflow_margin") == b"900"
+            assert client.hdel(values_key(partition_of(keys[3], True)), raw(keys[3], True)) == 1
+        (table,) = hps.inspect(f"redis://{service.address}").tables
+        assert (table.rows, table.recorded_rows, table.problems) == (199, 200, [])
+        assert "overflow_margin has evicted others" in table.notes[0]
+
+
 @pytest.mark.parametrize("long_keys", [True, False])
 def test_rows_go_both_ways(tmp_path, service, long_keys):
     keys = LONG_KEYS if long_keys else SHORT_KEYS
