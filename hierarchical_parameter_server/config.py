@@ -383,7 +383,7 @@ class ParameterServerConfig:
         """Checks the text of a ps.json and reads it. Raises what `validate` raises."""
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        _parse(text, "<text>")
+        _parse(text, "configuration")
         return cls.from_dict(json.loads(text.removeprefix("\ufeff")))
 
     def validate(self) -> str:
@@ -392,7 +392,7 @@ class ParameterServerConfig:
         Raises:
             ValueError: an unknown key, a wrong type, a value out of range, lists that do not match, a missing key.
         """
-        return _parse(self.to_json(), "<ParameterServerConfig>")
+        return _parse(self.to_json(), "configuration")
 
 
 _TOP_LEVEL = ("fuse_embedding_table", "lookup_timeout_ms")

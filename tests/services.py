@@ -68,7 +68,8 @@ def wait_until(done: Callable[[], bool], what: str, seconds: float = 60) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Tls:
-    """Certificates in a folder: ca, server (localhost, redis.localhost, 127.0.0.1), client, and a foreign other_ca."""
+    """Certificates in a folder: ca, server (localhost, redis.localhost, 127.0.0.1), named (localhost), client, and a
+    foreign other_ca."""
 
     folder: pathlib.Path
 
@@ -82,7 +83,8 @@ class Tls:
     def make(cls, folder: pathlib.Path) -> Tls:
         tls = cls(folder)
         server = "DNS:localhost,DNS:redis.localhost,IP:127.0.0.1"
-        for name, alternatives in {"ca": "", "other_ca": "", "server": server, "client": "DNS:client"}.items():
+        alternatives_of = {"ca": "", "other_ca": "", "server": server, "named": "DNS:localhost", "client": "DNS:client"}
+        for name, alternatives in alternatives_of.items():
             command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
             command += ["-days", "2", "-subj", f"/O=hps tests/CN={name}"]
             command += ["-keyout", tls.key(name), "-out", tls.certificate(name)]

@@ -207,7 +207,7 @@ def tree(tmp_path):
     """A copy of what a recording reads and writes."""
     for folder in ("benchmarks", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for file in ("README.md", "tools/generate_docs.py", "tests/services.py"):
+    for file in ("README.md", "tools/generate_docs.py", "tools/note_tables.py", "tests/services.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
     return tmp_path
@@ -230,6 +230,23 @@ def test_a_recording_leaves_no_page_stale(tree):
     assert "| dense, zipf | 7 | 7 |" in summary
     assert summary.strip() in (tree / "README.md").read_text(encoding="utf-8")
     assert "--batch 7" in (tree / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def test_tables_of_design_notes_are_made_from_the_recorded_lines(tree):
+    note, lines = tree / "docs/design/0006-when-tiers-fail.md", tree / "benchmarks/results/stack.jsonl"
+    before = note.read_text(encoding="utf-8")
+    run = {"kind": "run", "version": "of the test", "commit": "abc", "load_average": 0.5}
+    measured = {"kind": "load_beside_lookups", "tiers": "hash_map", "p99_ratio": 1.25}
+    measured |= {"p99_ratio_quartiles": [1.1, 1.5], "quiet_p99_us": 171.5}
+    with open(lines, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in (run, measured))
+    command = [sys.executable, "tools/generate_docs.py"]
+    check = subprocess.run([*command, "--check"], cwd=tree, capture_output=True, text=True)
+    assert (check.returncode, check.stdout) == (1, f"{note.relative_to(tree)}:1: out of date: run ./dev docs\n")
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    line = "| of the test | abc | 0.5 | 172 /  | **1.25** (1.10 .. 1.50) |  |\n"
+    assert set(note.read_text(encoding="utf-8").splitlines()) - set(before.splitlines()) == {line.strip()}
+    assert subprocess.run([*command, "--check"], cwd=tree, capture_output=True).returncode == 0
 
 
 def test_every_tier_is_measured_and_makes_the_table(tree):

@@ -19,13 +19,13 @@ from hierarchical_parameter_server.inspect.stored_names import parse_model_recor
 WIDTH = 5
 
 
-def options() -> Options:
+def options(format_version=5) -> Options:
     """Of a database that our servers read."""
     result = Options(raw_mode=True)
     result.create_if_missing(True)
     result.create_missing_column_families(True)
     blocks = BlockBasedOptions()
-    blocks.set_format_version(5)
+    blocks.set_format_version(format_version)
     result.set_block_based_table_factory(blocks)
     return result
 
@@ -186,7 +186,7 @@ def test_generations_records_and_families_of_others(tmp_path):
                     "2\t20\titems\tfp: tab\tinside", "0\t0\tusers\t", "1\t9\tgone\tfp"
                 ),
                 b"hps.record/hps.model.broken": b"hps model record 1\nnonsense\n",
-                b"hps.record/hps.model.newer": b"hps model record 2\n",
+                b"hps.record/hps.model.newer": b"hps model record 9\n",
                 b"hps.record/something": b"else",
                 b"of another program": b"x",
             },
@@ -215,11 +215,11 @@ def test_generations_records_and_families_of_others(tmp_path):
     assert "before version 3.5" in table_of(report, "hctr_et.old.t").notes[0]
     assert report.others == ["sessions"]
     problems = report.all_problems()
-    assert len(problems) == 2
+    assert len(problems) == 3
     assert any("record of model broken cannot be understood" in problem for problem in problems)
-    assert any("record of model newer has the format version '2'" in problem for problem in problems)
+    assert any("record of model newer has the format version '9'" in problem for problem in problems)
     assert any("a record something" in note for note in report.notes)
-    assert any("names table gone in generation 1, which is not there" in note for note in report.notes)
+    assert any("names table gone in generation 1, which is not there" in problem for problem in problems)
     text = report.to_text()
     assert "films  items  @2          current" in text
     assert "of other programs, not looked at: sessions" in text
@@ -285,7 +285,7 @@ def test_databases_that_cannot_be_read(tmp_path, rng):
     write_database(tmp_path / "missing", {"hps_et.a.t": stored(rng.normal(size=(2000, 64)))})
     for file in (tmp_path / "missing").glob("*.sst"):
         file.unlink()
-    with pytest.raises(hps.errors.DataLossError, match="damaged or incomplete"):
+    with pytest.raises(hps.errors.DataLossError, match=f"{tmp_path}/missing/\\d+.sst.*damaged or incomplete"):
         inspect(tmp_path / "missing")
 
     write_database(tmp_path / "flipped", {"hps_et.a.t": stored(rng.normal(size=(2000, 64)))})
@@ -293,7 +293,8 @@ def test_databases_that_cannot_be_read(tmp_path, rng):
     with open(file, "r+b") as opened:
         opened.write(b"\xff" * 4096)
     (table,) = inspect(tmp_path / "flipped").tables
-    assert "Corruption" in table.problems[0] and str(tmp_path / "flipped") in table.problems[0]
+    assert table.problems[0].startswith(f"{tmp_path / 'flipped'}, table hps_et.a.t: Corruption")
+    assert str(file) in table.problems[0] and table.problems[0].count("table hps_et.a.t") == 1
 
     pickled = Rdict(str(tmp_path / "pickled"))
     pickled["key"] = ["value"]
@@ -302,14 +303,91 @@ def test_databases_that_cannot_be_read(tmp_path, rng):
         inspect(tmp_path / "pickled")
 
 
+def served_database(tmp_path, keys):
+    """A database that a server has filled from a folder with `keys`."""
+    write_table(tmp_path / "items", keys, np.ones((len(keys), WIDTH)))
+    config = write_config(
+        tmp_path / "ps.json",
+        [model_config("films", {"items": (tmp_path / "items", WIDTH)})],
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+    )
+    hps.ParameterServer(config).close()
+    return tmp_path / "database", config
+
+
+def test_rows_that_were_lost_are_a_problem(tmp_path, capsys):
+    database, config = served_database(tmp_path, [*range(50), 7, 8, 9])  # keys that occur twice are one row
+    assert main(["inspect", str(database)]) == 0
+    assert inspect(database).tables[0].recorded_rows == 50
+    opened = Rdict(str(database), Options(raw_mode=True))
+    family = opened.get_column_family("hps_et.films.items")
+    del family[(3).to_bytes(8, "little")]
+    family.close()
+    opened.close()
+    capsys.readouterr()
+    assert main(["inspect", str(database)]) == 1
+    assert "it holds 49 of the 50 that it held when it was loaded (1 are missing); restore" in capsys.readouterr().out
+    assert main(["inspect", config]) == 1
+
+
+def last_record(manifest: bytes) -> int:
+    """Where the last record of RocksDB's log format begins; the file is one block of 32 KiB at most."""
+    assert len(manifest) < 32 << 10
+    begins, at = 0, 0
+    while at < len(manifest):
+        begins, at = at, at + 7 + int.from_bytes(manifest[at + 4 : at + 6], "little")
+    return begins
+
+
+def test_a_manifest_that_lost_its_end_is_a_problem_as_it_is_for_servers(tmp_path, capsys):
+    database, config = served_database(tmp_path, range(50))
+    manifest = database / (database / "CURRENT").read_text().strip()
+    assert main(["inspect", str(database)]) == 0
+    whole = manifest.read_bytes()
+    os.truncate(manifest, last_record(whole))
+    capsys.readouterr()
+    assert main(["inspect", str(database)]) == 1
+    said = f"{manifest} has {manifest.stat().st_size} bytes and had {len(whole)} when it was last flushed"
+    assert said in capsys.readouterr().out
+    with pytest.raises(hps.errors.DataLossError, match="when it was last flushed"):
+        hps.ParameterServer(config)
+
+
+def test_table_files_that_servers_refuse_are_a_problem(tmp_path, capsys):
+    def newer():
+        return options(format_version=6)
+
+    write_database(tmp_path / "database", {"hps_et.films.items": stored(np.ones((9, 4)))}, family_options=newer)
+    assert main(["inspect", str(tmp_path / "database")]) == 1
+    out = capsys.readouterr().out
+    (file,) = (tmp_path / "database").glob("*.sst")
+    assert f"1 table files ({file.name} and so on) have the format_version 6, and servers refuse them" in out
+    assert "set_format_version(5)" in out and "hps_et.films.items" in out
+    write_table(tmp_path / "items", range(9), np.ones((9, 4)))
+    config = write_config(
+        tmp_path / "ps.json",
+        [model_config("films", {"items": (tmp_path / "items", 4)})],
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+    )
+    with pytest.raises(hps.errors.FailedPreconditionError, match="format_version"):
+        hps.ParameterServer(config)
+
+
 def test_names_and_records():
     assert parse_table_name("hps_et.a-b.c_d@12").generation == 12
     for other in ("hps_et.a", "hps_et.a.b.c", "hps_et.a.b@0", "hps_et.a.b@", "hps_et..b", "default", "hps_et.ä.b"):
         assert parse_table_name(other) is None
-    for text in (b"", b"hps model record 1", b"hps model record 1\n1\t2\tt\tf", b"hps model record 1\nx\t2\tt\tf\n"):
-        if text != b"hps model record 1":
-            with pytest.raises(hps.errors.DataLossError):
-                parse_model_record(text, "the record")
+    for text in (
+        b"",
+        b"hps model record 1\n1\t2\tt\tf",
+        b"hps model record 1\nx\t2\tt\tf\n",
+        b"hps model record 2\n1\t2\tt\tf\n",
+    ):
+        with pytest.raises(hps.errors.DataLossError):
+            parse_model_record(text, "the record")
+    record = parse_model_record(b"hps model record 2\n1\t500\t1000\tt\tf\tg\n0\t7\t0\tu\t\n", "the record")
+    assert (record["t"].rows, record["t"].all_rows, record["t"].fingerprint) == (500, 1000, "f\tg")
+    assert (record["u"].rows, record["u"].all_rows, record["u"].fingerprint) == (7, 0, "")
 
 
 # A configuration ------------------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ def test_tables_generations_and_records(server, client, rng):
     write_rows(client, "hps_et.films.items", keys[:5], rows[:5])
     describe(client, "hps_et.films.items")
     client.set("hps.record/hps.model.films", record("1\t300\titems\tthe fingerprint"))
+    write_rows(client, "hps_et.half.t", keys[:150], rows[:150])
+    describe(client, "hps_et.half.t")
+    client.set("hps.record/hps.model.half", "hps model record 2\n0\t150\t300\tt\tf\n")
     client.set("hps.record/hps.load.ads", "somebody")
     write_rows(client, "hps_et.ads.short", [1, -1, 7], rows[:3], key_bytes=4, access=lambda key: 3)
     client.hset("hps.table/hps_et.gone.t", mapping={"num_partitions": 4, "dropping": 1})
@@ -87,7 +90,8 @@ def test_tables_generations_and_records(server, client, rng):
     client.set("session:1", "x")
     report = inspect(f"redis://{server.address}", rows=5)
     assert set(by_name(report)) == {
-        "hps_et.films.items@1", "hps_et.films.items", "hps_et.ads.short", "hps_et.gone.t", "hctr_et.old.t"
+        "hps_et.films.items@1", "hps_et.films.items", "hps_et.half.t", "hps_et.ads.short", "hps_et.gone.t",
+        "hctr_et.old.t",
     }  # fmt: skip
     table = by_name(report)["hps_et.films.items@1"]
     assert (table.state, table.generation, table.recorded_rows) == ("current", 1, 300)
@@ -96,6 +100,7 @@ def test_tables_generations_and_records(server, client, rng):
     for key, values in zip(table.sample.keys, table.sample.values, strict=True):
         np.testing.assert_array_equal(np.float32(values), rows[key + 10, :4])
     assert by_name(report)["hps_et.films.items"].state == "superseded"
+    assert "put 150 of 300 rows here" in by_name(report)["hps_et.half.t"].notes[0]
     short = by_name(report)["hps_et.ads.short"]
     assert (short.key_bytes, short.rows, short.access_rows, sorted(short.sample.keys)) == (4, 3, 3, [-1, 1, 7])
     assert "another program wrote it" in short.notes[0]
@@ -137,6 +142,29 @@ def test_what_does_not_fit_together_is_a_problem(server, client, rng):
     assert any("format version '9'" in problem for problem in problems)
 
 
+def test_lost_rows_are_a_problem(server, client, rng, capsys):
+    write_rows(client, "hps_et.films.items", range(40), rows_of(40, rng))
+    describe(client, "hps_et.films.items")
+    client.set("hps.record/hps.model.films", record("0\t40\titems\tfp"))
+    assert main(["inspect", server.address]) == 0
+    field = (3).to_bytes(8, "little")
+    assert client.hdel(f"hps_et{{hps_et.films.items/p{partition_of(field, 4)}}}v", field) == 1
+    assert main(["inspect", server.address]) == 1
+    assert "it holds 39 of the 40 that it held when it was loaded (1 are missing)" in capsys.readouterr().out
+    client.set("hps.record/hps.model.films", record("0\t0\titems\tfp"))  # 0: not known, rows may leave
+    assert main(["inspect", server.address]) == 0
+    client.set("hps.record/hps.model.films", record("0\t40\titems\tfp"))
+    client.hset("hps.table/hps_et.films.items", "overflow_margin", 100)  # its evictions are no loss
+    assert main(["inspect", server.address]) == 0
+    assert "it held 40 rows when it was loaded; overflow_margin has evicted others" in capsys.readouterr().out
+    client.hdel("hps.table/hps_et.films.items", "overflow_margin")
+    client.set("hps.record/hps.model.films", "hps model record 2\n0\t40\t90\titems\tfp\n")  # nor what was left out
+    assert main(["inspect", server.address]) == 0
+    client.set("hps.record/hps.model.films", record("2\t0\titems\tfp"))
+    assert main(["inspect", server.address]) == 1
+    assert "names table items, of which nothing is there" in capsys.readouterr().out
+
+
 def test_a_server_never_gets_a_command_that_blocks_it(server, client, rng):
     write_rows(client, "hps_et.a.t", range(300), rows_of(300, rng), access=lambda key: 1)
     client.config_resetstat()
@@ -163,6 +191,7 @@ def test_a_cluster_and_one_that_has_lost_a_node(rng, capsys):
         document = json.loads(capsys.readouterr().out)
         assert 0 < document["tables"][0]["rows"] < 300
         assert f"{cluster.nodes[2].address} cannot be reached" in document["problems"][0]
+        assert not document["tables"][0]["problems"]  # rows of a node that is down are not lost
 
 
 def test_passwords_come_from_the_environment_and_are_never_shown(monkeypatch, capsys):
@@ -219,6 +248,21 @@ def test_tls(secure_server, capsys):
     command = ["inspect", place, "--tls-ca", tls.certificate("ca"), "--tls-cert", tls.certificate("client")]
     assert main([*command, "--tls-key", tls.key("client"), "--tls-server-name", "localhost"]) == 0
     assert "hps_et.a.t" in capsys.readouterr().out
+
+
+def test_all_nodes_are_asked_for_the_host_that_was_given(rng):
+    """Nodes tell 127.0.0.1 of each other; their certificate is for localhost alone."""
+    with RedisCluster(masters=2, tls=True) as cluster:
+        with cluster.client() as connected:
+            write_rows(connected, "hps_et.films.items", range(60), rows_of(60, rng), num_partitions=9)
+        for node in cluster.nodes:
+            with node.client() as client:
+                files = {"tls-cert-file": cluster.tls.certificate("named"), "tls-key-file": cluster.tls.key("named")}
+                client.execute_command("CONFIG", "SET", *(text for file in files.items() for text in file))
+        report = inspect(f"rediss://localhost:{cluster.nodes[0].port}", **tls_arguments(cluster.tls, name=None))
+        assert report.all_problems() == [] and report.tables[0].rows == 60
+        with pytest.raises(hps.errors.UnavailableError, match="127.0.0.1.*TLS failed.*--tls-server-name"):
+            inspect(f"rediss://{cluster.nodes[0].address}", **tls_arguments(cluster.tls, name=None))
 
 
 def test_tls_that_fails_says_why(secure_server):

@@ -501,6 +501,15 @@ def test_each_status_has_an_exception_that_is_a_built_in_too(code):
     assert isinstance(error, errors.HpsError) and isinstance(error, CODES[code]) and str(error) == "message"
 
 
+def test_errors_of_what_is_no_file_begin_with_what_it_is(server):
+    with pytest.raises(hps.errors.InvalidArgumentError, match="^configuration: /models: "):
+        hps.ParameterServer({"supportlonglong": True, "models": "many"})
+    with pytest.raises(hps.errors.InvalidArgumentError, match="^configuration: /models: is empty"):
+        hps.memory_plan({"supportlonglong": True, "models": [], "volatile_db": 1})
+    with pytest.raises(hps.errors.InvalidArgumentError, match="^configuration of the model: /wrong"):
+        server.load_model({"wrong": 1})
+
+
 def test_bad_configuration_files(tmp_path):
     path = tmp_path / "ps.json"
     with pytest.raises(errors.NotFoundError, match="ps.json"):

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf  # exports the names of another OpenSSL into this process, before ours is used
+import xxhash
 from conftest import model_config, write_config, write_table
-from services import RedisCluster, RedisServer
+from services import RedisCluster, RedisServer, wait_until
 
 import hierarchical_parameter_server as hps
 
@@ -74,6 +75,18 @@ def service(request):
         yield service
 
 
+def test_the_description_tells_of_a_margin(tmp_path):
+    """Otherwise `hps inspect` would take what it evicts for lost."""
+    keys = np.arange(200)
+    with RedisServer() as service:
+        with serve(tmp_path, service, keys, rows_of(keys), overflow_margin=900), service.client() as client:
+            assert client.hget(f"hps.table/{TABLE}", "overflow_margin") == b"900"
+            assert client.hdel(values_key(partition_of(keys[3], True)), raw(keys[3], True)) == 1
+        (table,) = hps.inspect(f"redis://{service.address}").tables
+        assert (table.rows, table.recorded_rows, table.problems) == (199, 200, [])
+        assert "overflow_margin has evicted others" in table.notes[0]
+
+
 @pytest.mark.parametrize("long_keys", [True, False])
 def test_rows_go_both_ways(tmp_path, service, long_keys):
     keys = LONG_KEYS if long_keys else SHORT_KEYS
@@ -91,6 +104,7 @@ def test_rows_go_both_ways(tmp_path, service, long_keys):
             b"num_partitions": b"5",
             b"row_bytes": b"28",
             b"key_bytes": b"8" if long_keys else b"4",
+            b"id": client.hget(f"hps.table/{TABLE}", "id"),
         }
 
         # What the other client writes, changes and removes, read by us.
@@ -128,6 +142,59 @@ def test_what_another_client_wrote_is_served_without_a_load(tmp_path, service, l
             assert client.hget(values_key(partition_of(key, long_keys)), raw(key, long_keys)) == row.tobytes()
         hashes = {name.decode() for name in client.scan_iter("hps_et*")}
         assert hashes == {values_key(i) for i in range(PARTITIONS)}
+
+
+def old_values_key(key, long_keys: bool) -> str:
+    """The hash of a key's row in the predecessor's layout of 4.1 and earlier, by the package xxhash."""
+    return f"{TABLE}/p{xxhash.xxh3_64_intdigest(raw(key, long_keys)) % PARTITIONS}/v"
+
+
+@pytest.mark.parametrize("long_keys", [True, False])
+def test_the_layout_before_4_2_goes_both_ways(tmp_path, service, long_keys):
+    """The other client writes it and we serve it; what we write into such a table, it reads where it looks for it."""
+    keys = LONG_KEYS if long_keys else SHORT_KEYS
+    rows = rows_of(keys)
+    old, promoted = np.arange(len(keys)) % 3 > 0, np.arange(len(keys)) % 3 == 0  # in Redis; in the database alone
+    with service.client() as client:
+        for key, row in zip(keys[old], rows[old], strict=True):
+            client.hset(old_values_key(key, long_keys), raw(key, long_keys), row.tobytes())
+        names = {name.decode() for name in client.scan_iter("*")}
+        assert names == {f"{TABLE}/p{i}/v" for i in range(PARTITIONS)}
+
+        write_table(tmp_path / "items", keys[promoted], rows[promoted])
+        model = model_config(
+            "main", {"items": (tmp_path / "items", WIDTH)}, default_value_for_each_table=[DEFAULT_VALUE]
+        )
+        path = write_config(
+            tmp_path / "ps.json",
+            [model],
+            long_keys=long_keys,
+            volatile_db=volatile_db(service, initialize_after_startup=False, cache_missed_embeddings=True),
+            persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")},
+        )
+        with hps.ParameterServer(path) as server:
+            found, report = server.lookup_report(keys, "main")
+            np.testing.assert_array_equal(found, rows)
+            served = {name: report[f"rows_from_{name}"] for name in ("volatile", "persistent", "default")}
+            assert served == {"volatile": old.sum(), "persistent": promoted.sum(), "default": 0}
+            absent = server.lookup(np.arange(7000, 7100), "main")
+            np.testing.assert_array_equal(absent, np.full((100, WIDTH), DEFAULT_VALUE, "f4"))
+
+            def count() -> int:
+                return sum(client.hlen(f"{TABLE}/p{i}/v") for i in range(PARTITIONS))
+
+            wait_until(lambda: count() == len(keys), "the rows to be promoted")
+            for key, row in zip(keys, rows, strict=True):
+                assert client.hget(old_values_key(key, long_keys), raw(key, long_keys)) == row.tobytes()
+            assert not list(client.scan_iter("hps_et{*"))  # nothing in the layout of 4.2
+            assert client.hget(f"hps.table/{TABLE}", "layout") == b"4.1"
+
+            # Changes and removals by the other client.
+            first, second = keys[promoted][:2]
+            client.hset(old_values_key(first, long_keys), raw(first, long_keys), rows[-1].tobytes())
+            np.testing.assert_array_equal(server.lookup([first], "main"), rows[-1:])
+            assert client.hdel(old_values_key(second, long_keys), raw(second, long_keys)) == 1
+            np.testing.assert_array_equal(server.lookup([second], "main"), rows[promoted][1:2])  # from the database
 
 
 def test_row_of_another_length_fails_the_lookup(tmp_path, service):

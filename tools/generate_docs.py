@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import note_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 # Tables of numbers in pages are copies of what the benchmarks wrote.
 NUMBERS = {"README.md": "benchmarks/results/summary.md", "docs/operations.md": "benchmarks/results/tiers.md"}
@@ -35,7 +37,18 @@ def with_numbers(page: str) -> str:
     return filled
 
 
-PAGES = {"docs/ps.schema.json": schema, **{page: functools.partial(with_numbers, page) for page in NUMBERS}}
+def with_tables(page: str) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    place = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda found: found[1] + note_tables.make(found[2]) + found[3], text)
+
+
+NOTES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs/design").glob("*.md"))]
+PAGES = {
+    "docs/ps.schema.json": schema,
+    **{page: functools.partial(with_numbers, page) for page in NUMBERS},
+    **{note: functools.partial(with_tables, note) for note in NOTES},
+}
 
 
 def main(arguments: list[str]) -> int:

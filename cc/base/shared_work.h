@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <mutex>
 
@@ -30,7 +31,12 @@ class SharedWork {
       const size_t first = next_.fetch_add(piece_, std::memory_order_relaxed);
       if (first >= count_) return;
       const size_t last = std::min(count_, first + piece_);
-      (*body_)(first, last);
+      try {
+        (*body_)(first, last);
+      } catch (...) {
+        std::lock_guard lock(mutex_);
+        if (!thrown_) thrown_ = std::current_exception();
+      }
       if (done_.fetch_add(last - first, std::memory_order_acq_rel) + (last - first) == count_) {
         std::lock_guard lock(mutex_);
         finished_.notify_all();
@@ -38,11 +44,13 @@ class SharedWork {
     }
   }
 
-  // Waits until all pieces are done. By the caller, after its own Work.
+  // Waits until all pieces are done, then throws what one of them has thrown. By the caller, after its own Work.
   void Finish() {
-    if (done_.load(std::memory_order_acquire) == count_) return;
-    std::unique_lock lock(mutex_);
-    finished_.wait(lock, [this] { return done_.load(std::memory_order_acquire) == count_; });
+    if (done_.load(std::memory_order_acquire) != count_) {
+      std::unique_lock lock(mutex_);
+      finished_.wait(lock, [this] { return done_.load(std::memory_order_acquire) == count_; });
+    }
+    if (thrown_) std::rethrow_exception(thrown_);
   }
 
  private:
@@ -55,6 +63,7 @@ class SharedWork {
   std::atomic<size_t> done_{0};
   std::mutex mutex_;
   std::condition_variable finished_;
+  std::exception_ptr thrown_;  // written under mutex_ before the piece counts as done
 };
 
 }  // namespace hps

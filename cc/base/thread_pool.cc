@@ -25,22 +25,19 @@ class Inline final : public Executor {
 class ThreadPool final : public Executor {
  public:
   ThreadPool(int threads, bool background) {
-    for (int i = 1; i < threads; ++i) {
-      threads_.emplace_back([this, background] {
-        if (background) StandBackForLookups();
-        Run();
-      });
+    try {
+      for (int i = 1; i < threads; ++i) {
+        threads_.emplace_back([this, background] {
+          if (background) StandBackForLookups();
+          Run();
+        });
+      }
+    } catch (...) {
+      End();  // no destructor will
+      throw;
     }
   }
-  ~ThreadPool() override {
-    {
-      std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
+  ~ThreadPool() override { End(); }
   int parallelism() const override { return static_cast<int>(threads_.size()) + 1; }
 
   void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
@@ -63,6 +60,15 @@ class ThreadPool final : public Executor {
   }
 
  private:
+  void End() {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void Run() {
     std::unique_lock lock(mutex_);
     for (;;) {

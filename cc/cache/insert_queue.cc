@@ -1,4 +1,4 @@
-// Lock order: stop_mutex_, mutex_. Tiers and devices are asked with neither held.
+// Tiers and devices are asked without mutex_.
 
 #include "cc/cache/insert_queue.h"
 
@@ -6,84 +6,54 @@
 #include <cstring>
 #include <utility>
 
-#include "cc/base/hash.h"
+#include "cc/base/system_limits.h"
 
 namespace hps {
 
-InsertQueue::InsertQueue(size_t most_keys) : most_keys_(most_keys), thread_([this] { Run(); }) {}
-
-InsertQueue::~InsertQueue() { Stop(); }
-
 void InsertQueue::Stop() {
-  std::deque<InsertBatch> dropped;  // freed after the lock
-  std::lock_guard stop_lock(stop_mutex_);
   {
     std::lock_guard lock(mutex_);
-    stopping_ = true;
+    ended_ = true;
     cancelled_.store(true);
-    dropped.swap(queue_);
-    for (const InsertBatch& batch : dropped) {
-      stats_.dropped += batch.keys.size();
-      stats_.queued -= batch.keys.size();
-    }
   }
-  changed_.notify_all();
-  if (thread_.joinable()) thread_.join();
-}
-
-uint64_t InsertQueue::Mark(const InsertBatch& batch, Key key) {
-  return SlotHash(static_cast<uint64_t>(key) ^ SlotHash(reinterpret_cast<uintptr_t>(batch.cache.get()))) | 1;
-}
-
-void InsertQueue::Forget(const InsertBatch& batch) {
-  for (const Key key : batch.keys) {
-    const uint64_t mark = Mark(batch, key);
-    uint64_t& place = filter_[mark / 2 % kFilterSlots];
-    if (place == mark) place = 0;
-  }
+  worker_.Stop();
 }
 
 void InsertQueue::Enqueue(InsertBatch batch) {
+  if (!worker_.stopped()) {
+    size_t kept = 0;
+    const size_t repeated =
+        queued_.Add(batch.cache.get(), batch.keys, [&](size_t i) { batch.keys[kept++] = batch.keys[i]; });
+    batch.keys.resize(kept);
+    std::lock_guard lock(mutex_);
+    stats_.repeated += repeated;
+  }
+  if (batch.keys.empty()) return;
+  const size_t count = batch.keys.size();
+  auto owned = std::make_shared<InsertBatch>(std::move(batch));
+  const InsertBatch* const waiting = owned.get();
   {
     std::lock_guard lock(mutex_);
-    const size_t asked = batch.keys.size();
-    if (!stopping_) {
-      std::erase_if(batch.keys,
-                    [&](Key key) { return filter_[Mark(batch, key) / 2 % kFilterSlots] == Mark(batch, key); });
-      stats_.repeated += asked - batch.keys.size();
-    }
-    if (batch.keys.empty()) return;
-    if (stopping_ || stats_.queued + batch.keys.size() > most_keys_) {
-      stats_.dropped += batch.keys.size();
-      return;
-    }
-    for (const Key key : batch.keys) filter_[Mark(batch, key) / 2 % kFilterSlots] = Mark(batch, key);
-    stats_.queued += batch.keys.size();
-    queue_.push_back(std::move(batch));
+    stats_.queued += count;
+    waiting_.emplace(waiting, std::move(owned));
   }
-  changed_.notify_all();
-}
-
-void InsertQueue::Drain() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return stopping_ || (queue_.empty() && busy_ == nullptr); });
+  if (!worker_.Offer(count, [this, waiting](bool drop) { Take(waiting, drop); })) Take(waiting, /*drop=*/true);
 }
 
 void InsertQueue::Remove(const DeviceCache* cache) {
-  std::deque<InsertBatch> kept, dropped;  // the latter freed after the lock
+  std::vector<std::shared_ptr<InsertBatch>> dropped;  // freed after the lock
   std::unique_lock lock(mutex_);
-  for (InsertBatch& batch : queue_) {
-    const bool removed = batch.cache.get() == cache;
-    if (removed) {
-      Forget(batch);
-      stats_.dropped += batch.keys.size();
-      stats_.queued -= batch.keys.size();
+  for (auto place = waiting_.begin(); place != waiting_.end();) {
+    if (place->second->cache.get() != cache) {
+      ++place;
+      continue;
     }
-    (removed ? dropped : kept).push_back(std::move(batch));
+    Drop(*place->second);
+    dropped.push_back(std::move(place->second));
+    place = waiting_.erase(place);
   }
-  queue_.swap(kept);
   if (busy_ == cache) cancelled_.store(true);
-  changed_.wait(lock, [&] { return busy_ != cache; });
+  let_go_.wait(lock, [&] { return busy_ != cache; });
   lock.unlock();
 }
 
@@ -115,43 +85,56 @@ Status InsertQueue::Insert(const InsertBatch& batch, std::span<const Key> keys, 
   return batch.cache->Insert(held, {rows_.data(), row_bytes}, read_at);
 }
 
-void InsertQueue::Run() {
+void InsertQueue::Drop(const InsertBatch& batch) {
+  queued_.Remove(batch.cache.get(), batch.keys);
+  stats_.dropped += batch.keys.size();
+  stats_.queued -= batch.keys.size();
+}
+
+// By the thread, or by whoever stops or finds the queue full.
+void InsertQueue::Take(const InsertBatch* waiting, bool drop) {
   std::unique_lock lock(mutex_);
-  for (;;) {
-    changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-    if (stopping_) return;
-    InsertBatch batch = std::move(queue_.front());
-    queue_.pop_front();
-    busy_ = batch.cache.get();
-    cancelled_.store(false);
+  const auto place = waiting_.find(waiting);
+  if (place == waiting_.end()) return;  // Remove was here
+  std::shared_ptr<InsertBatch> batch = std::move(place->second);
+  waiting_.erase(place);
+  if (drop) {
+    Drop(*batch);
     lock.unlock();
-    Stats done;
-    Status status;
-    const size_t step = std::max<size_t>(kPieceBytes / batch.cache->spec().row_bytes, 1);
-    for (size_t first = 0; first < batch.keys.size() && status.ok(); first += step) {
-      const auto keys = std::span(batch.keys).subspan(first, std::min(step, batch.keys.size() - first));
-      uint64_t absent = 0;
-      status = Insert(batch, keys, &absent);
-      if (!status.ok()) break;
-      done.absent += absent;
-      done.inserted += keys.size() - absent;
-    }
-    lock.lock();
-    Forget(batch);
-    stats_.queued -= batch.keys.size();
-    stats_.absent += done.absent;
-    stats_.inserted += done.inserted;
-    if (!status.ok()) {
-      const bool ended = status.code() == StatusCode::kCancelled;  // by Stop or Remove
-      (ended ? stats_.dropped : stats_.failed) += batch.keys.size() - done.absent - done.inserted;
-      if (!ended) last_error_ = status;
-    }
-    lock.unlock();
-    batch = {};  // may free a cache
-    lock.lock();
-    busy_ = nullptr;
-    changed_.notify_all();
+    return;
   }
+  busy_ = batch->cache.get();
+  if (!ended_) cancelled_.store(false);
+  lock.unlock();
+  Stats done;
+  const Status status = Run(*batch, &done);
+  queued_.Remove(batch->cache.get(), batch->keys);
+  lock.lock();
+  stats_.queued -= batch->keys.size();
+  stats_.absent += done.absent;
+  stats_.inserted += done.inserted;
+  if (!status.ok()) {
+    const bool ended = status.code() == StatusCode::kCancelled;  // by Stop or Remove
+    (ended ? stats_.dropped : stats_.failed) += batch->keys.size() - done.absent - done.inserted;
+    if (!ended) last_error_ = status;
+  }
+  lock.unlock();
+  batch.reset();  // may free a cache
+  lock.lock();
+  busy_ = nullptr;
+  let_go_.notify_all();
+}
+
+Status InsertQueue::Run(const InsertBatch& batch, Stats* done) {
+  const size_t step = std::max<size_t>(kPieceBytes / batch.cache->spec().row_bytes, 1);
+  for (size_t first = 0; first < batch.keys.size(); first += step) {
+    const auto keys = std::span(batch.keys).subspan(first, std::min(step, batch.keys.size() - first));
+    uint64_t absent = 0;
+    HPS_RETURN_IF_ERROR(WithinLimits("rows for a cache", [&] { return Insert(batch, keys, &absent); }));
+    done->absent += absent;
+    done->inserted += keys.size() - absent;
+  }
+  return OkStatus();
 }
 
 }  // namespace hps

@@ -12,12 +12,13 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
-#include <thread>
+#include <unordered_map>
 #include <vector>
 
+#include "cc/base/background_worker.h"
+#include "cc/base/queued_keys.h"
 #include "cc/cache/device_cache.h"
 #include "cc/cache/row_source.h"
 
@@ -34,12 +35,12 @@ class InsertQueue {
  public:
   static constexpr size_t kMostKeys = size_t{1} << 20;
 
-  explicit InsertQueue(size_t most_keys = kMostKeys);
-  ~InsertQueue();
+  explicit InsertQueue(size_t most_keys = kMostKeys) : worker_(most_keys) {}
+  ~InsertQueue() { Stop(); }
 
   void Enqueue(InsertBatch batch);
   // Waits until everything enqueued before is done or dropped.
-  void Drain();
+  void Drain() { worker_.Drain(); }
   // Drops, and counts, what is queued for the cache. Once this returns the queue does not hold the cache any more.
   void Remove(const DeviceCache* cache);
   // Ends the thread; what is queued or comes later is dropped and counted. A fetch that is under way is cancelled.
@@ -57,27 +58,24 @@ class InsertQueue {
   Status last_error() const;
 
  private:
-  static constexpr size_t kFilterSlots = size_t{1} << 16;
   static constexpr size_t kPieceBytes = size_t{16} << 20;  // of rows fetched at a time
 
-  void Run();
+  void Take(const InsertBatch* waiting, bool drop);
+  Status Run(const InsertBatch& batch, Stats* done);
+  void Drop(const InsertBatch& batch);  // REQUIRES: mutex_
   Status Insert(const InsertBatch& batch, std::span<const Key> keys, uint64_t* absent);
-  static uint64_t Mark(const InsertBatch& batch, Key key);
-  void Forget(const InsertBatch& batch);  // REQUIRES: mutex_
 
-  const size_t most_keys_;
   std::atomic<bool> cancelled_{false};
-  std::mutex stop_mutex_;     // makes a second Stop wait for the first; before mutex_
-  mutable std::mutex mutex_;  // guards the following members
-  std::condition_variable changed_;
-  std::deque<InsertBatch> queue_;
-  std::vector<uint64_t> filter_ = std::vector<uint64_t>(kFilterSlots);  // keys in the queue, by their marks
+  QueuedKeys queued_;
+  mutable std::mutex mutex_;  // guards the next five
+  std::unordered_map<const InsertBatch*, std::shared_ptr<InsertBatch>> waiting_;
+  const DeviceCache* busy_ = nullptr;  // whose batch is being worked on
+  bool ended_ = false;
   Stats stats_;
   Status last_error_;
-  const DeviceCache* busy_ = nullptr;  // whose batch is being worked on
-  bool stopping_ = false;
-  std::vector<std::byte> rows_;  // Insert's
-  std::thread thread_;
+  std::condition_variable let_go_;  // busy_ is nullptr again
+  std::vector<std::byte> rows_;     // Insert's
+  BackgroundWorker worker_;
 };
 
 }  // namespace hps

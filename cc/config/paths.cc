@@ -6,6 +6,7 @@
 #include <fstream>
 #include <iterator>
 
+#include "cc/base/system_limits.h"
 #include "hps/config.h"
 
 namespace hps {
@@ -100,7 +101,9 @@ Result<ServerConfig> LoadConfig(const std::string& path) {
     std::ifstream stream(file, std::ios::binary);
     std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
     if (!stream.is_open() || stream.bad()) {
-      return FailedPrecondition("the configuration file " + file.string() + " cannot be read: " + std::strerror(errno));
+      const int problem = errno;
+      const std::string text = "the configuration file " + file.string() + " cannot be read: " + std::strerror(problem);
+      return LimitReached(problem, text).value_or(FailedPrecondition(text));
     }
     HPS_ASSIGN_OR_RETURN(ServerConfig config, ParseConfig(text, Tidy(file).string()));
     HPS_RETURN_IF_ERROR(MakePathsAbsolute(file.parent_path().string(), &config));

@@ -8,6 +8,7 @@
 #include <limits>
 #include <mutex>
 
+#include "cc/base/system_limits.h"
 #include "cc/core/combine.h"
 #include "cc/core/first_error.h"
 #include "cc/core/model.h"
@@ -233,7 +234,7 @@ Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerRes
 }  // namespace
 
 Status LookupSession::Lookup(std::span<const DenseLookup> lookups, const LookupOptions& options,
-                             LookupReport* report) const {
+                             LookupReport* report) const try {
   CallTimer timer(slot_->lookup_seconds());
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
   ServerResources& resources = slot_->resources();
@@ -259,10 +260,12 @@ Status LookupSession::Lookup(std::span<const DenseLookup> lookups, const LookupO
                           .WithContext("model '" + model->config.name + "'"));
   if (report != nullptr) *report = local;
   return OkStatus();
+} catch (const std::exception&) {
+  return CaughtStatus("the lookup");
 }
 
 Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options,
-                                   LookupReport* report) const {
+                                   LookupReport* report) const try {
   CallTimer timer(slot_->lookup_seconds());
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
   ServerResources& resources = slot_->resources();
@@ -304,6 +307,8 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
     report->persistent_nanoseconds += reports[i].persistent_nanoseconds;
   }
   return OkStatus();
+} catch (const std::exception&) {
+  return CaughtStatus("the lookup");
 }
 
 Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPart> lookups, DeviceStream stream,

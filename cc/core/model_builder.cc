@@ -22,6 +22,7 @@
 #include <optional>
 #include <random>
 
+#include "cc/base/system_limits.h"
 #include "cc/core/host_memory.h"
 #include "cc/core/model_record.h"
 #include "cc/core/shared_tier.h"
@@ -60,7 +61,8 @@ class Builder {
       new_record_ = old_record_;  // tables that the configuration does not name stay what they are
     }
     model_->config = config_;
-    Status status = BuildTables();
+    // Caught here, because what was begun must be undone.
+    Status status = WithinLimits("its tables cannot be loaded", [&] { return BuildTables(); });
     if (!status.ok()) {
       Undo();
       return status.WithContext("model '" + config_.name + "'");
@@ -72,7 +74,7 @@ class Builder {
   bool Writable() const { return persistent_ && persistent_->capabilities().writable; }
 
   // What the rows of a table are: the folder they come from, or came from when a database was filled.
-  Result<std::string> Fingerprint(const TableConfig& table, const ModelRecord& record) const {
+  Result<std::string> Fingerprint(const TableConfig& table, const ModelRecord& record) {
     if (persistent_ && (!Writable() || !options_.load_persistent)) {
       const auto found = record.tables.find(table.name);
       if (found != record.tables.end() && !found->second.fingerprint.empty()) return found->second.fingerprint;
@@ -80,7 +82,16 @@ class Builder {
       // always right.
       return "a database without a record, seen by " + std::to_string(std::random_device{}());
     }
-    return FingerprintTableFolder(table.path, table.width);
+    return FolderFingerprint(table);
+  }
+
+  // Taken once: all tiers agree on what was loaded.
+  Result<std::string> FolderFingerprint(const TableConfig& table) {
+    std::string& known = fingerprints_[table.name];
+    if (known.empty()) {
+      HPS_ASSIGN_OR_RETURN(known, FingerprintTableFolder(table.path, table.width));
+    }
+    return known;
   }
 
   Status PrepareShared() {
@@ -96,31 +107,41 @@ class Builder {
       wanted_[table.name] = std::move(fingerprint).value();
     }
     std::map<std::string, SharedTier::Wanted> wanted;
-    for (const TableConfig& table : config_.tables) wanted[table.name] = {wanted_[table.name], Spec(table)};
-    return shared_->Prepare(wanted, {.load = options_.load_volatile, .whole = SharedTierIsWhole() && !persistent_});
+    for (const TableConfig& table : config_.tables) {
+      wanted[table.name] = {wanted_[table.name], Spec(table)};
+      if (SharedTierIsAlone() && options_.load_volatile) {
+        HPS_ASSIGN_OR_RETURN(wanted[table.name].rows, FolderRows(table));
+      }
+    }
+    const bool gives_up_rows = volatile_->capabilities().bounded;
+    return shared_->Prepare(
+        wanted,
+        {.load = options_.load_volatile, .alone = SharedTierIsAlone(), .whole = SharedTierIsAlone() && !gives_up_rows});
   }
 
-  // Whether every row of a table goes into the shared tier and stays there.
-  bool SharedTierIsWhole() const {
-    return shared_ && !volatile_->capabilities().bounded && options_.initial_cache_rate >= 1.0;
-  }
+  // Whether a row that a load leaves out of the shared tier is served by no tier, and is meant to be there.
+  bool SharedTierIsAlone() const { return shared_ && !persistent_ && options_.initial_cache_rate >= 1.0; }
 
-  // At the end of all loads: the load of one table may have pushed out rows of another.
-  Status CheckSharedRows() {
-    if (!SharedTierIsWhole()) return OkStatus();
+  // What the record says of the tables that were filled. At the end of all loads: the load of one table may have pushed
+  // out rows of another.
+  Status CountSharedRows() {
     for (size_t i = 0; i < config_.tables.size(); ++i) {
       const TableConfig& table = config_.tables[i];
       const ModelTable& built = model_->tables[i];
-      if (built.load.rows_written.empty()) continue;  // nothing was loaded
+      const auto found = shared_contents_.find(table.name);
+      if (found == shared_contents_.end()) continue;
+      SharedTier::Contents& contents = found->second;
       const Table& stored = *built.stack.volatile_tier.table;
-      if (persistent_) {  // it serves what is lost; the count is for nodes that have none
-        HPS_ASSIGN_OR_RETURN(const TableStats stats, stored.Stats());
-        shared_rows_[table.name] = stats.rows_estimated ? 0 : stats.rows;
-        continue;
-      }
-      const auto held = CheckNothingLost(stored, table.path, built.load.rows_written[0], *volatile_);
-      if (!held.ok()) return held.status().WithContext(Context(table));
-      shared_rows_[table.name] = *held;
+      const uint64_t written = built.load.rows_written.back();
+      HPS_ASSIGN_OR_RETURN(const TableStats stats, stored.Stats());
+      if (stats.rows_estimated) continue;
+      contents.rows = stats.rows;
+      if (contents.all_rows > 0 || stats.rows >= written) continue;
+      Status lost = DataLoss("rows were lost");
+      if (built.source == "folder") lost = CheckNothingLost(stored, table.path, written, *volatile_).status();
+      if (lost.ok()) continue;  // duplicates
+      if (SharedTierIsAlone() || lost.code() != StatusCode::kDataLoss) return lost.WithContext(Context(table));
+      contents.all_rows = written;  // the persistent tier serves what is lost; nodes without one must know
     }
     return OkStatus();
   }
@@ -132,7 +153,10 @@ class Builder {
     for (const TableConfig& table : config_.tables) {
       HPS_RETURN_IF_ERROR(BuildTable(table).WithContext(Context(table)));
     }
-    if (Writable() && record_changed_) HPS_RETURN_IF_ERROR(persistent_->Flush());
+    if (Writable() && record_changed_) {
+      HPS_RETURN_IF_ERROR(persistent_->Flush());
+      HPS_RETURN_IF_ERROR(RecordHeldRows());
+    }
     HPS_RETURN_IF_ERROR(BuildCaches());
     if (Writable() && record_changed_) {
       HPS_RETURN_IF_ERROR(WriteModelRecord(*persistent_, config_.name, new_record_));
@@ -140,8 +164,8 @@ class Builder {
       created_persistent_.clear();
     }
     if (shared_) {
-      HPS_RETURN_IF_ERROR(CheckSharedRows());
-      HPS_RETURN_IF_ERROR(shared_->Publish(shared_rows_));
+      HPS_RETURN_IF_ERROR(CountSharedRows());
+      HPS_RETURN_IF_ERROR(shared_->Publish(shared_contents_));
     }
     if (Writable() && options_.load_persistent) DropOtherGenerations();
     return OkStatus();
@@ -158,6 +182,21 @@ class Builder {
     options.cancelled = options_.cancelled;
     HPS_ASSIGN_OR_RETURN(model_->caches,
                          ModelCaches::Build(config_, tables, options, *resources_.devices, resources_.metrics));
+    return OkStatus();
+  }
+
+  // What the loaded tables hold now: repeated keys of a folder are one row. `hps inspect` takes fewer for lost rows.
+  Status RecordHeldRows() {
+    for (const ModelTable& table : model_->tables) {
+      const auto loaded = folder_rows_.find(table.name);
+      if (loaded == folder_rows_.end()) continue;
+      HPS_ASSIGN_OR_RETURN(const TableStats stats, table.stack.persistent_tier.table->Stats());
+      // An estimate may count a row that was written twice as two, but there are no more than in the folder. That there
+      // are none is only said of a folder without rows.
+      const uint64_t folder_rows = loaded->second;
+      new_record_.tables[table.name].rows =
+          stats.rows_estimated ? std::clamp(stats.rows, std::min<uint64_t>(folder_rows, 1), folder_rows) : stats.rows;
+    }
     return OkStatus();
   }
 
@@ -206,10 +245,10 @@ class Builder {
   }
 
   // Whether the database holds this version of the folder.
-  Result<bool> InDatabase(const TableConfig& table) const {
+  Result<bool> InDatabase(const TableConfig& table) {
     const auto found = old_record_.tables.find(table.name);
     if (found == old_record_.tables.end() || found->second.fingerprint.empty()) return false;
-    const auto fingerprint = FingerprintTableFolder(table.path, table.width);
+    const auto fingerprint = FolderFingerprint(table);
     if (!fingerprint.ok()) return fingerprint.status().WithContext(Context(table));
     return *fingerprint == found->second.fingerprint;
   }
@@ -251,10 +290,12 @@ class Builder {
     if (persistent_) HPS_RETURN_IF_ERROR(OpenPersistent(table, &stack, &fill_persistent, &persistent_empty));
     const bool from_folder = !persistent_ || fill_persistent || persistent_empty;
     uint64_t rows = 0;
+    bool rows_estimated = false;
     std::unique_ptr<ModelReader> reader;
     if (!from_folder) {
       HPS_ASSIGN_OR_RETURN(TableStats stats, stack.persistent_tier.table->Stats());
       rows = stats.rows;
+      rows_estimated = stats.rows_estimated;
     } else if (fill_persistent || (volatile_ && options_.load_volatile)) {
       HPS_ASSIGN_OR_RETURN(reader, OpenTableFolder(table.path, table.width));
       rows = reader->rows();
@@ -286,6 +327,13 @@ class Builder {
       if (!all) load.row_limits = {cache_rows};
       if (all && volatile_->capabilities().bounded) load.row_limits = {volatile_->capabilities().capacity_rows};
       HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
+    }
+    if (shared_ && fill_volatile) {
+      const uint64_t written = model_table.load.rows_written.back();
+      const bool cut = !load.row_limits.empty() && written >= load.row_limits.back();
+      // Of an estimate nobody knows whether that was all.
+      const bool left_out = cut && (rows_estimated || written < rows);
+      shared_contents_[table.name] = {.all_rows = left_out ? std::max({rows, written, uint64_t{1}}) : 0};
     }
     // Around the table last of all: what has been opened and filled is the store's own.
     if (stack.persistent_tier.table) {
@@ -329,7 +377,7 @@ class Builder {
   }
 
   // Opens the table's current generation, or creates the one that the folder is to be loaded into (*fill). *empty: it
-  // was made now and is not to be loaded.
+  // has no rows, and is not to be loaded.
   Status OpenPersistent(const TableConfig& table, TierStack* stack, bool* fill, bool* empty) {
     TableSpec spec = Spec(table);
     const auto found = old_record_.tables.find(table.name);
@@ -345,15 +393,28 @@ class Builder {
       }
       auto opened = persistent_->OpenTable(spec);
       if (Writable() && opened.status().code() == StatusCode::kNotFound) {
-        *empty = true;
         opened = persistent_->CreateTable(spec);
         if (opened.ok()) created_persistent_.push_back(spec.name);
       }
       if (!opened.ok()) return opened.status();
       opened_table = std::move(opened).value();
+      HPS_ASSIGN_OR_RETURN(*empty, LacksItsRows(*opened_table, complete ? old : nullptr));
+      if (!*empty) return OkStatus();
+      const std::string what = complete ? "the database holds none of the " + std::to_string(old->rows) +
+                                              " rows that were loaded into this table"
+                                        : "the database holds no row of this table, and no record that it was loaded";
+      if (!Writable()) {
+        return FailedPrecondition(what +
+                                  ": every key would be answered with the default value; load it once with a "
+                                  "server that may write (persistent_db with read_only false and "
+                                  "initialize_after_startup true)");
+      }
+      Log(LogLevel::kWarning, "model '" + config_.name + "', table '" + table.name + "': " + what +
+                                  "; persistent_db.initialize_after_startup is false, so it stays empty, and keys that "
+                                  "the volatile tier does not hold are answered with the default value");
       return OkStatus();
     }
-    HPS_ASSIGN_OR_RETURN(std::string fingerprint, FingerprintTableFolder(table.path, table.width));
+    HPS_ASSIGN_OR_RETURN(std::string fingerprint, FolderFingerprint(table));
     if (complete && old->fingerprint == fingerprint) {
       auto opened = persistent_->OpenTable(spec);
       if (opened.ok()) {
@@ -368,7 +429,8 @@ class Builder {
     HPS_ASSIGN_OR_RETURN(auto reader, OpenTableFolder(table.path, table.width));
     spec.expected_rows = reader->rows();
     const uint64_t new_generation = complete ? generation + 1 : generation;
-    new_record_.tables[table.name] = {new_generation, std::move(fingerprint), reader->rows()};
+    new_record_.tables[table.name] = {new_generation, std::move(fingerprint)};
+    folder_rows_[table.name] = reader->rows();
     spec.name = StoredTableName(config_.name, table.name, new_generation);
     if (old) HPS_RETURN_IF_ERROR(DropLeftover(spec.name));
     auto created = persistent_->CreateTable(spec);
@@ -382,6 +444,13 @@ class Builder {
     if (!created.ok()) return created.status();
     opened_table = std::move(created).value();
     return OkStatus();
+  }
+
+  // Whether the table is empty, and not because it was loaded (`loaded`, or nullptr) from a folder without rows.
+  static Result<bool> LacksItsRows(const Table& table, const TableRecord* loaded) {
+    if (loaded != nullptr && loaded->rows == 0) return false;
+    HPS_ASSIGN_OR_RETURN(const TableStats stats, table.Stats());
+    return !stats.rows_estimated && stats.rows == 0;
   }
 
   // What an interrupted load of this generation left behind is incomplete and nobody's.
@@ -458,9 +527,11 @@ class Builder {
   const BuildOptions& options_;
   TableStore* const volatile_;
   TableStore* const persistent_;
-  std::optional<SharedTier> shared_;             // where the volatile store is shared
-  std::map<std::string, std::string> wanted_;    // fingerprint by table, for shared_
-  std::map<std::string, uint64_t> shared_rows_;  // held after the load, where all of them stay
+  std::optional<SharedTier> shared_;                             // where the volatile store is shared
+  std::map<std::string, std::string> fingerprints_;              // of folders, by table
+  std::map<std::string, std::string> wanted_;                    // fingerprint by table, for shared_
+  std::map<std::string, SharedTier::Contents> shared_contents_;  // of the tables that shared_ was given rows for
+  std::map<std::string, uint64_t> folder_rows_;                  // of the tables that the persistent store was given
   ModelRecord old_record_;
   ModelRecord new_record_;
   bool record_changed_ = false;

@@ -1,5 +1,6 @@
 #include "cc/core/model_record.h"
 
+#include <algorithm>
 #include <charconv>
 #include <utility>
 #include <vector>
@@ -8,6 +9,7 @@ namespace hps {
 namespace {
 
 constexpr std::string_view kFirstLine = "hps model record 1";
+constexpr std::string_view kFirstLineOfSome = "hps model record 2";  // tables have all_rows
 
 std::string RecordName(std::string_view model) { return "hps.model." + std::string(model); }
 
@@ -31,16 +33,19 @@ bool ParseNumber(std::string_view text, uint64_t* value) {
 
 std::optional<ModelRecord> ParseRecord(std::string_view text) {
   const std::vector<std::string_view> lines = Split(text, '\n', text.size() + 2);
-  if (lines.front() != kFirstLine || !lines.back().empty()) return std::nullopt;
+  const bool some = lines.front() == kFirstLineOfSome;
+  if ((!some && lines.front() != kFirstLine) || !lines.back().empty()) return std::nullopt;
+  const size_t numbers = some ? 3 : 2;
   ModelRecord record;
   for (size_t i = 1; i + 1 < lines.size(); ++i) {
-    const std::vector<std::string_view> parts = Split(lines[i], '\t', 4);
+    const std::vector<std::string_view> parts = Split(lines[i], '\t', numbers + 2);
     TableRecord table;
-    if (parts.size() != 4 || !ParseNumber(parts[0], &table.generation) || !ParseNumber(parts[1], &table.rows)) {
+    if (parts.size() != numbers + 2 || !ParseNumber(parts[0], &table.generation) ||
+        !ParseNumber(parts[1], &table.rows) || (some && !ParseNumber(parts[2], &table.all_rows))) {
       return std::nullopt;
     }
-    table.fingerprint = parts[3];
-    record.tables.emplace(parts[2], std::move(table));
+    table.fingerprint = parts[numbers + 1];
+    record.tables.emplace(parts[numbers], std::move(table));
   }
   return record;
 }
@@ -74,10 +79,12 @@ Result<ModelRecord> ReadModelRecord(const TableStore& store, std::string_view mo
 
 Status WriteModelRecord(TableStore& store, std::string_view model, const ModelRecord& record) {
   if (record.tables.empty()) return store.EraseRecord(RecordName(model));
-  std::string text = std::string(kFirstLine) + "\n";
+  const bool some = std::any_of(record.tables.begin(), record.tables.end(),
+                                [](const auto& entry) { return entry.second.all_rows > 0; });
+  std::string text = std::string(some ? kFirstLineOfSome : kFirstLine) + "\n";
   for (const auto& [name, table] : record.tables) {
-    text += std::to_string(table.generation) + "\t" + std::to_string(table.rows) + "\t" + name + "\t" +
-            table.fingerprint + "\n";
+    text += std::to_string(table.generation) + "\t" + std::to_string(table.rows) + "\t" +
+            (some ? std::to_string(table.all_rows) + "\t" : "") + name + "\t" + table.fingerprint + "\n";
   }
   return store.WriteRecord(RecordName(model), text);
 }

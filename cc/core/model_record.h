@@ -2,7 +2,9 @@
 //
 // Kept as the store's record "hps.model.<model>" and written only after all rows of the version are in, so that a load
 // that was cut short is not taken for a version. One record covers all tables of a model: switching a model to a new
-// version is one write. Text, one line a table: generation, rows, table name and fingerprint, parted by tabs.
+// version is one write. Text, one line a table: generation, rows, table name and fingerprint, parted by tabs. Format 2,
+// with all_rows behind rows, is written where a table has them, so that older programs refuse what they would take for
+// whole.
 
 #ifndef HPS_CORE_MODEL_RECORD_H_
 #define HPS_CORE_MODEL_RECORD_H_
@@ -21,7 +23,9 @@ namespace hps {
 struct TableRecord {
   uint64_t generation = 0;  // 0 has the predecessor's bare table name
   std::string fingerprint;  // of the folder its rows were loaded from; empty while a first load is running
-  uint64_t rows = 0;        // read from that folder; in a shared volatile store: held after the load, 0 if not known
+  // Held after the load (an estimate where the store only estimates). 0: none; in a shared volatile store: not known.
+  uint64_t rows = 0;
+  uint64_t all_rows = 0;  // in a shared volatile store that was given only some of them: how many there are, about
 };
 
 struct ModelRecord {

@@ -21,6 +21,7 @@
 
 #include "cc/base/fork_guard.h"
 #include "cc/base/stand_back.h"
+#include "cc/base/system_limits.h"
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
@@ -109,26 +110,7 @@ class ParameterServer::Impl {
   // Close may be called meanwhile.
   Status Start() {
     std::lock_guard load_lock(load_mutex_);
-    for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
-    for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
-    OpenDevices();
-    WarnWithoutGpu();
-    resources_->long_keys = config_.long_keys;
-    const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
-    resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
-    resources_->executor = NewThreadPool(threads);
-    resources_->load_executor = std::make_unique<LoadExecutor>(*resources_->executor, std::max(1, threads / 2));
-    HPS_RETURN_IF_ERROR(OpenStores());
-    CloseAllAtExit(resources_->persistent_store != nullptr);
-    if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
-      resources_->promoter = std::make_unique<Promoter>();
-    }
-    HPS_RETURN_IF_ERROR(CheckDevices(config_.models));
-    for (const ModelConfig& model : config_.models) {
-      HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
-    }
-    started_ = true;
-    return OkStatus();
+    return WithinLimits("the server cannot be started", [&] { return StartLocked(); });
   }
 
   ~Impl() {
@@ -150,7 +132,8 @@ class ParameterServer::Impl {
   Status Load(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     HPS_RETURN_IF_ERROR(CheckProcess());
     std::lock_guard load_lock(load_mutex_);
-    return LoadLocked(config, replace, cancelled);
+    return WithinLimits("model '" + config.name + "' cannot be loaded",
+                        [&] { return LoadLocked(config, replace, cancelled); });
   }
 
   Status Unload(std::string_view name) {
@@ -283,6 +266,30 @@ class ParameterServer::Impl {
 
  private:
   // REQUIRES: load_mutex_ is held.
+  Status StartLocked() {
+    for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
+    for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
+    OpenDevices();
+    WarnWithoutGpu();
+    resources_->long_keys = config_.long_keys;
+    const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
+    resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
+    resources_->executor = NewThreadPool(threads);
+    resources_->load_executor = std::make_unique<LoadExecutor>(*resources_->executor, std::max(1, threads / 2));
+    HPS_RETURN_IF_ERROR(OpenStores());
+    CloseAllAtExit(resources_->persistent_store != nullptr);
+    if (config_.volatile_db.cache_missed_embeddings && resources_->volatile_store && resources_->persistent_store) {
+      resources_->promoter = std::make_unique<Promoter>();
+    }
+    HPS_RETURN_IF_ERROR(CheckDevices(config_.models));
+    for (const ModelConfig& model : config_.models) {
+      HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
+    }
+    started_ = true;
+    return OkStatus();
+  }
+
+  // REQUIRES: load_mutex_ is held.
   Status LoadLocked(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     if (closed_) return ClosedStatus();
     HPS_RETURN_IF_ERROR(CheckBuiltModel(config));
@@ -399,7 +406,8 @@ class ParameterServer::Impl {
     std::optional<Result<std::shared_ptr<Model>>> model;
     std::thread loader([&] {
       StandBackForLookups();
-      model.emplace(BuildModel(config, *resources_, options));
+      model.emplace(
+          WithinLimits("model '" + config.name + "'", [&] { return BuildModel(config, *resources_, options); }));
     });
     loader.join();
     return *std::move(model);

@@ -1,11 +1,9 @@
-// Lock order: stop_mutex_, mutex_. Tables are written with neither held.
-
 #include "cc/core/promoter.h"
 
 #include <cstring>
 #include <utility>
 
-#include "cc/base/hash.h"
+#include "cc/base/system_limits.h"
 
 namespace hps {
 namespace {
@@ -18,82 +16,44 @@ void Count(Counter* counter, size_t rows) {
 
 }  // namespace
 
-Promoter::Promoter() : thread_([this] { Run(); }) {}
-
-Promoter::~Promoter() { Stop(); }
-
-void Promoter::Stop() {
-  std::deque<PromotionBatch> dropped;  // freed after the lock
-  std::lock_guard stop_lock(stop_mutex_);
-  {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
-    dropped.swap(queue_);
-    queued_bytes_ = 0;
-  }
-  for (const PromotionBatch& batch : dropped) Count(batch.counters.dropped, batch.keys.size());
-  changed_.notify_all();
-  if (thread_.joinable()) thread_.join();
-}
-
-uint64_t Promoter::Mark(const Table& table, Key key) {
-  return SlotHash(static_cast<uint64_t>(key) ^ SlotHash(reinterpret_cast<uintptr_t>(&table))) | 1;
-}
-
-// Two rows with one mark are as good as never met; the second would only not be promoted this time.
 void Promoter::DropRepeated(PromotionBatch* batch) {
   const size_t row_bytes = batch->table->spec().row_bytes;
   size_t kept = 0;
-  for (size_t i = 0; i < batch->keys.size(); ++i) {
-    const uint64_t mark = Mark(*batch->table, batch->keys[i]);
-    uint64_t& place = filter_[mark / 2 % kFilterSlots];
-    if (place == mark) continue;
-    place = mark;
+  const size_t repeated = queued_.Add(batch->table.get(), batch->keys, [&](size_t i) {
     if (kept != i) {
       batch->keys[kept] = batch->keys[i];
       std::memcpy(batch->rows.data() + kept * row_bytes, batch->rows.data() + i * row_bytes, row_bytes);
     }
     ++kept;
-  }
-  Count(batch->counters.repeated, batch->keys.size() - kept);
+  });
+  Count(batch->counters.repeated, repeated);
   batch->keys.resize(kept);
   batch->rows.resize(kept * row_bytes);
 }
 
-void Promoter::Forget(const PromotionBatch& batch) {
-  for (const Key key : batch.keys) {
-    const uint64_t mark = Mark(*batch.table, key);
-    uint64_t& place = filter_[mark / 2 % kFilterSlots];
-    if (place == mark) place = 0;
-  }
-}
-
 void Promoter::Enqueue(PromotionBatch batch) {
-  {
-    std::lock_guard lock(mutex_);
-    // Full or not, a batch that repeats what is queued takes no place.
-    if (!stopping_) DropRepeated(&batch);
-    if (batch.keys.empty()) return;
-    if (stopping_ || queued_bytes_ + Bytes(batch) > kQueueBytes) {
-      Forget(batch);
-      Count(batch.counters.dropped, batch.keys.size());
-      return;
-    }
-    queued_bytes_ += Bytes(batch);
-    queue_.push_back(std::move(batch));
-  }
-  changed_.notify_all();
+  if (worker_.stopped()) return Count(batch.counters.dropped, batch.keys.size());
+  // Full or not, a batch that repeats what is queued takes no place.
+  DropRepeated(&batch);
+  if (batch.keys.empty()) return;
+  const auto queued = std::make_shared<const PromotionBatch>(std::move(batch));
+  const bool taken = worker_.Offer(Bytes(*queued), [this, queued](bool dropped) { Promote(*queued, dropped); });
+  if (!taken) Promote(*queued, /*dropped=*/true);
 }
 
-void Promoter::Drain() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return stopping_ || (queue_.empty() && !busy_); });
+void Promoter::Promote(const PromotionBatch& batch, bool dropped) {
+  // A table that was dropped or closed meanwhile is no news; the rows are simply not promoted.
+  const bool written = !dropped && Write(batch).ok();
+  queued_.Remove(batch.table.get(), batch.keys);
+  Count(written ? batch.counters.promoted : batch.counters.dropped, batch.keys.size());
 }
 
 Status Promoter::Write(const PromotionBatch& batch) {
   if (batch.breaker != nullptr) HPS_RETURN_IF_ERROR(batch.breaker->Admit());
   const size_t row_bytes = batch.table->spec().row_bytes;
-  Status status = batch.table->Upsert(batch.keys, {batch.rows.data(), row_bytes}, {.only_absent = true});
+  Status status = WithinLimits("promoted rows", [&] {
+    return batch.table->Upsert(batch.keys, {batch.rows.data(), row_bytes}, {.only_absent = true});
+  });
   if (batch.breaker == nullptr) return status;
   const bool no_answer = status.code() == StatusCode::kUnavailable || status.code() == StatusCode::kDeadlineExceeded;
   if (status.ok()) {
@@ -104,29 +64,6 @@ Status Promoter::Write(const PromotionBatch& batch) {
     batch.breaker->Undecided();
   }
   return status;
-}
-
-void Promoter::Run() {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-    if (stopping_) return;
-    PromotionBatch batch = std::move(queue_.front());
-    queue_.pop_front();
-    queued_bytes_ -= Bytes(batch);
-    busy_ = true;
-    lock.unlock();
-    // A table that was dropped or closed meanwhile is no news; the rows are simply not promoted.
-    const bool written = Write(batch).ok();
-    Count(written ? batch.counters.promoted : batch.counters.dropped, batch.keys.size());
-    lock.lock();
-    Forget(batch);
-    busy_ = false;
-    lock.unlock();
-    batch = {};  // may free a table
-    changed_.notify_all();
-    lock.lock();
-  }
 }
 
 }  // namespace hps

@@ -9,15 +9,12 @@
 #ifndef HPS_CORE_PROMOTER_H_
 #define HPS_CORE_PROMOTER_H_
 
-#include <condition_variable>
 #include <cstddef>
-#include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 
+#include "cc/base/background_worker.h"
+#include "cc/base/queued_keys.h"
 #include "cc/core/circuit_breaker.h"
 #include "hps/metrics.h"
 #include "hps/table_store.h"
@@ -41,36 +38,21 @@ struct PromotionBatch {
 
 class Promoter {
  public:
-  Promoter();
-  ~Promoter();
-
   void Enqueue(PromotionBatch batch);
   // Ends the thread; what is queued or comes later is dropped and counted. Idempotent.
-  void Stop();
+  void Stop() { worker_.Stop(); }
   // Waits until everything enqueued before the call is done, or dropped by Stop.
-  void Drain();
+  void Drain() { worker_.Drain(); }
 
  private:
   static constexpr size_t kQueueBytes = size_t{64} << 20;
-  static constexpr size_t kFilterSlots = size_t{1} << 16;
 
-  void Run();
+  void Promote(const PromotionBatch& batch, bool dropped);
   Status Write(const PromotionBatch& batch);
-  // What stands for a row in the filter; never 0.
-  static uint64_t Mark(const Table& table, Key key);
-  void DropRepeated(PromotionBatch* batch);  // REQUIRES: mutex_
-  void Forget(const PromotionBatch& batch);  // REQUIRES: mutex_
+  void DropRepeated(PromotionBatch* batch);
 
-  std::mutex stop_mutex_;  // makes a second Stop wait for the first
-  std::mutex mutex_;       // guards the following members
-  std::condition_variable changed_;
-  std::deque<PromotionBatch> queue_;
-  size_t queued_bytes_ = 0;
-  // Rows in the queue, each at the place its mark says; a place that is taken is taken over.
-  std::vector<uint64_t> filter_ = std::vector<uint64_t>(kFilterSlots);
-  bool busy_ = false;
-  bool stopping_ = false;
-  std::thread thread_;
+  QueuedKeys queued_;
+  BackgroundWorker worker_{kQueueBytes};
 };
 
 }  // namespace hps

@@ -17,15 +17,25 @@
 namespace hps {
 namespace {
 
-std::string NewOwner() {
+// "<host>:<process>:<random number>", with "/<member>" where the store has a name for this opening of it.
+std::string NewOwner(const TableStore& store) {
   char host[65] = "";
   (void)::gethostname(host, sizeof(host) - 1);
   std::random_device random;
-  return std::string(host) + ":" + std::to_string(::getpid()) + ":" + std::to_string(random());
+  const std::string member = store.MemberName();
+  return std::string(host) + ":" + std::to_string(::getpid()) + ":" + std::to_string(random()) +
+         (member.empty() ? "" : "/" + member);
 }
 
 bool Owns(const std::optional<std::string>& claim, const std::string& owner) {
   return claim && claim->starts_with(owner + " ");
+}
+
+// Whether the store knows that nobody is there any more to renew the claim.
+bool OwnerIsGone(const TableStore& store, const std::string& claim) {
+  const size_t end = std::min(claim.find(' '), claim.size());
+  const size_t slash = claim.rfind('/', end);
+  return slash != std::string::npos && store.MemberIsGone(std::string_view(claim).substr(slash + 1, end - slash - 1));
 }
 
 }  // namespace
@@ -35,7 +45,7 @@ SharedTier::SharedTier(TableStore& store, std::string model, const ClaimOptions&
       model_(std::move(model)),
       options_(options),
       claim_name_("hps.load." + model_),
-      owner_(NewOwner()) {}
+      owner_(NewOwner(store)) {}
 
 SharedTier::~SharedTier() {
   if (!claimed_) return;
@@ -50,44 +60,49 @@ bool SharedTier::Holds(const std::string& table, const std::string& fingerprint)
          (fingerprint.empty() || found->second.fingerprint == fingerprint);
 }
 
-std::string SharedTier::Shortage::ToString() const {
-  return stored_name + " has lost rows: it holds " + std::to_string(held) + " of the " + std::to_string(recorded) +
-         " that were loaded into it (" + std::to_string(recorded - held) + " are missing)";
-}
-
 Status SharedTier::Prepare(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use) {
-  HPS_RETURN_IF_ERROR(ReadState(wanted, use.whole));
+  HPS_RETURN_IF_ERROR(ReadState(wanted, use));
   if (!use.load) {
     if (short_.empty()) return OkStatus();
     const auto& [table, shortage] = *short_.begin();
-    return DataLoss("table '" + table + "': in the volatile tier (" + std::string(store_.kind()) + ") " +
-                    shortage.ToString() +
-                    ", which would be answered with the default value; load it anew (start once with "
-                    "volatile_db.initialize_after_startup true), and see that the store loses no rows");
+    const std::string what = "table '" + table + "': in the volatile tier (" + std::string(store_.kind()) + ") " +
+                             shortage.text +
+                             "; the others would be answered with the default value; load it anew (start once with "
+                             "volatile_db.initialize_after_startup true), ";
+    if (!shortage.lost) return FailedPrecondition(what + "or give this node a persistent_db with all rows");
+    return DataLoss(what + "and see that the store loses no rows");
   }
   if (std::all_of(wanted.begin(), wanted.end(),
                   [&](const auto& entry) { return Holds(entry.first, entry.second.fingerprint); })) {
     return OkStatus();
   }
-  HPS_RETURN_IF_ERROR(AcquireClaim());
-  HPS_RETURN_IF_ERROR(ReadState(wanted, use.whole));  // another node may have loaded meanwhile
+  bool owner_died = false;
+  HPS_RETURN_IF_ERROR(AcquireClaim(&owner_died));
+  HPS_RETURN_IF_ERROR(ReadState(wanted, use));  // another node may have loaded meanwhile
+  if (owner_died) DropLeftovers(wanted);
   for (const auto& [table, shortage] : short_) {
     Log(LogLevel::kWarning, "model '" + model_ + "', table '" + table + "': in the volatile tier (" +
-                                std::string(store_.kind()) + ") " + shortage.ToString() + "; it is loaded anew");
+                                std::string(store_.kind()) + ") " + shortage.text + "; it is loaded anew");
   }
   return OkStatus();
 }
 
-Status SharedTier::ReadState(const std::map<std::string, Wanted>& wanted, bool whole) {
+Status SharedTier::ReadState(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use) {
   short_.clear();
   HPS_ASSIGN_OR_RETURN(record_, ReadModelRecord(store_, model_));
-  if (!whole) return OkStatus();
   for (const auto& [table, want] : wanted) {
     if (!Holds(table, want.fingerprint)) continue;
     const TableRecord& recorded = record_.tables.at(table);
-    if (recorded.rows == 0) continue;  // not known
     TableSpec spec = want.spec;
     spec.name = StoredTableName(model_, table, recorded.generation);
+    if (use.alone && recorded.all_rows > 0) {
+      short_[table].text = spec.name + " was loaded for nodes that have a persistent_db: it was given " +
+                           std::to_string(recorded.rows) + " of " + std::to_string(recorded.all_rows) + " rows";
+      continue;
+    }
+    uint64_t expected = use.whole ? recorded.rows : 0;
+    if (use.alone && recorded.rows == 0) expected = want.rows;  // written before records told what was left out
+    if (expected == 0) continue;                                // not known
     const auto opened = store_.OpenTable(spec);
     // Open deals with both: it makes what is not there, and refuses what does not fit.
     if (opened.status().code() == StatusCode::kNotFound) continue;
@@ -96,13 +111,22 @@ Status SharedTier::ReadState(const std::map<std::string, Wanted>& wanted, bool w
     const auto stats = (*opened)->Stats();
     if (stats.status().code() == StatusCode::kNotFound) continue;  // dropped meanwhile
     if (!stats.ok()) return stats.status();
-    if (stats->rows_estimated || stats->rows >= recorded.rows) continue;
-    short_[table] = {spec.name, stats->rows, recorded.rows};
+    if (stats->rows_estimated || stats->rows >= expected) continue;
+    const std::string held = std::to_string(stats->rows);
+    const std::string all = std::to_string(expected);
+    if (recorded.rows == 0) {
+      short_[table].text = spec.name + " holds " + held + " rows, its folder has " + all +
+                           ", and its record does not say how many were loaded";
+    } else {
+      short_[table] = {true, spec.name + " has lost rows: it holds " + held + " of the " + all +
+                                 " that were loaded into it (" + std::to_string(expected - stats->rows) +
+                                 " are missing)"};
+    }
   }
   return OkStatus();
 }
 
-Status SharedTier::AcquireClaim() {
+Status SharedTier::AcquireClaim(bool* owner_died) {
   std::optional<std::string> seen;
   Clock::time_point seen_since = Clock::now();
   bool told = false;
@@ -118,7 +142,9 @@ Status SharedTier::AcquireClaim() {
       seen = claim;
       seen_since = now;
     }
-    if (!claim || now - seen_since >= options_.stale_after) {
+    const bool gone = claim && OwnerIsGone(store_, *claim);
+    *owner_died = gone;  // of the claim that was seen last before this one
+    if (!claim || gone || now - seen_since >= options_.stale_after) {
       HPS_RETURN_IF_ERROR(store_.WriteRecord(claim_name_, owner_ + " " + std::to_string(++renewals_)));
       // Whoever wrote last has it; the others see that when they read it again.
     } else if (!told) {
@@ -128,6 +154,22 @@ Status SharedTier::AcquireClaim() {
     }
     std::this_thread::sleep_for(options_.poll);
   }
+}
+
+void SharedTier::DropLeftovers(const std::map<std::string, Wanted>& wanted) {
+  const Result<std::vector<std::string>> stored = store_.ListTables();
+  Status status = stored.status();
+  for (const auto& [table, want] : wanted) {
+    const auto recorded = record_.tables.find(table);
+    for (size_t i = 0; status.ok() && i < stored->size(); ++i) {
+      const std::optional<uint64_t> generation = GenerationOf((*stored)[i], model_, table);
+      if (!generation || (recorded != record_.tables.end() && *generation <= recorded->second.generation)) continue;
+      status = store_.DropTable((*stored)[i]);
+      if (status.code() == StatusCode::kNotFound) status = OkStatus();
+    }
+  }
+  if (!status.ok())
+    Log(LogLevel::kWarning, "a load of model '" + model_ + "' that was cut short: " + status.ToString());
 }
 
 void SharedTier::KeepClaim() {
@@ -163,7 +205,7 @@ Result<std::shared_ptr<Table>> SharedTier::Open(const std::string& table, const 
   }
 }
 
-Status SharedTier::Publish(const std::map<std::string, uint64_t>& rows) {
+Status SharedTier::Publish(const std::map<std::string, Contents>& contents) {
   if (made_.empty()) return OkStatus();
   HPS_RETURN_IF_ERROR(store_.Flush());
   HPS_ASSIGN_OR_RETURN(ModelRecord record, ReadModelRecord(store_, model_));
@@ -172,8 +214,9 @@ Status SharedTier::Publish(const std::map<std::string, uint64_t>& rows) {
     const auto before = record.tables.find(table);
     // The one before may be the higher one, where two nodes have loaded at once.
     oldest_kept[table] = before == record.tables.end() ? 0 : std::min(made.generation, before->second.generation);
-    const auto count = rows.find(table);
-    record.tables[table] = {made.generation, made.fingerprint, count == rows.end() ? 0 : count->second};
+    const auto found = contents.find(table);
+    const Contents held = found == contents.end() ? Contents() : found->second;
+    record.tables[table] = {made.generation, made.fingerprint, held.rows, held.all_rows};
   }
   HPS_RETURN_IF_ERROR(WriteModelRecord(store_, model_, record));
   made_.clear();

@@ -8,12 +8,13 @@
 // - Unloading and closing drop nothing.
 //
 // So that nodes which start together do not all load the same rows, the one that loads keeps a claim in the store
-// ("hps.load.<model>") and the others wait for it. The claim saves work only; if two nodes both believe to hold it, or
-// its owner dies, rows stay right.
+// ("hps.load.<model>") and the others wait for it: until it is gone, or is not renewed any more, or the store knows
+// that its owner has died. The claim saves work only; if two nodes both believe to hold it, or its owner dies, rows
+// stay right.
 //
-// The record also says how many rows a table held when its load ended. Where none of them may be missing
-// (SharedTierUse::whole) a table that holds fewer is damaged, and is loaded into a new generation like one that is
-// not there. More rows are fine: updates add some.
+// The record also says how many rows a table held when its load ended, and whether the load left some out for a
+// persistent tier to serve. Where none may be missing (SharedTierUse) a table that holds fewer, or was given only some,
+// is loaded into a new generation like one that is not there. More rows are fine: updates add some.
 //
 // Thread safety: one thread at a time. Ownership: the store outlives it.
 
@@ -40,7 +41,8 @@ struct ClaimOptions {
 
 struct SharedTierUse {
   bool load = true;    // what is missing is loaded
-  bool whole = false;  // no table may hold fewer rows than its record says
+  bool alone = false;  // no tier below has the rows that a load left out
+  bool whole = false;  // no table may hold fewer rows than its record says: the store gives up none by itself
 };
 
 class SharedTier {
@@ -53,10 +55,16 @@ class SharedTier {
   struct Wanted {
     std::string fingerprint;  // empty: any
     TableSpec spec;           // without a name
+    uint64_t rows = 0;        // of the folder, 0: not known; asked for where the record does not know
+  };
+  struct Contents {
+    uint64_t rows = 0;      // held after the load, 0: not known
+    uint64_t all_rows = 0;  // where only some were put in: of so many, about
   };
   // Reads the record; where a table is to be loaded and is not there with the wanted fingerprint, or not whole, waits
   // for the claim and reads again. `wanted`: by table name.
-  // kDataLoss: a table is not whole, and nothing is to be loaded.
+  // A table is not whole, and nothing is to be loaded: kDataLoss if it has lost rows, kFailedPrecondition if it was
+  // given only some.
   Status Prepare(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use);
 
   // Whether, after Prepare, the table is recorded with the fingerprint, with any if that is empty, and not damaged.
@@ -72,8 +80,8 @@ class SharedTier {
   void KeepClaim();
 
   // Switches the record to the tables that Open made, then drops what is older than the generation before. Call it
-  // when all rows are in. `rows`: by table name.
-  Status Publish(const std::map<std::string, uint64_t>& rows);
+  // when all rows are in. `contents`: by table name.
+  Status Publish(const std::map<std::string, Contents>& contents);
 
   // Drops the tables that Open made and that were not published.
   void Undo();
@@ -82,14 +90,15 @@ class SharedTier {
   using Clock = std::chrono::steady_clock;
 
   struct Shortage {
-    std::string stored_name;
-    uint64_t held = 0;
-    uint64_t recorded = 0;
-    std::string ToString() const;
+    bool lost = false;  // otherwise the load has left them out
+    std::string text;   // which table of the store lacks how many rows
   };
 
-  Status ReadState(const std::map<std::string, Wanted>& wanted, bool whole);
-  Status AcquireClaim();
+  Status ReadState(const std::map<std::string, Wanted>& wanted, const SharedTierUse& use);
+  // *owner_died: the claim was taken from an owner of whom the store knows that it is gone.
+  Status AcquireClaim(bool* owner_died);
+  // What a load that nobody goes on with has left: in memory of a fixed size it takes the room of the next one.
+  void DropLeftovers(const std::map<std::string, Wanted>& wanted);
   void DropOlder(const std::string& table, uint64_t oldest_kept);
 
   struct Made {
@@ -107,7 +116,7 @@ class SharedTier {
   uint64_t renewals_ = 0;
   Clock::time_point renewed_{};
   ModelRecord record_;
-  std::map<std::string, Shortage> short_;  // recorded tables that have lost rows, by table name
+  std::map<std::string, Shortage> short_;  // recorded tables without rows that they must have, by table name
   std::map<std::string, Made> made_;       // by table name
 };
 

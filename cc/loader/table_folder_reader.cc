@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cc/base/hash.h"
+#include "cc/base/system_limits.h"
 #include "hps/model_reader.h"
 
 namespace hps {
@@ -65,6 +66,7 @@ Status SystemError(const std::string& path, int error) {
   if (error == ENOENT || error == ENOTDIR)
     return NotFound(text + "; a table folder holds the files key and emb_vector");
   if (error == EIO) return DataLoss(text);
+  if (auto limit = LimitReached(error, text)) return *std::move(limit);
   return FailedPrecondition(text);
 }
 

@@ -15,10 +15,12 @@
 #include <limits>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <variant>
 #include <vector>
 
 #include "cc/base/fork_guard.h"
+#include "cc/base/system_limits.h"
 #include "cc/cache/cache_plan.h"
 #include "cc/cache/cache_writer.h"
 #include "cc/cache/device_cache.h"
@@ -111,7 +113,12 @@ template <typename Body>
 auto Interruptible(Body body) {
   std::atomic<bool> cancelled{false};
   if (!Calls().allowed()) return body(&cancelled);
-  auto done = std::async(std::launch::async, [&] { return body(&cancelled); });
+  std::future<decltype(body(&cancelled))> done;
+  try {
+    done = std::async(std::launch::async, [&] { return body(&cancelled); });
+  } catch (const std::system_error&) {
+    Check(hps::NoThreads("the call needs a thread"));
+  }
   const auto ended = [&](std::chrono::milliseconds wait) {
     return Unlocked([&] { return done.wait_for(wait) == std::future_status::ready; });
   };
@@ -134,7 +141,7 @@ hps::ServerOptions OnHost(const std::atomic<bool>* cancelled) {
 // An element of "models" as LoadModel wants it.
 hps::ModelConfig ParseModel(const std::string& json) {
   std::vector<std::string> warnings;
-  hps::ModelConfig model = Unwrap(hps::ParseModelConfig(json, "<model>", &warnings));
+  hps::ModelConfig model = Unwrap(hps::ParseModelConfig(json, "configuration of the model", &warnings));
   for (const std::string& warning : warnings) hps::Log(hps::LogLevel::kWarning, warning);
   Check(hps::MakePathsAbsolute("", &model));
   return model;

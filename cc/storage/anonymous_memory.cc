@@ -13,6 +13,8 @@
 #include <string>
 #include <utility>
 
+#include "cc/base/system_limits.h"
+
 namespace hps {
 namespace {
 
@@ -21,8 +23,9 @@ constexpr size_t kPageBytes = 4096;
 size_t RoundUp(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 Status NoMemory(size_t bytes) {
+  const int error = errno;
   return ResourceExhausted("no memory for " + std::to_string(bytes) + " bytes of table rows or index (" +
-                           std::strerror(errno) + "); lower the rows held in memory or raise the limit");
+                           std::strerror(error) + ")" + LimitAdvice(ENOMEM));
 }
 
 }  // namespace

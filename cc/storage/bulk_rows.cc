@@ -16,6 +16,8 @@
 #include <thread>
 #include <utility>
 
+#include "cc/base/system_limits.h"
+#include "cc/storage/rocksdb_folder.h"
 #include "cc/storage/row_copy.h"
 #include "cc/storage/stored_order.h"
 
@@ -30,10 +32,7 @@ constexpr size_t kSamplesPerRun = 1024;
 constexpr size_t kPrefetchRows = 8;
 
 Status FileError(const std::string& where, const std::string& what, int error) {
-  const std::string text = where + ": " + what + ": " + std::generic_category().message(error);
-  if (error == ENOSPC || error == EDQUOT || error == EFBIG) return ResourceExhausted(text + "; free disk space");
-  if (error == EMFILE || error == ENFILE) return ResourceExhausted(text + "; raise the limit of open files");
-  return Unavailable(text);
+  return MapFileError({error, std::generic_category()}, where + ": " + what);
 }
 
 }  // namespace
@@ -46,7 +45,7 @@ class BulkRows::Run {
   static Result<std::unique_ptr<Run>> Create(const std::string& where, const std::filesystem::path& folder,
                                              size_t record_bytes) {
     std::error_code error;
-    std::filesystem::create_directories(folder, error);
+    std::filesystem::create_directory(folder, error);  // not that of a database that was deleted
     if (error) return FileError(where, "cannot make \"" + folder.string() + "\"", error.value());
     std::string name = (folder / "run_XXXXXX").string();
     const int file = ::mkostemp(name.data(), O_CLOEXEC);
@@ -70,8 +69,7 @@ class BulkRows::Run {
       for (size_t piece; (piece = next++) < pieces;) {
         const size_t first = piece * piece_records;
         const auto some = entries.subspan(first, std::min(piece_records, entries.size() - first));
-        Status written = buffer == nullptr ? ResourceExhausted(where_ + ": out of memory")
-                                           : WritePiece(some, first, rows, buffer.get());
+        Status written = buffer == nullptr ? NoMemory(where_) : WritePiece(some, first, rows, buffer.get());
         if (written.ok()) continue;
         std::lock_guard lock(mutex);
         if (status.ok()) status = std::move(written);

@@ -120,6 +120,19 @@ class MultiProcessStore final : public TableStore {
     return OkStatus();
   }
 
+  std::string MemberName() const override {
+    const EpochGuard guard;
+    if (!state_->CheckOpen().ok()) return "";
+    const auto lock = heap_.Lock();
+    return heap_.MemberName();
+  }
+  bool MemberIsGone(std::string_view name) const override {
+    const EpochGuard guard;
+    if (!state_->CheckOpen().ok()) return false;
+    const auto lock = heap_.Lock();
+    return heap_.MemberIsGone(name);
+  }
+
   Status Flush() override { return state_->CheckOpen(); }
 
   Status Close() override {

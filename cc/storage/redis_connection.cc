@@ -28,8 +28,10 @@
 #include <deque>
 #include <filesystem>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
+#include "cc/base/system_limits.h"
 #include "cc/storage/redis_list_parser.h"
 
 namespace hps {
@@ -122,15 +124,19 @@ Result<std::vector<Address>> Resolve(const RedisEndpoint& endpoint, Deadline dea
   std::vector<Address> addresses;
   if (LookUp(endpoint.host, endpoint.port, AI_NUMERICHOST, &addresses) == 0) return addresses;
   auto state = std::make_shared<Resolution>();
-  std::thread([state, host = endpoint.host, port = endpoint.port] {
-    std::vector<Address> found;
-    const int code = LookUp(host, port, 0, &found);
-    std::lock_guard lock(state->mutex);
-    state->done = true;
-    state->code = code;
-    state->addresses = std::move(found);
-    state->finished.notify_all();
-  }).detach();
+  try {
+    std::thread([state, host = endpoint.host, port = endpoint.port] {
+      std::vector<Address> found;
+      const int code = LookUp(host, port, 0, &found);
+      std::lock_guard lock(state->mutex);
+      state->done = true;
+      state->code = code;
+      state->addresses = std::move(found);
+      state->finished.notify_all();
+    }).detach();
+  } catch (const std::system_error&) {
+    return Unavailable(NoThreads(endpoint.ToString() + ": the name cannot be looked up").message());
+  }
   std::unique_lock lock(state->mutex);
   // Not wait_until(Deadline::max()): its conversion overflows.
   const Deadline end = std::min(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(10));
@@ -179,7 +185,7 @@ class Connection final : public RedisConnection {
       CloseSocket();
       fd_ = ::socket(address.family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
       if (fd_ < 0) {
-        problem = std::strerror(errno);
+        problem = std::strerror(errno) + LimitAdvice(errno);
         reachable_ = true;  // for all that is known
         continue;
       }

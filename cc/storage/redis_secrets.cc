@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <fstream>
 
+#include "cc/base/system_limits.h"
+
 namespace hps {
 namespace {
 
@@ -29,7 +31,7 @@ Result<std::string> Password(const RedisStoreOptions& options) {
     std::string line;
     if (!std::getline(file, line) && !file.eof()) {
       return FailedPrecondition("password_file: \"" + options.password_file +
-                                "\" cannot be read: " + std::strerror(errno));
+                                "\" cannot be read: " + std::strerror(errno) + LimitAdvice(errno));
     }
     if (!line.empty() && line.back() == '\r') line.pop_back();
     if (line.empty())

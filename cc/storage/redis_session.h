@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "cc/base/background_worker.h"
 #include "cc/base/fork_guard.h"
 #include "cc/storage/redis_cluster.h"
 #include "cc/storage/redis_store.h"
-#include "cc/storage/redis_worker.h"
 
 namespace hps {
 
@@ -54,7 +54,7 @@ struct RedisSession {
   const RedisStoreOptions options;  // without secrets
   const uint64_t fork_generation = ForkGeneration();
   std::atomic<bool> closed{false};
-  RedisWorker worker{size_t{1} << 20};  // keys whose access is still to be noted
+  BackgroundWorker worker{size_t{1} << 20};  // keys whose access is still to be noted
 };
 
 }  // namespace hps

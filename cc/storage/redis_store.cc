@@ -31,6 +31,7 @@ struct Description {
   uint32_t num_partitions = 0;
   uint64_t row_bytes = 0;      // 0: not written yet
   int key_bytes = 0;           // 0: not written yet
+  std::string id;              // of this very table; empty: not written yet
   bool old = false;            // RedisLayout::Version::kOld
   int64_t dropping_since = 0;  // seconds of the clock; 0: it is not being dropped
 
@@ -67,7 +68,7 @@ class RedisStore final : public TableStore {
     if (!description.ok()) return description.status().WithContext(where);
     if (!description->has_value()) return NotFound(where + ": no such table; create it first" + Hint(spec));
     HPS_RETURN_IF_ERROR(Agree(where, **description, spec));
-    return MakeRedisTable(session_, StateOf(spec.name, (*description)->Layout(spec.name)), spec);
+    return MakeRedisTable(session_, StateOf(spec.name, **description), spec);
   }
 
   Result<std::shared_ptr<Table>> CreateTable(const TableSpec& spec) override {
@@ -76,13 +77,13 @@ class RedisStore final : public TableStore {
     auto description = Find(spec);
     if (!description.ok()) return description.status().WithContext(where);
     if (description->has_value()) return AlreadyExists(where + ": there is a table of that name; open it or drop it");
-    auto created = Describe(spec, /*old=*/false);
+    Description made;
+    auto created = Describe(spec, /*old=*/false, &made.id);
     if (!created.ok()) return created.status().WithContext(where);
     if (!*created) return AlreadyExists(where + ": another process has just created it; open it");
-    Description made;
     made.num_partitions = session_->options.num_partitions;
     made.key_bytes = spec.key_bytes;
-    return MakeRedisTable(session_, StateOf(spec.name, made.Layout(spec.name)), spec);
+    return MakeRedisTable(session_, StateOf(spec.name, made), spec);
   }
 
   Status DropTable(std::string_view name) override {
@@ -169,12 +170,12 @@ class RedisStore final : public TableStore {
     return session_->Call(std::move(words)).status().WithContext(session_->Where());
   }
 
-  std::shared_ptr<RedisTableState> StateOf(const std::string& name, const RedisLayout& layout) {
+  std::shared_ptr<RedisTableState> StateOf(const std::string& name, const Description& description) {
     std::lock_guard lock(tables_mutex_);
     std::weak_ptr<RedisTableState>& known = tables_[name];
     std::shared_ptr<RedisTableState> state = known.lock();
-    if (state == nullptr || state->place()->dropped || state->layout().num_partitions() != layout.num_partitions()) {
-      state = std::make_shared<RedisTableState>(session_, layout, name);
+    if (state == nullptr || state->place()->dropped || state->id() != description.id) {
+      state = std::make_shared<RedisTableState>(session_, description.Layout(name), name, description.id);
       known = state;
     }
     return state;
@@ -196,8 +197,10 @@ class RedisStore final : public TableStore {
       }
       HPS_ASSIGN_OR_RETURN(description, ReadDescription(spec.name));
     }
-    if (description && (description->row_bytes == 0 || description->key_bytes == 0) && adopt) {
-      HPS_RETURN_IF_ERROR(Describe(spec, description->old).status());
+    if (description && (description->row_bytes == 0 || description->key_bytes == 0 || description->id.empty()) &&
+        adopt) {
+      std::string id;
+      HPS_RETURN_IF_ERROR(Describe(spec, description->old, &id).status());
       HPS_ASSIGN_OR_RETURN(description, ReadDescription(spec.name));
     }
     if (description) return description;
@@ -207,8 +210,8 @@ class RedisStore final : public TableStore {
       HPS_ASSIGN_OR_RETURN(const std::vector<bool> there, PartitionsThere(layout));
       if (std::find(there.begin(), there.end(), true) == there.end()) continue;
       if (adopt) HPS_RETURN_IF_ERROR(CheckSample(layout, there, spec));
-      if (adopt) HPS_RETURN_IF_ERROR(Describe(spec, old).status());
       Description found;
+      if (adopt) HPS_RETURN_IF_ERROR(Describe(spec, old, &found.id).status());
       found.num_partitions = static_cast<uint32_t>(adopt ? layout.num_partitions() : there.size());
       found.row_bytes = spec.row_bytes;
       found.key_bytes = spec.key_bytes;
@@ -219,9 +222,10 @@ class RedisStore final : public TableStore {
   }
 
   Result<std::optional<Description>> ReadDescription(std::string_view name) const {
-    HPS_ASSIGN_OR_RETURN(const RedisReply reply, session_->Call({"HMGET", RedisDescriptionKey(name), "num_partitions",
-                                                                 "row_bytes", "key_bytes", "layout", "dropping"}));
-    if (reply.elements.size() != 5 || reply.elements[0].kind == RedisReply::Kind::kNil) {
+    HPS_ASSIGN_OR_RETURN(const RedisReply reply,
+                         session_->Call({"HMGET", RedisDescriptionKey(name), "num_partitions", "row_bytes", "key_bytes",
+                                         "layout", "dropping", "id"}));
+    if (reply.elements.size() != 6 || reply.elements[0].kind == RedisReply::Kind::kNil) {
       return std::optional<Description>();
     }
     Description description;
@@ -235,20 +239,28 @@ class RedisStore final : public TableStore {
     description.key_bytes = static_cast<int>(ParseNumber(reply.elements[2]));
     description.old = reply.elements[3].text == "4.1";
     description.dropping_since = static_cast<int64_t>(ParseNumber(reply.elements[4]));
+    description.id = reply.elements[5].text;
     return std::optional<Description>(description);
   }
 
-  // Sets what is not set. True: the table was not described before.
-  Result<bool> Describe(const TableSpec& spec, bool old) {
+  // Sets what is not set. True: the table was not described before. *id: the table's.
+  Result<bool> Describe(const TableSpec& spec, bool old, std::string* id) {
     const std::string key = RedisDescriptionKey(spec.name);
-    const auto set = [&](const char* field, uint64_t value) -> Result<RedisReply> {
-      return session_->Call({"HSETNX", key, field, std::to_string(value)});
+    const auto set = [&](const char* field, const std::string& value) {
+      return session_->Call({"HSETNX", key, field, value});
     };
     // The layout comes first, so that no table of the old one is ever taken for one of the new.
     if (old) HPS_RETURN_IF_ERROR(session_->Call({"HSETNX", key, "layout", "4.1"}).status());
-    HPS_ASSIGN_OR_RETURN(const RedisReply first, set("num_partitions", session_->options.num_partitions));
-    HPS_RETURN_IF_ERROR(set("row_bytes", spec.row_bytes).status());
-    HPS_RETURN_IF_ERROR(set("key_bytes", static_cast<uint64_t>(spec.key_bytes)).status());
+    HPS_ASSIGN_OR_RETURN(const RedisReply first,
+                         set("num_partitions", std::to_string(session_->options.num_partitions)));
+    HPS_RETURN_IF_ERROR(set("row_bytes", std::to_string(spec.row_bytes)).status());
+    HPS_RETURN_IF_ERROR(set("key_bytes", std::to_string(spec.key_bytes)).status());
+    if (capabilities().bounded) {  // for whoever looks for lost rows
+      HPS_RETURN_IF_ERROR(set("overflow_margin", std::to_string(session_->options.overflow.margin)).status());
+    }
+    HPS_RETURN_IF_ERROR(set("id", RandomRedisId()).status());
+    HPS_ASSIGN_OR_RETURN(RedisReply known, session_->Call({"HGET", key, "id"}));  // somebody may have been quicker
+    *id = std::move(known.text);
     return first.integer == 1;
   }
 

@@ -1,5 +1,6 @@
 // Invariants: a Fetch answers from one place of the rows (RedisTablePlace): misses count only if the place is still
-// current when all replies are in. A missing row is a miss only while the table's description is there.
+// current when all replies are in. A missing row is a miss, and a row is written, only while the description of this
+// very table is there.
 // Lock order: RedisTableState::mutex_ is held while rows are moved away, over commands; nothing is taken after it.
 
 #include "cc/storage/redis_table.h"
@@ -24,11 +25,6 @@ constexpr size_t kFewestKeys = 256;          // a smaller command is not worth i
 constexpr size_t kSliceRows = 1 << 18;       // rows of an upsert that are on their way at once
 constexpr size_t kScanBytes = 256 << 10;
 constexpr std::string_view kDroppedSeconds = "86400";
-
-std::string RandomId() {
-  std::random_device random;
-  return std::to_string((uint64_t{random()} << 32) | random());
-}
 
 size_t RowsIn(size_t bytes, size_t row_bytes) { return std::max<size_t>(bytes / (row_bytes + 32), 1); }
 
@@ -170,18 +166,21 @@ class RedisTable final : public Table {
                       " does not fit in 32 bits; set supportlonglong to true, and load the model again");
   }
 
-  // The table's description is gone when another process dropped the table, and when Redis lost its contents. Missing
-  // rows say nothing then.
+  // The table's description is gone when another process dropped the table, and when Redis lost its contents; and it is
+  // another one's when somebody has made the table anew. Missing rows say nothing then.
   Status CheckThere(Deadline deadline, const std::atomic<bool>* cancelled,
                     RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait) const {
     const std::string key = RedisDescriptionKey(spec_.name);
-    RedisCommandTask task(RedisSlot(key), {"HMGET", key, "num_partitions", "dropping"});
+    RedisCommandTask task(RedisSlot(key), {"HMGET", key, "num_partitions", "dropping", "id"});
     RedisTask* const pointer = &task;
     const Status status = session_->cluster->Run(std::span(&pointer, 1), deadline, cancelled, when_all_refuse);
     if (!status.ok()) return status.WithContext(where_);
     const std::vector<RedisReply>& fields = task.reply.elements;
-    if (fields.size() == 2 && fields[0].kind == RedisReply::Kind::kString && fields[1].kind == RedisReply::Kind::kNil) {
-      return OkStatus();
+    if (fields.size() == 3 && fields[0].kind == RedisReply::Kind::kString && fields[1].kind == RedisReply::Kind::kNil) {
+      if (fields[2].text == state_->id()) return OkStatus();
+      return Unavailable(where_ +
+                         ": the table was replaced by another one of the same name: another process dropped it, or the "
+                         "servers lost their contents, and it was loaded anew; load the model again to use that one");
     }
     return Unavailable(where_ +
                        ": the table has vanished from Redis: another process dropped it, or the servers lost their "
@@ -227,16 +226,16 @@ class RedisTable final : public Table {
     if (keys.empty()) return;
     const size_t weight = keys.size();
     RedisSession* session = session_.get();  // the worker ends before the session
-    (void)session_->worker.Offer(weight,
-                                 [session, layout = state_->layout(), place = state_->place(), keys = std::move(keys)] {
-                                   if (place->dropped || session->closed) return;
-                                   std::vector<std::unique_ptr<RedisTask>> tasks;
-                                   AppendAccessTasks(session->options.overflow, layout, *place, keys, &tasks);
-                                   std::vector<RedisTask*> pointers;
-                                   for (const auto& task : tasks) pointers.push_back(task.get());
-                                   // Which rows are old need not be known exactly.
-                                   (void)session->cluster->Run(pointers, steady_clock::now() + std::chrono::seconds(2));
-                                 });
+    (void)session_->worker.Offer(
+        weight, [session, layout = state_->layout(), place = state_->place(), keys = std::move(keys)](bool dropped) {
+          if (dropped || place->dropped || session->closed) return;
+          std::vector<std::unique_ptr<RedisTask>> tasks;
+          AppendAccessTasks(session->options.overflow, layout, *place, keys, &tasks);
+          std::vector<RedisTask*> pointers;
+          for (const auto& task : tasks) pointers.push_back(task.get());
+          // Which rows are old need not be known exactly.
+          (void)session->cluster->Run(pointers, steady_clock::now() + std::chrono::seconds(2));
+        });
   }
 
   Status UpsertSlice(std::span<const Key> keys, ConstRowBuffer rows, const UpsertOptions& options) {
@@ -345,6 +344,11 @@ class RedisTable final : public Table {
 
 }  // namespace
 
+std::string RandomRedisId() {
+  std::random_device random;
+  return std::to_string((uint64_t{random()} << 32) | random());
+}
+
 std::shared_ptr<const RedisTablePlace> RedisTablePlace::Of(const RedisLayout& layout) {
   auto place = std::make_shared<RedisTablePlace>();
   for (uint32_t i = 0; i < layout.num_partitions(); ++i) {
@@ -382,11 +386,13 @@ Status RedisTableState::MoveAway() {
   return OkStatus();
 }
 
-RedisTableState::RedisTableState(std::shared_ptr<RedisSession> session, RedisLayout layout, std::string name)
+RedisTableState::RedisTableState(std::shared_ptr<RedisSession> session, RedisLayout layout, std::string name,
+                                 std::string id)
     : session_(std::move(session)),
       layout_(std::move(layout)),
       name_(std::move(name)),
-      dropped_id_(RandomId()),
+      id_(std::move(id)),
+      dropped_id_(RandomRedisId()),
       place_(RedisTablePlace::Of(layout_)) {}
 
 RedisTableState::~RedisTableState() {
@@ -397,7 +403,7 @@ void RedisTableState::FreeMoved() {
   std::lock_guard lock(mutex_);
   if (!place_->dropped || std::exchange(freed_, true)) return;
   RedisSession* session = session_.get();  // the worker ends before the session
-  (void)session_->worker.Post([session, place = place_] {
+  (void)session_->worker.Post([session, place = place_](bool) {
     std::deque<RedisCommandTask> tasks;
     for (const RedisTablePlace::Partition& partition : place->partitions) {
       tasks.emplace_back(partition.values_slot, std::vector<std::string>{"UNLINK", partition.values});

@@ -31,14 +31,19 @@ struct RedisTablePlace {
   static std::shared_ptr<const RedisTablePlace> Dropped(const RedisLayout& layout, std::string_view id);
 };
 
+// A number that no other process draws.
+std::string RandomRedisId();
+
 // What all Table objects of one table in one store share. The rows of a dropped table are freed with it.
 class RedisTableState {
  public:
-  RedisTableState(std::shared_ptr<RedisSession> session, RedisLayout layout, std::string name);
+  // `id`: of the table, by its description; a later table of the same name has another one.
+  RedisTableState(std::shared_ptr<RedisSession> session, RedisLayout layout, std::string name, std::string id);
   ~RedisTableState();
 
   const RedisLayout& layout() const { return layout_; }
   const std::string& name() const { return name_; }
+  const std::string& id() const { return id_; }
 
   // Waits while the rows are being moved away.
   std::shared_ptr<const RedisTablePlace> place() const {
@@ -59,6 +64,7 @@ class RedisTableState {
   const std::shared_ptr<RedisSession> session_;
   const RedisLayout layout_;
   const std::string name_;
+  const std::string id_;
   const std::string dropped_id_;
   bool freed_ = false;        // guarded by mutex_
   mutable std::mutex mutex_;  // held while the rows are moved away

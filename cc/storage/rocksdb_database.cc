@@ -28,9 +28,12 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <system_error>
 #include <thread>
 #include <utility>
 
+#include "cc/base/system_limits.h"
+#include "cc/storage/rocksdb_folder.h"
 #include "cc/storage/rocksdb_manifest.h"
 #include "cc/storage/table_memory.h"
 #include "hps/log.h"
@@ -40,7 +43,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kCurrentFile = "CURRENT";               // every database has one
 constexpr size_t kWriteBufferBytes = size_t{64} << 20;        // one memtable
 constexpr size_t kWriteBufferTotalBytes = size_t{256} << 20;  // all memtables of a database
 constexpr size_t kWalTotalBytes = size_t{256} << 20;
@@ -50,14 +52,10 @@ constexpr size_t kBulkFileLeastBytes = size_t{2} << 20;  // least, where several
 constexpr size_t kBlockBytes = 2 << 10;
 constexpr const char* kBulkFolder = "hps_bulk";  // files on their way into the database; RocksDB does not look at it
 
-std::string Located(std::string_view path) { return "rocks_db \"" + std::string(path) + "\""; }
-
 rocksdb::Slice ToSlice(std::string_view bytes) { return rocksdb::Slice(bytes.data(), bytes.size()); }
 std::string_view ToView(const rocksdb::Slice& bytes) { return std::string_view(bytes.data(), bytes.size()); }
 
 bool Contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
-
-constexpr const char* kRestore = "; restore the folder, or delete it and load the model again";
 
 // `where` names the database, and the table where there is one.
 Status MapStatus(const rocksdb::Status& status, const std::string& where) {
@@ -70,13 +68,19 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
       return FailedPrecondition(
           text + "; the files were written by a newer RocksDB: write them again with table format_version 5");
     }
-    return DataLoss(text + kRestore);
+    return DataLoss(text + kRestoreRocksDb);
   }
   if (status.IsNoSpace()) return ResourceExhausted(text + "; free disk space");
-  if (status.IsMemoryLimit()) return ResourceExhausted(text);
+  if (status.IsMemoryLimit()) return NoMemory(text);
   if (status.IsTimedOut()) return DeadlineExceeded(text);
-  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestore);
+  if (status.IsPathNotFound()) return DataLoss(text + "; a file of the database is missing" + kRestoreRocksDb);
   if (status.IsIOError()) {
+    for (const int error : {EMFILE, ENFILE, EFBIG, ENOMEM}) {
+      if (Contains(text, std::generic_category().message(error))) return *LimitReached(error, text);
+    }
+    if (Contains(text, "lock hold by current process")) {
+      return Unavailable(text + "; an opening in this process failed half-way and left it: restart the process");
+    }
     if (Contains(text, "lock hold by") || Contains(text, "While lock file")) {
       return Unavailable(text +
                          "; the database is locked by another process: close it there, or open it with read_only");
@@ -96,13 +100,6 @@ Status MapStatus(const rocksdb::Status& status, const std::string& where) {
   }
   if (status.IsNotSupported() || status.IsShutdownInProgress()) return FailedPrecondition(text);
   return Internal(text);
-}
-
-Status MapError(const std::error_code& error, const std::string& what) {
-  const std::string text = what + ": " + error.message();
-  if (error == std::errc::no_space_on_device) return ResourceExhausted(text + "; free disk space");
-  if (error == std::errc::not_a_directory) return InvalidArgument(text + "; a part of the path is a file");
-  return FailedPrecondition(text);
 }
 
 // Takes RocksDB's own errors to the host's log, each run of equal ones once. The usual log file in the database folder
@@ -162,6 +159,8 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbOptions& options) {
   // (RocksDB's own choice is to forget silently what follows a damaged record.)
   result.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   result.bytes_per_sync = 1 << 20;
+  // Opening with several threads ends the process where one of them cannot be started (see CheckThreads below).
+  if (AddressSpaceIsLimited()) result.max_file_opening_threads = 1;
   result.stats_dump_period_sec = 0;
   result.stats_persist_period_sec = 0;
   return result;
@@ -188,19 +187,6 @@ void SetFamilyOptions(rocksdb::ColumnFamilyOptions* options) {
   options->compression = rocksdb::kNoCompression;
 }
 
-// The logs of a database, for RocksDB's messages about damage that name no file: all that they can mean, CURRENT being
-// mentioned by name.
-std::string LogFiles(const fs::path& folder) {
-  std::string names;
-  std::error_code error;
-  for (fs::directory_iterator entry(folder, error); !error && entry != fs::directory_iterator();
-       entry.increment(error)) {
-    if (entry->path().extension() != ".log" || entry->file_size(error) == 0) continue;
-    names += (names.empty() ? "" : ", ") + entry->path().filename().string();
-  }
-  return names.empty() ? "no log" : names;
-}
-
 class Database;
 
 struct Family final : RocksDbFamily {
@@ -216,11 +202,12 @@ rocksdb::ColumnFamilyHandle* HandleOf(RocksDbFamily& family) { return static_cas
 
 class Database final : public RocksDbDatabase, public std::enable_shared_from_this<Database> {
  public:
-  // `path` is canonical and has been checked by PrepareFolder.
+  // `path` is canonical and has been checked by PrepareRocksDbFolder.
   Database(std::string path, bool read_only) : RocksDbDatabase(std::move(path), read_only) {}
   ~Database() override;
   Status Start(const RocksDbOptions& options);
 
+  Status CheckFolder() const override { return folder_ ? folder_->Check(Where()) : OkStatus(); }
   std::shared_ptr<RocksDbFamily> Find(std::string_view name) override;
   Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) override;
   Status Drop(std::string_view name) override;
@@ -247,7 +234,8 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
  private:
   std::shared_ptr<Family> Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle);
-  Status TryStart(const RocksDbOptions& options);
+  // *changed: it failed because a process that writes the database did so meanwhile.
+  Status TryStart(const RocksDbOptions& options, bool* changed);
   Status Write(RocksDbFamily& family, std::span<const RocksDbChange> changes, const rocksdb::WriteOptions& options);
   // The caller holds write_mutex, shared, and bulk_mutex of the family, which is not dropped.
   Status FinishBulkLocked(RocksDbFamily& family);
@@ -258,6 +246,12 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   std::vector<std::shared_ptr<Family>> Families();
   fs::path BulkFolder() const { return fs::path(path_) / kBulkFolder; }
 
+  // The cause, where what failed is that the folder went away meanwhile.
+  Status OrFolderGone(Status status) const {
+    if (!status.ok()) HPS_RETURN_IF_ERROR(CheckFolder());
+    return status;
+  }
+
   Status Map(const rocksdb::Status& status) const { return MapStatus(status, Where()); }
   Status Map(const rocksdb::Status& status, const RocksDbFamily& family) const {
     return MapStatus(status, Where(family.name));
@@ -265,9 +259,10 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
-  std::shared_mutex log_mutex_;        // held shared to write, exclusively while the log is synced
-  std::atomic<bool> unlogged_{false};  // rows were written past the log since the last flush
-  size_t threads_ = 1;                 // that write sorted files
+  std::unique_ptr<OpenRocksDbFolder> folder_;  // once it is open for writing
+  std::shared_mutex log_mutex_;                // held shared to write, exclusively while the log is synced
+  std::atomic<bool> unlogged_{false};          // rows were written past the log since the last flush
+  size_t threads_ = 1;                         // that write sorted files
   BulkMemory bulk_memory_{.limit_bytes = kRocksDbBulkBytes};
   std::atomic<uint64_t> bulk_files_{0};
 
@@ -283,26 +278,33 @@ Family::~Family() {
 }
 
 Status Database::Start(const RocksDbOptions& options) {
-  // A process that writes the database may delete a file between our reading of its name and our opening of it.
-  constexpr int kAttempts = 20;
-  Status status = TryStart(options);
-  for (int attempt = 1; read_only_ && attempt < kAttempts && status.code() == StatusCode::kDataLoss &&
-                        Contains(status.message(), "No such file");
-       ++attempt) {
-    status = TryStart(options);
-  }
+  constexpr int kAttempts = 50;
+  Status status;
+  bool changed = true;
+  for (int attempt = 0; changed && attempt < kAttempts; ++attempt) status = TryStart(options, &changed);
   return status;
 }
 
-Status Database::TryStart(const RocksDbOptions& options) {
+Status Database::TryStart(const RocksDbOptions& options, bool* changed) {
+  *changed = false;
+  // RocksDB's own threads, and those that open its files, cannot be refused: the folder's lock would stay, or worse.
+  constexpr size_t kOpeningThreads = 20;
+  HPS_RETURN_IF_ERROR(CheckThreads(std::min<size_t>(options.num_threads, 1024) + kOpeningThreads, Where()));
   rocksdb::DBOptions database_options = DatabaseOptions(options);
   database_options.info_log = std::make_shared<ErrorLogger>(Where());
   database_options.listeners = {write_errors_};
   // RocksDB opens all column families or none.
   std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
-  if (fs::exists(fs::path(path_) / kCurrentFile)) {
+  const std::string manifest = ManifestState(path_);
+  // A file may be deleted between our reading of its name and our opening of it.
+  const auto missed_file = [&](const rocksdb::Status& status) {
+    return read_only_ && !status.ok() && Contains(status.ToString(), "No such file");
+  };
+  if (fs::exists(fs::path(path_) / kRocksDbCurrentFile)) {
     HPS_RETURN_IF_ERROR(CheckManifest(path_, Where()));
-    HPS_RETURN_IF_ERROR(Map(rocksdb::DB::ListColumnFamilies(database_options, path_, &names)));
+    const rocksdb::Status listed = rocksdb::DB::ListColumnFamilies(database_options, path_, &names);
+    *changed = missed_file(listed);
+    HPS_RETURN_IF_ERROR(Map(listed));
   }
   std::vector<rocksdb::ColumnFamilyDescriptor> descriptors(names.size());
   for (size_t i = 0; i < names.size(); ++i) {
@@ -315,19 +317,22 @@ Status Database::TryStart(const RocksDbOptions& options) {
   const rocksdb::Status opened = read_only_
                                      ? rocksdb::DB::OpenForReadOnly(database_options, path_, descriptors, &handles, &db)
                                      : rocksdb::DB::Open(database_options, path_, descriptors, &handles, &db);
-  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) && !Contains(opened.ToString(), kCurrentFile)) {
-    return MapStatus(opened, Where() + ", in " + LogFiles(path_));
+  if (opened.IsCorruption() && !Contains(opened.ToString(), path_) &&
+      !Contains(opened.ToString(), kRocksDbCurrentFile)) {
+    return MapStatus(opened, Where() + ", in " + RocksDbLogFiles(path_));
   }
+  *changed = missed_file(opened);
   HPS_RETURN_IF_ERROR(Map(opened));
   db_.reset(db);
-  // Twice the cores: a thread waits while its file is synced.
-  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
-  if (!read_only_) {
-    std::error_code error;
-    fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
-    if (error) return MapError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
-    NoteManifest(path_);
+  // Rows that go from the log into a table file, after RocksDB has read the MANIFEST and before it reads the logs, are
+  // seen in neither.
+  *changed = read_only_ && ManifestState(path_) != manifest;
+  if (*changed) {
+    for (rocksdb::ColumnFamilyHandle* handle : handles) (void)db_->DestroyColumnFamilyHandle(handle);
+    db_ = nullptr;
+    return Unavailable(Where() + ": another process wrote to it whenever it was opened here; try again");
   }
+  // Before anything can fail: RocksDB ends the process that closes a database and has handles left.
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == rocksdb::kDefaultColumnFamilyName) {
       handles_.insert(handles[i]);
@@ -335,16 +340,33 @@ Status Database::TryStart(const RocksDbOptions& options) {
       families_[names[i]] = Adopt(names[i], handles[i]);
     }
   }
+  // Twice the cores: a thread waits while its file is synced.
+  threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
+  if (!read_only_) {
+    HPS_ASSIGN_OR_RETURN(folder_, OpenRocksDbFolder::Open(path_, Where()));
+    std::error_code error;
+    fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
+    if (error) return MapFileError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");
+    NoteManifest(path_);
+  }
   return OkStatus();
 }
 
 Database::~Database() {
   if (db_ == nullptr) return;
+  for (const auto& [name, family] : families_) {
+    // A table may outlive the database with rows that could not be brought in, and they count in bulk_memory_.
+    std::lock_guard lock(family->bulk_mutex);
+    family->bulk_pending = false;
+    family->bulk.reset();
+  }
   families_.clear();
+  const Status folder = CheckFolder();
+  if (!folder.ok()) Log(LogLevel::kWarning, folder.ToString());
   for (rocksdb::ColumnFamilyHandle* handle : handles_) {
     // What stands in the log goes into table files: then a log that gets lost or damaged takes nothing with it, and
     // opening is quick.
-    if (!read_only_ && write_errors_->error().ok()) {
+    if (!read_only_ && folder.ok() && write_errors_->error().ok()) {
       const rocksdb::Status flushed = db_->Flush(rocksdb::FlushOptions(), handle);
       if (!flushed.ok() && !flushed.IsColumnFamilyDropped()) Log(LogLevel::kWarning, Map(flushed).ToString());
     }
@@ -353,7 +375,7 @@ Database::~Database() {
     }
   }
   if (Status status = Map(db_->Close()); !status.ok()) Log(LogLevel::kWarning, status.ToString());
-  if (!read_only_) NoteManifest(path_);
+  if (!read_only_ && folder.ok()) NoteManifest(path_);
 }
 
 std::shared_ptr<Family> Database::Adopt(const std::string& name, rocksdb::ColumnFamilyHandle* handle) {
@@ -369,6 +391,7 @@ std::shared_ptr<RocksDbFamily> Database::Find(std::string_view name) {
 
 Result<std::shared_ptr<RocksDbFamily>> Database::Create(const std::string& name) {
   HPS_RETURN_IF_ERROR(RequireWritable());
+  HPS_RETURN_IF_ERROR(CheckFolder());
   std::lock_guard lock(mutex_);
   if (families_.contains(name)) return AlreadyExists(Where(name) + ": exists already; open or drop it");
   rocksdb::ColumnFamilyHandle* handle = nullptr;
@@ -481,7 +504,7 @@ Status Database::AddBulk(RocksDbFamily& family, int key_bytes, size_t row_bytes,
     family.bulk_key_bytes = key_bytes;
   }
   family.bulk_pending = true;
-  return family.bulk->Add(keys, rows);
+  return OrFolderGone(family.bulk->Add(keys, rows));
 }
 
 Status Database::FinishBulk(RocksDbFamily& family) {
@@ -493,11 +516,12 @@ Status Database::FinishBulk(RocksDbFamily& family) {
 
 Status Database::FinishBulkLocked(RocksDbFamily& family) {
   if (family.bulk == nullptr) return OkStatus();
+  HPS_RETURN_IF_ERROR(CheckFolder());
   HPS_RETURN_IF_ERROR(Map(write_errors_->error(), family));
   BulkRows& rows = *family.bulk;
   rows.Sort();
-  HPS_RETURN_IF_ERROR(rows.runs() == 0 && rows.bytes() <= kBulkBatchBytes ? WriteBulk(family, rows)
-                                                                          : IngestBulk(family, rows));
+  HPS_RETURN_IF_ERROR(OrFolderGone(rows.runs() == 0 && rows.bytes() <= kBulkBatchBytes ? WriteBulk(family, rows)
+                                                                                       : IngestBulk(family, rows)));
   {
     std::lock_guard lock(family.count_mutex);
     family.counted_sequence.reset();
@@ -532,8 +556,8 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
                                         rows.bytes() / kBulkFileBytes + 1);
   HPS_ASSIGN_OR_RETURN(const std::vector<BulkRows::Range> ranges, rows.Cut(parts));
   std::error_code error;
-  fs::create_directories(BulkFolder(), error);
-  if (error) return MapError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
+  fs::create_directory(BulkFolder(), error);
+  if (error) return MapFileError(error, Where(family.name) + ": cannot make \"" + BulkFolder().string() + "\"");
   const uint64_t first_file = bulk_files_.fetch_add(ranges.size());
 
   std::atomic<size_t> next{0};
@@ -556,7 +580,7 @@ Status Database::IngestBulk(RocksDbFamily& family, const BulkRows& rows) {
         if (written) files.push_back(path);
       }
     } catch (const std::exception& error) {
-      fail(ResourceExhausted(Where(family.name) + ": " + error.what()));
+      fail(NoMemory(Where(family.name) + ": " + error.what()));
     }
   };
   {
@@ -619,6 +643,7 @@ Result<std::optional<std::string>> Database::ReadRecord(std::string_view key) {
 Status Database::WriteRecord(std::string_view key, std::optional<std::string_view> value) {
   rocksdb::WriteOptions synced;
   synced.sync = true;
+  HPS_RETURN_IF_ERROR(CheckFolder());
   std::shared_lock lock(log_mutex_);
   return Map(value ? db_->Put(synced, ToSlice(key), ToSlice(*value)) : db_->Delete(synced, ToSlice(key)));
 }
@@ -637,6 +662,7 @@ RocksDbFamilyStats Database::Stats(RocksDbFamily& family) {
 
 Status Database::Flush() {
   if (read_only_) return OkStatus();
+  HPS_RETURN_IF_ERROR(CheckFolder());
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
   const std::vector<std::shared_ptr<Family>> families = Families();
   for (const std::shared_ptr<Family>& family : families) HPS_RETURN_IF_ERROR(FinishBulk(*family));
@@ -645,65 +671,20 @@ Status Database::Flush() {
       rocksdb::Status status = db_->Flush(rocksdb::FlushOptions(), family->handle);
       if (status.ok() || status.IsColumnFamilyDropped()) continue;
       unlogged_ = true;
-      return MapStatus(status, Where(family->name));
+      return OrFolderGone(MapStatus(status, Where(family->name)));
     }
   }
   std::lock_guard lock(log_mutex_);
   HPS_RETURN_IF_ERROR(Map(write_errors_->error()));
   NoteManifest(path_);  // it names the rows' files by now
-  return Map(db_->FlushWAL(/*sync=*/true));
+  HPS_RETURN_IF_ERROR(OrFolderGone(Map(db_->FlushWAL(/*sync=*/true))));
+  return CheckFolder();
 }
 
 Status Database::DestroyHandle(rocksdb::ColumnFamilyHandle* handle) {
   std::lock_guard lock(mutex_);
   handles_.erase(handle);
   return Map(db_->DestroyColumnFamilyHandle(handle));
-}
-
-// What an interrupted creation, or the system, may leave in a folder without a database.
-bool MayLieInEmptyFolder(const std::string& name) {
-  return name == "LOCK" || name == "IDENTITY" || name == "lost+found" || name.starts_with("LOG") ||
-         name.starts_with("MANIFEST-") || name.ends_with(".dbtmp");
-}
-
-// Makes the folder where that is asked for; refuses what is no database. Returns its canonical path.
-Result<std::string> PrepareFolder(const RocksDbOptions& options) {
-  const std::string where = Located(options.path);
-  if (options.path.empty()) return InvalidArgument(where + ": the path is empty");
-  const fs::path path(options.path);
-  std::error_code error;
-  const fs::file_status status = fs::status(path, error);
-  if (status.type() == fs::file_type::not_found) {
-    if (options.read_only) return NotFound(where + ": no such folder, and read_only makes none");
-    fs::create_directories(path, error);
-    if (error) return MapError(error, where + ": cannot make the folder");
-  } else if (error) {
-    return MapError(error, where);
-  } else if (status.type() != fs::file_type::directory) {
-    return InvalidArgument(where + " is not a folder; name the folder of a RocksDB database, or one to be made");
-  }
-  if (!fs::exists(path / kCurrentFile, error)) {
-    std::string other;
-    bool manifest = false;
-    fs::directory_iterator entry(path, error);
-    for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
-      const std::string name = entry->path().filename().string();
-      manifest |= name.starts_with("MANIFEST-");
-      if (!MayLieInEmptyFolder(name)) other = name;
-    }
-    if (error) return MapError(error, where);
-    if (!other.empty() && manifest) {
-      return DataLoss(where + ": the file \"" + (path / kCurrentFile).string() + "\" is missing" + kRestore);
-    }
-    if (!other.empty()) {
-      return InvalidArgument(where + " is not a RocksDB database and holds other things (\"" + other +
-                             "\"); name an empty or a new folder");
-    }
-    if (options.read_only) return NotFound(where + ": the folder holds no database, and read_only makes none");
-  }
-  const fs::path canonical = fs::canonical(path, error);
-  if (error) return MapError(error, where);
-  return canonical.string();
 }
 
 // The open databases of this process, by canonical path. An entry outlives its database until that has really closed,
@@ -738,7 +719,8 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
   std::shared_ptr<Database> database;  // outlives the lock: letting go of it may lock again
   std::unique_lock lock(registry.mutex);
   for (;;) {
-    if (registry.ended) return FailedPrecondition(Located(path) + ": the process is ending; no database is opened");
+    if (registry.ended)
+      return FailedPrecondition(LocatedRocksDb(path) + ": the process is ending; no database is opened");
     auto found = registry.databases.find(path);
     if (found == registry.databases.end()) break;
     database = found->second.lock();
@@ -764,7 +746,7 @@ Result<std::shared_ptr<Database>> OpenShared(const std::string& path, const Rock
 }  // namespace
 
 Result<std::shared_ptr<RocksDbDatabase>> RocksDbDatabase::Open(const RocksDbOptions& options) {
-  HPS_ASSIGN_OR_RETURN(const std::string path, PrepareFolder(options));
+  HPS_ASSIGN_OR_RETURN(const std::string path, PrepareRocksDbFolder(options.path, options.read_only));
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<Database> database, OpenShared(path, options));
   return std::shared_ptr<RocksDbDatabase>(std::move(database));
 }
@@ -776,7 +758,7 @@ bool EndRocksDb(std::chrono::milliseconds limit) {
   return registry.closed.wait_for(lock, limit, [&] { return registry.live == 0; });
 }
 
-std::string RocksDbDatabase::Where() const { return Located(path_); }
+std::string RocksDbDatabase::Where() const { return LocatedRocksDb(path_); }
 
 std::string RocksDbDatabase::Where(std::string_view table) const {
   return Where() + ", table \"" + std::string(table) + "\"";

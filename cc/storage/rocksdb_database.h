@@ -86,6 +86,10 @@ class RocksDbDatabase {
   std::string Where(std::string_view table) const;
   Status RequireWritable() const;
 
+  // kDataLoss where the folder has been deleted or replaced, so that what is written would not be found again. Of a
+  // database that only reads nothing is asked. All that makes families, and that stores for good, looks itself.
+  virtual Status CheckFolder() const = 0;
+
   // Families, without the one named "default". Find: nullptr if there is none.
   virtual std::shared_ptr<RocksDbFamily> Find(std::string_view name) = 0;
   virtual Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) = 0;

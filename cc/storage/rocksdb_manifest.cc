@@ -22,6 +22,13 @@ std::string ManifestInUse(const fs::path& folder) {
 
 }  // namespace
 
+std::string ManifestState(const fs::path& folder) {
+  const std::string name = ManifestInUse(folder);
+  std::error_code error;
+  const uint64_t bytes = name.empty() ? 0 : fs::file_size(folder / name, error);
+  return name.empty() || error ? "" : name + ' ' + std::to_string(bytes);
+}
+
 Status CheckManifest(const fs::path& folder, const std::string& where) {
   std::string noted_name;
   uint64_t noted_bytes = 0;
@@ -37,14 +44,13 @@ Status CheckManifest(const fs::path& folder, const std::string& where) {
 }
 
 void NoteManifest(const fs::path& folder) {
-  const std::string name = ManifestInUse(folder);
-  std::error_code error;
-  const uint64_t bytes = name.empty() ? 0 : fs::file_size(folder / name, error);
-  if (name.empty() || error) return;
+  const std::string state = ManifestState(folder);
+  if (state.empty()) return;
   const fs::path draft = folder / (std::string(kNoteFile) + ".draft");
   std::ofstream file(draft, std::ios::trunc);
-  file << name << ' ' << bytes << '\n';
+  file << state << '\n';
   file.close();
+  std::error_code error;
   if (file.good()) fs::rename(draft, folder / kNoteFile, error);
   if (!file.good() || error) fs::remove(draft, error);
 }

@@ -15,6 +15,8 @@
 
 namespace hps {
 
+// Name and size of the MANIFEST in use; empty where they cannot be read.
+std::string ManifestState(const std::filesystem::path& folder);
 // kDataLoss, with `where` in front, if the MANIFEST in use is shorter than the note says.
 Status CheckManifest(const std::filesystem::path& folder, const std::string& where);
 // Writes the note anew. A note that cannot be written (a full disk) is left as it was: it only knows less. To be called

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cc/base/fork_guard.h"
+#include "cc/base/system_limits.h"
 #include "cc/storage/rocksdb_database.h"
 #include "cc/storage/row_copy.h"
 #include "cc/storage/stored_order.h"
@@ -34,13 +35,7 @@ std::string_view Bytes(const std::byte* data, size_t size) { return {reinterpret
 // RocksDB itself reports by status, but memory and threads may run out inside it.
 template <typename Body>
 auto Guarded(const std::string& where, Body&& body) -> decltype(body()) {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    return ResourceExhausted(where + ": out of memory");
-  } catch (const std::exception& error) {
-    return Internal(where + ": " + error.what());
-  }
+  return WithinLimits(where, std::forward<Body>(body));
 }
 
 // What a store and its tables have in common: the way to the database until Close.
@@ -406,6 +401,7 @@ class RocksDbStore final : public TableStore {
     const std::string where = database->Where(spec.name);
     return Guarded(where, [&]() -> Result<std::shared_ptr<Table>> {
       HPS_RETURN_IF_ERROR(CheckSpec(where, spec));
+      HPS_RETURN_IF_ERROR(database->CheckFolder());
       std::shared_ptr<RocksDbFamily> family = database->Find(spec.name);
       if (family == nullptr) return NotFound(where + ": no such table; create it first");
       HPS_RETURN_IF_ERROR(database->FinishBulk(*family));

@@ -24,6 +24,7 @@
 #include <utility>
 
 #include "cc/base/fork_guard.h"
+#include "cc/base/system_limits.h"
 
 namespace hps {
 namespace {
@@ -95,7 +96,8 @@ SharedFile::~SharedFile() {
 }
 
 Status SharedFile::NameError(int error, const std::string& what) const {
-  return FailedPrecondition(path_ + ": " + what + " (" + Error(error) + ")");
+  const std::string text = path_ + ": " + what + " (" + Error(error) + ")";
+  return LimitReached(error, text).value_or(FailedPrecondition(text));
 }
 
 Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& name) {
@@ -119,8 +121,9 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
                                   "; choose another shared_memory_name, or have its owner remove it");
       }
       if (error == ENOSPC) return ResourceExhausted(path + " cannot be made: /dev/shm is full; give it more memory");
-      return FailedPrecondition(path + " cannot be opened (" + Error(error) +
-                                "); multi_process_hash_map needs a writable /dev/shm");
+      const std::string text = path + " cannot be opened (" + Error(error) + ")";
+      return LimitReached(error, text)
+          .value_or(FailedPrecondition(text + "; multi_process_hash_map needs a writable /dev/shm"));
     }
     std::unique_ptr<SharedFile> file(new SharedFile(full_name, opened));
     struct stat info;
@@ -131,8 +134,14 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
                                 "; choose another shared_memory_name, or have its owner remove it");
     }
     HPS_RETURN_IF_ERROR(file->Lock());
+    if (::fstat(opened, &info) != 0) return file->NameError(errno, "cannot be looked at");
     // The open file that is mapped and grows. It tells at once whether the name still means the file that is locked.
     file->file_ = ::shm_open(full_name.c_str(), O_RDWR, 0600);
+    if (file->file_ < 0 && errno != ENOENT) {
+      Status failed = file->NameError(errno, "cannot be opened again");
+      if (info.st_size == 0) (void)file->Remove();  // made just now, or left by a creator that died
+      return failed;
+    }
     struct stat again;
     if (file->file_ >= 0 && ::fstat(file->file_, &again) == 0 && again.st_ino == info.st_ino &&
         again.st_dev == info.st_dev) {
@@ -179,8 +188,9 @@ Status SharedFile::Read(void* to, size_t bytes) const {
 Status SharedFile::Reset(uint64_t bytes) {
   for (const uint64_t size : {uint64_t{0}, bytes}) {
     if (size > static_cast<uint64_t>(INT64_MAX) || ::ftruncate(file_, static_cast<off_t>(size)) != 0) {
-      return ResourceExhausted(path_ + " cannot have " + std::to_string(size) + " bytes (" + Error(errno) +
-                               "); lower shared_memory_size");
+      const int error = size > static_cast<uint64_t>(INT64_MAX) ? EOVERFLOW : errno;
+      return ResourceExhausted(path_ + " cannot have " + std::to_string(size) + " bytes (" + Error(error) + ")" +
+                               LimitAdvice(error) + "; or lower shared_memory_size");
     }
   }
   return OkStatus();
@@ -188,8 +198,9 @@ Status SharedFile::Reset(uint64_t bytes) {
 
 Status SharedFile::Map(uint64_t bytes) {
   const auto no_space = [&] {
+    const int error = errno;
     return ResourceExhausted(path_ + ": no address space for shared_memory_size " + std::to_string(bytes) + " (" +
-                             Error(errno) + ")");
+                             Error(error) + ")" + LimitAdvice(error));
   };
   // Address space first, to begin where a huge page can.
   const uint64_t space_bytes = bytes + kHugePageBytes;
@@ -222,12 +233,11 @@ Result<uint32_t> SharedFile::Join() {
 }
 
 Status SharedFile::Remove() {
-  const int named = ::shm_open(name_.c_str(), O_RDWR, 0600);
-  if (named < 0) return errno == ENOENT ? OkStatus() : NameError(errno, "cannot be looked at");
   struct stat own;
-  struct stat other;
-  const bool same = ::fstat(file_, &own) == 0 && ::fstat(named, &other) == 0 && own.st_ino == other.st_ino;
-  ::close(named);
+  struct stat named;  // without opening it, for there may be no more files to open
+  if (::fstat(lock_file_, &own) != 0) return NameError(errno, "cannot be looked at");
+  if (::stat(path_.c_str(), &named) != 0) return errno == ENOENT ? OkStatus() : NameError(errno, "cannot be looked at");
+  const bool same = own.st_ino == named.st_ino && own.st_dev == named.st_dev;
   if (same && ::shm_unlink(name_.c_str()) != 0 && errno != ENOENT) return NameError(errno, "cannot be removed");
   return OkStatus();
 }
@@ -258,6 +268,7 @@ Status SharedFile::Commit(uint64_t first, uint64_t last, uint64_t step_bytes) co
     const uint64_t bytes = std::min(step, last - first);
     const int error = ::posix_fallocate(file_, static_cast<off_t>(first), static_cast<off_t>(bytes));
     if (error == EINTR) continue;
+    if (error == EFBIG) return NameError(error, "cannot grow");
     if (error != 0) return NotFree(last - first, " (" + Error(error) + ")");
     first += bytes;
   }

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <charconv>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -40,6 +41,11 @@ std::string PolicyName(uint32_t policy) {
     case OverflowPolicy::kEvictLeastUsed: return "evict_least_used";
   }
   return std::to_string(policy);
+}
+
+bool ParseNumber(std::string_view text, uint32_t* value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
+  return error == std::errc() && end == text.data() + text.size();
 }
 
 std::string Differences(const SharedLayout& there, const SharedLayout& here) {
@@ -102,15 +108,14 @@ Result<std::shared_ptr<SharedHeap>> SharedHeap::Attach(const SharedHeapOptions& 
     }
     fresh = true;
   }
-  if (fresh) HPS_RETURN_IF_ERROR(file->Reset(layout.bytes));
-  HPS_RETURN_IF_ERROR(file->Map(layout.bytes));
+  Status ready = fresh ? file->Reset(layout.bytes) : OkStatus();
+  if (ready.ok()) ready = file->Map(layout.bytes);
   heap->file_ = std::move(file);
-  if (fresh) {
-    if (Status made = heap->Initialise(); !made.ok()) {
-      (void)heap->file_->Remove();
-      heap->file_ = nullptr;
-      return made;
-    }
+  if (ready.ok() && fresh) ready = heap->Initialise();
+  if (!ready.ok()) {
+    if (fresh) (void)heap->file_->Remove();  // nobody can have come to use it: that takes the lock
+    heap->file_ = nullptr;                   // never joined: nothing to leave
+    return ready;
   }
   auto joined = heap->file_->Join();
   if (!joined.ok()) {
@@ -125,7 +130,8 @@ Result<std::shared_ptr<SharedHeap>> SharedHeap::Attach(const SharedHeapOptions& 
     heap->ForEachTable([&](uint64_t offset, const SharedTable&) {  // what a dead member of this number had open
       heap->At<SharedTable>(offset)->pins[heap->member_ / 64] &= ~(uint64_t{1} << heap->member_ % 64);
     });
-    header.members[heap->member_] = {1, static_cast<uint32_t>(::getpid())};
+    if (++header.attachments == 0) header.attachments = 1;
+    header.members[heap->member_] = {header.attachments, static_cast<uint32_t>(::getpid())};
     header.auto_remove = options.auto_remove ? 1 : 0;
     heap->Collect();
   }
@@ -329,6 +335,22 @@ void SharedHeap::Pin(uint64_t table) { At<SharedTable>(table)->pins[member_ / 64
 void SharedHeap::Unpin(uint64_t table) {
   At<SharedTable>(table)->pins[member_ / 64] &= ~(uint64_t{1} << member_ % 64);
   FreeDroppedTables();
+}
+
+std::string SharedHeap::MemberName() const {
+  return std::to_string(member_) + "." + std::to_string(header().members[member_].joined);
+}
+
+bool SharedHeap::MemberIsGone(std::string_view name) const {
+  uint32_t member = 0;
+  uint32_t joined = 0;
+  const size_t point = name.find('.');
+  if (point == std::string_view::npos || !ParseNumber(name.substr(0, point), &member) ||
+      !ParseNumber(name.substr(point + 1), &joined) || member >= SharedFile::kMaxMembers || joined == 0) {
+    return false;  // no name of ours
+  }
+  if (header().members[member].joined != joined) return true;
+  return member != member_ && !file_->MemberLives(member);
 }
 
 void SharedHeap::Collect() {

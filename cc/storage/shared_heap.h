@@ -78,6 +78,10 @@ class SharedHeap {
   Status WriteRecord(std::string_view name, std::string_view value);
   void EraseRecord(std::string_view name);
 
+  // This attachment, by a name that no other one has had; and whether the one of that name has gone or died.
+  std::string MemberName() const;
+  bool MemberIsGone(std::string_view name) const;
+
   // Lets go of what dead members had open, and frees the dropped tables that nobody has open.
   void Collect();
   // kInternal where the bits do not agree with what is in use: for tests.

@@ -51,7 +51,7 @@ struct SharedLayout {
 };
 
 struct SharedMember {
-  uint32_t joined;  // 1: a process of this number is attached, or died without leaving
+  uint32_t joined;  // counts attachments: this one's number; 0: no process is attached, or has died without leaving
   uint32_t process;
 };
 
@@ -61,7 +61,7 @@ struct SharedHeader {
   std::atomic<uint64_t> magic;
   SharedLayout layout;
   uint32_t auto_remove;  // as the process that attached last has it
-  uint32_t reserved;
+  uint32_t attachments;  // so many have there been; written under `mutex`
 
   RobustMutex mutex;  // guards all that follows and the bits
   uint64_t num_units;

@@ -1,20 +1,30 @@
-// Status, log, metrics and the thread pool.
+// Status, log, metrics, the thread pool and the background worker.
 
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <condition_variable>
+#include <fstream>
+#include <functional>
 #include <mutex>
+#include <new>
 #include <random>
 #include <set>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "cc/base/background_worker.h"
+#include "cc/base/queued_keys.h"
+#include "cc/base/system_limits.h"
 #include "hps/executor.h"
 #include "hps/log.h"
 #include "hps/metrics.h"
@@ -236,6 +246,74 @@ TEST(ThreadPoolTest, BackgroundThreadsLeaveProcessorsAndTheCallerItsOwn) {
   EXPECT_EQ(helped, 1);
 }
 
+TEST(ThreadPoolTest, WhatAPieceThrowsReachesTheCallerWhenAllPiecesHaveRun) {
+  auto pool = NewThreadPool(3);
+  for (size_t thrower : {0, 7, 11}) {
+    std::vector<std::atomic<int>> visits(12);
+    const auto body = [&](size_t first, size_t last) {
+      for (size_t i = first; i < last; ++i) visits[i].fetch_add(1);
+      if (first <= thrower && thrower < last) throw std::bad_alloc();
+    };
+    EXPECT_THROW(pool->ParallelFor(visits.size(), 1, body), std::bad_alloc);
+    for (const auto& visit : visits) EXPECT_EQ(visit, 1);
+  }
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they take address space as they like
+// body() in a child process, whose address space is limited to what it has and `bytes`.
+bool InLittleAddressSpace(size_t bytes, const std::function<bool()>& body) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    size_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    const rlimit limit = {pages * static_cast<size_t>(::sysconf(_SC_PAGESIZE)) + bytes, RLIM_INFINITY};
+    ::_exit(::setrlimit(RLIMIT_AS, &limit) == 0 && body() ? 0 : 1);
+  }
+  int state = -1;
+  return child > 0 && ::waitpid(child, &state, 0) == child && state == 0;
+}
+
+TEST(ThreadPoolTest, ThreadsThatTheSystemRefusesAreAnException) {
+  EXPECT_TRUE(InLittleAddressSpace(size_t{60} << 20, [] {
+    const Status status = WithinLimits("the pool", [] {
+      NewThreadPool(1000);
+      return OkStatus();
+    });
+    return status.code() == StatusCode::kResourceExhausted &&
+           status.message().starts_with("the pool: the system refuses to start a thread; in force: ") &&
+           status.message().find("RLIMIT_AS") != std::string::npos;
+  }));
+}
+
+TEST(SystemLimitsTest, ThreadsAreCountedBeforeTheyAreNeeded) {
+  EXPECT_TRUE(CheckThreads(8, "here").ok());
+  EXPECT_TRUE(InLittleAddressSpace(size_t{60} << 20, [] {
+    return CheckThreads(0, "here").code() == StatusCode::kResourceExhausted &&  // no room for what they allocate
+           CheckThreads(1000, "here").code() == StatusCode::kResourceExhausted;
+  }));
+}
+#endif
+
+TEST(SystemLimitsTest, EachLimitIsNamedWithItsRemedy) {
+  EXPECT_NE(LimitAdvice(EMFILE).find("RLIMIT_NOFILE"), std::string::npos);
+  EXPECT_NE(LimitAdvice(ENFILE).find("fs.file-max"), std::string::npos);
+  EXPECT_NE(LimitAdvice(EFBIG).find("file"), std::string::npos);
+  EXPECT_NE(LimitAdvice(ENOMEM).find("raise the limit"), std::string::npos);
+  EXPECT_EQ(LimitAdvice(EACCES), "");
+  EXPECT_FALSE(LimitReached(EACCES, "x").has_value());
+  EXPECT_EQ(LimitReached(EMFILE, "x")->code(), StatusCode::kResourceExhausted);
+}
+
+TEST(SystemLimitsTest, ExceptionsBecomeStatuses) {
+  const auto thrown = [](const auto& exception) { return WithinLimits("here", [&]() -> Status { throw exception; }); };
+  EXPECT_EQ(thrown(std::bad_alloc()).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(thrown(std::system_error(EAGAIN, std::generic_category())).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(thrown(std::system_error(EMFILE, std::generic_category())).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(thrown(std::system_error(EINVAL, std::generic_category())).code(), StatusCode::kInternal);
+  EXPECT_EQ(thrown(std::runtime_error("why")).message(), "here: why");
+  EXPECT_TRUE(WithinLimits("here", [] { return OkStatus(); }).ok());
+}
+
 TEST(ThreadPoolTest, SmallWorkRunsOnTheCallersThread) {
   auto pool = NewThreadPool(4);
   std::thread::id ran_on;
@@ -329,6 +407,63 @@ TEST(InlineExecutorTest, RunsOnePiece) {
   });
   InlineExecutor().ParallelFor(0, 1, [&](size_t, size_t) { ++calls; });
   EXPECT_EQ(calls, 1);
+}
+
+// ---- work that nobody waits for -----------------------------------------------------------------------------------
+
+TEST(BackgroundWorkerTest, TakesWhatFitsAndStopDropsWhatWasOnlyOffered) {
+  BackgroundWorker worker(10);
+  std::mutex gate;
+  std::unique_lock closed(gate);
+  std::mutex done_mutex;
+  std::vector<std::string> done;
+  const auto job = [&](const char* name) {
+    return [&, name](bool dropped) {
+      std::lock_guard lock(done_mutex);
+      done.push_back(std::string(name) + (dropped ? " dropped" : ""));
+    };
+  };
+  std::atomic<bool> begun{false};
+  ASSERT_TRUE(worker.Offer(4, [&](bool dropped) {
+    begun = true;
+    std::lock_guard wait(gate);
+    job("first")(dropped);
+  }));
+  while (!begun) std::this_thread::yield();
+  EXPECT_FALSE(worker.Offer(7, job("too much")));  // what runs takes room as well
+  EXPECT_TRUE(worker.Offer(6, job("second")));
+  EXPECT_TRUE(worker.Post(job("posted")));
+  EXPECT_FALSE(worker.Drain(5, std::chrono::steady_clock::time_point::max()));
+  EXPECT_FALSE(worker.Drain(10, std::chrono::steady_clock::now()));
+  EXPECT_FALSE(worker.stopped());
+  std::thread stopping([&] { worker.Stop(); });
+  while (!worker.stopped()) std::this_thread::yield();
+  EXPECT_FALSE(worker.Offer(1, job("too late")));
+  EXPECT_FALSE(worker.Post(job("too late")));
+  closed.unlock();
+  stopping.join();
+  worker.Stop();
+  worker.Drain();
+  std::sort(done.begin(), done.end());
+  EXPECT_EQ(done, (std::vector<std::string>{"first", "posted", "second dropped"}));
+}
+
+TEST(QueuedKeysTest, KnowsKeysByTableUntilTheyAreRemoved) {
+  QueuedKeys queued;
+  const int tables[2] = {};
+  std::vector<size_t> fresh;
+  const auto add = [&](const int* table, std::vector<Key> keys) {
+    fresh.clear();
+    return queued.Add(table, keys, [&](size_t i) { fresh.push_back(i); });
+  };
+  EXPECT_EQ(add(&tables[0], {0, -1, 5, 5}), 1u);
+  EXPECT_EQ(fresh, (std::vector<size_t>{0, 1, 2}));
+  EXPECT_EQ(add(&tables[0], {7, 5}), 1u);
+  EXPECT_EQ(fresh, (std::vector<size_t>{0}));
+  EXPECT_EQ(add(&tables[1], {5}), 0u);
+  queued.Remove(&tables[0], std::vector<Key>{5});
+  EXPECT_EQ(add(&tables[0], {5}), 0u);
+  EXPECT_EQ(add(&tables[1], {5}), 1u);
 }
 
 }  // namespace

@@ -40,11 +40,20 @@ class Faults {
   // After each upsert the first `rows` of its rows are gone, as from a store that evicts.
   void LoseOf(size_t rows) { lost_ = rows; }
   size_t lost() const { return lost_; }
+  // Called once, before the next call of the store is answered.
+  void WhenAsked(std::function<void()> hook) {
+    Set([&] { hook_ = std::move(hook); });
+  }
   uint64_t fetches() const { return fetches_; }
+  std::vector<Key> keys_of_last_fetch() {
+    std::lock_guard lock(mutex_);
+    return last_keys_;
+  }
   uint64_t upserts() const { return upserts_; }
 
   Status Pass(Deadline deadline = kNoDeadline, const std::atomic<bool>* cancelled = nullptr) {
     std::unique_lock lock(mutex_);
+    if (const auto hook = std::exchange(hook_, nullptr)) hook();
     while (hanging_) {
       if (cancelled != nullptr && cancelled->load()) return Cancelled("faulty: the caller gave up");
       if (std::chrono::steady_clock::now() >= deadline) return DeadlineExceeded("faulty: no answer in time");
@@ -54,6 +63,7 @@ class Faults {
   }
   Status PassFetch(const FetchRequest& request) {
     ++fetches_;
+    Set([&] { last_keys_.assign(request.keys.begin(), request.keys.end()); });
     return Pass(request.deadline, request.cancelled);
   }
   Status PassUpsert() {
@@ -72,6 +82,8 @@ class Faults {
   std::condition_variable changed_;
   Status failure_;
   bool hanging_ = false;
+  std::vector<Key> last_keys_;
+  std::function<void()> hook_;
   std::atomic<size_t> lost_{0};
   std::atomic<uint64_t> fetches_{0};
   std::atomic<uint64_t> upserts_{0};
@@ -181,6 +193,8 @@ class FaultyStore final : public TableStore {
     HPS_RETURN_IF_ERROR(Ask());
     return store_->EraseRecord(name);
   }
+  std::string MemberName() const override { return store_->MemberName(); }
+  bool MemberIsGone(std::string_view name) const override { return store_->MemberIsGone(name); }
   Status Flush() override {
     HPS_RETURN_IF_ERROR(Ask());
     return store_->Flush();

@@ -38,9 +38,29 @@ TEST(ModelRecordTest, ReadsWhatWasWritten) {
   EXPECT_FALSE(Value(store->ReadRecord("hps.model.m")).has_value());
 }
 
+TEST(ModelRecordTest, WhatWasGivenOnlySomeRowsIsRefusedByOlderPrograms) {
+  auto store = Value(OpenHashMapStore({}));
+  ModelRecord record;
+  record.tables["a"] = {1, "width 4, 8 bytes of 9 ns 10", 77, 100};
+  record.tables["b"] = {2, "f", 5};
+  ASSERT_OK(WriteModelRecord(*store, "m", record));
+  EXPECT_EQ(Value(store->ReadRecord("hps.model.m")),
+            "hps model record 2\n1\t77\t100\ta\twidth 4, 8 bytes of 9 ns 10\n2\t5\t0\tb\tf\n");
+  ModelRecord read = Value(ReadModelRecord(*store, "m"));
+  EXPECT_EQ(read.tables.at("a").all_rows, 100u);
+  EXPECT_EQ(read.tables.at("a").rows, 77u);
+  EXPECT_EQ(read.tables.at("a").fingerprint, "width 4, 8 bytes of 9 ns 10");
+  EXPECT_EQ(read.tables.at("b").all_rows, 0u);
+  read.tables["a"].all_rows = 0;
+  ASSERT_OK(WriteModelRecord(*store, "m", read));
+  EXPECT_EQ(Value(store->ReadRecord("hps.model.m")),
+            "hps model record 1\n1\t77\ta\twidth 4, 8 bytes of 9 ns 10\n2\t5\tb\tf\n");
+}
+
 TEST(ModelRecordTest, ADamagedRecordIsAnError) {
   auto store = Value(OpenHashMapStore({}));
-  for (const char* text : {"", "{}", "hps model record 1", "hps model record 2\n", "hps model record 1\nx\t1\ta\tf\n",
+  for (const char* text : {"", "{}", "hps model record 1", "hps model record 3\n", "hps model record 1\nx\t1\ta\tf\n",
+                           "hps model record 2\n1\t1\ta\tf\n", "hps model record 2\n1\t1\tx\ta\tf\n",
                            "hps model record 1\n1\t1\ta\n", "hps model record 1\n1\t1\ta\tf"}) {
     ASSERT_OK(store->WriteRecord("hps.model.m", text));
     ExpectError(ReadModelRecord(*store, "m").status(), StatusCode::kDataLoss, {"hps.model.m"});

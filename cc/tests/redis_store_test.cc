@@ -168,6 +168,49 @@ TEST_F(RedisStore, VanishedTableIsAnErrorAndNoMiss) {
   EXPECT_EQ(Ask(server(), {"DBSIZE"}), "0") << "a row was written to a table that is not there";
 }
 
+// The same name does not make it the same table: after Redis was emptied, names are used again.
+TEST_F(RedisStore, AReplacedTableIsNotTakenForTheOneThatWasOpened) {
+  const auto store = Open();
+  const auto other = Open();
+  auto table = Value(store->CreateTable(kTable));
+  ASSERT_OK(Put(*table, {1, 2}, 1));
+  for (const bool dropped : {false, true}) {
+    if (dropped) {
+      ASSERT_OK(other->DropTable("hps_et.m.t"));
+    } else {
+      Ask(server(), {"FLUSHALL"});
+    }
+    const auto fresh = Value(other->CreateTable(kTable));
+    ASSERT_OK(Put(*fresh, {1}, 2));
+    const std::vector<std::string> parts = {"hps_et.m.t", "replaced", "load the model again"};
+    ExpectError(Get(*table, {1, 2}).status, StatusCode::kUnavailable, parts);
+    ExpectError(Put(*table, {2}, 1), StatusCode::kUnavailable, parts);
+    ExpectError(Put(*table, {3}, 1, {.only_absent = true}), StatusCode::kUnavailable, parts);
+    ExpectError(table->Erase(std::vector<Key>{1}), StatusCode::kUnavailable, parts);
+    ExpectError(table->Stats().status(), StatusCode::kUnavailable, parts);
+    ExpectError(table->Scan([](auto, auto) { return OkStatus(); }), StatusCode::kUnavailable, parts);
+    EXPECT_EQ(RowsOf(*fresh), 1u) << "rows of the old table came into the new one";
+    const auto opened = Value(store->OpenTable(kTable));  // the new one, while the old one is still held
+    ExpectAll(*opened, {1}, 2);
+    ASSERT_OK(Put(*opened, {2}, 2));
+    ExpectAll(*fresh, {1, 2}, 2);
+    ExpectError(Put(*table, {2}, 1), StatusCode::kUnavailable, parts);
+    table = opened;
+  }
+}
+
+// As versions before wrote it, and hosts that open it at the same moment.
+TEST_F(RedisStore, ATableWithoutAnIdGetsOne) {
+  Ask(server(), {"HSET", "hps.table/hps_et.m.t", "num_partitions", "8", "row_bytes", "16", "key_bytes", "8"});
+  const auto store = Open();
+  const auto other = Open();
+  const auto table = Value(store->OpenTable(kTable));
+  EXPECT_NE(Ask(server(), {"HGET", "hps.table/hps_et.m.t", "id"}), "");
+  ASSERT_OK(Put(*table, {1}, 1));
+  ExpectAll(*Value(other->OpenTable(kTable)), {1}, 1);
+  ExpectAll(*table, {2}, 0);
+}
+
 TEST_F(RedisStore, DroppedTableThatIsHeldIsFreedInTheEnd) {
   const auto store = Open();
   auto table = Value(store->CreateTable(kTable));

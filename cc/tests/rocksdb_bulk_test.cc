@@ -64,6 +64,18 @@ void RunRole(const std::string& role, const std::string& path) {
   } else if (role == "die_while_loading") {
     Say(Put(**table, KeyRange(0, 2 * kManyRows), 1, {.bulk = true}).ToString());
     WaitForParent();
+  } else if (role == "write_until_refused") {
+    Status status;
+    for (Key round = 0; status.ok(); ++round) {
+      status = Put(**table, Shuffled(KeyRange(1'000'000, kManyRows)), 1, {.bulk = true});
+      if (status.ok()) status = Put(**table, KeyRange(round * 100, 100), 1);
+      if (status.ok()) status = (*store)->Flush();
+      if (status.ok()) Say(std::to_string(round));
+    }
+    Say(status.ToString());
+    (void)(*store)->DropTable(kSpec.name);
+    table->reset();
+    Say((*store)->Close().ToString());
   } else if (role == "write_and_flush") {  // until killed
     for (Key round = 0;; ++round) {
       const std::vector<Key> first = KeyRange(round * 100, 100);
@@ -264,6 +276,26 @@ TEST_F(RocksDbBulk, AFullDiskKeepsTheRowsForTheNextFlush) {
   EXPECT_EQ(child.ReadLine(), "whole");
   EXPECT_EQ(child.ReadLine(), "OK");
   EXPECT_EQ(child.Wait(), 0);
+}
+
+// RocksDB, built with assertions, could end the process wherever it does not find its files.
+TEST_F(RocksDbBulk, AFolderThatIsDeletedAtAnyMomentNeverEndsTheProcess) {
+  table_.reset();
+  ASSERT_OK(store_->Close());
+  for (int time = 0; time < 12; ++time) {
+    Child writer("write_until_refused", path_);
+    std::string line = writer.ReadLine();
+    ASSERT_EQ(line, "0");
+    const auto moment = std::chrono::steady_clock::now() + std::chrono::microseconds(3100 * time);
+    while (std::chrono::steady_clock::now() < moment) std::this_thread::yield();
+    std::error_code error;  // a file that is made meanwhile
+    while (fs::exists(path_)) fs::remove_all(path_, error);
+    while (!line.empty() && std::isdigit(line[0])) line = writer.ReadLine();
+    EXPECT_EQ(line.substr(0, 9), "DataLoss:") << line;
+    const std::string closed = writer.ReadLine();
+    EXPECT_NE(closed.find("deleted or replaced"), std::string::npos) << closed;
+    EXPECT_EQ(writer.Wait(), 0) << line;
+  }
 }
 
 TEST_F(RocksDbBulk, ReadersOpenTheFolderWhileAWriterWritesIt) {

@@ -198,6 +198,53 @@ TEST_F(RocksDbDamage, FlippedBytes) {
   }
 }
 
+// The database goes on writing into files that nobody will find. It must not say that they are stored.
+TEST_F(RocksDbStore, AFolderThatWasDeletedOrReplacedTakesNothingMore) {
+  for (const std::string what : {"deleted", "emptied", "replaced", "contents replaced"}) {
+    for (const size_t rows : {100, 60'000}) {  // through a memtable, and as sorted files
+      SCOPED_TRACE(what + ", " + std::to_string(rows) + " rows");
+      const std::vector<Key> keys = KeyRange(0, rows);
+      Make(keys);
+      const fs::path copy = directory_ / "copy";
+      fs::copy(path_, copy, fs::copy_options::recursive);
+      auto store = MustOpen();
+      const auto table = *store->OpenTable(kSpec);
+      const auto fresh = *store->CreateTable({.name = "fresh", .row_bytes = kRowBytes});
+      ASSERT_OK(store->Flush());
+      ASSERT_OK(store->WriteRecord("r", "before"));
+      ASSERT_OK(Put(*fresh, keys, 2, {.bulk = true}));
+      if (what == "contents replaced" || what == "emptied") {
+        for (const auto& entry : fs::directory_iterator(path_)) fs::remove_all(entry.path());
+      } else {
+        fs::remove_all(path_);
+      }
+      if (what == "replaced" || what == "contents replaced") fs::copy(copy, path_, fs::copy_options::recursive);
+      const std::vector<std::string> parts = {path_.string(), "deleted or replaced", "start again"};
+      ExpectError(store->Flush(), StatusCode::kDataLoss, parts);
+      ExpectError(store->WriteRecord("r", "after"), StatusCode::kDataLoss, parts);
+      ExpectError(store->CreateTable({.name = "other", .row_bytes = kRowBytes}).status(), StatusCode::kDataLoss, parts);
+      EXPECT_EQ(CountRows(*table, keys, 1), rows);
+      ExpectError(store->Close(), StatusCode::kDataLoss, parts);
+      fs::remove_all(path_);
+      fs::remove_all(copy);
+    }
+  }
+  // Whoever only reads is not concerned, and a lock that somebody took away harms nothing.
+  Make(KeyRange(0, 100));
+  {
+    auto reading = MustOpen(/*read_only=*/true);
+    const auto table = *reading->OpenTable(kSpec);
+    fs::rename(path_, directory_ / "moved");
+    EXPECT_EQ(CountRows(*table, KeyRange(0, 100), 1), 100u);
+    ASSERT_OK(reading->Flush());
+    ASSERT_OK(reading->Close());
+    fs::rename(directory_ / "moved", path_);
+  }
+  auto store = MustOpen();
+  fs::remove(path_ / "LOCK");
+  ASSERT_OK(store->Flush());
+  ASSERT_OK(store->Close());
+}
 }  // namespace
 }  // namespace hps::testing
 

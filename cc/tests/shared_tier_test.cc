@@ -67,6 +67,7 @@ class SharedTierTest : public ::testing::Test {
     std::sort(names.begin(), names.end());
     return names;
   }
+  static void AsItIs(ServerConfig* config) { config->volatile_db.initialize_after_startup = false; }
   std::optional<std::string> Claim() { return Value(shared_->ReadRecord("hps.load.m")); }
 
   TempFolder folder_;
@@ -254,11 +255,10 @@ TEST_F(SharedTierTest, ATableThatHasLostRowsIsLoadedAnew) {
 }
 
 TEST_F(SharedTierTest, ATableThatHasLostRowsAndIsNotToBeLoadedIsRefused) {
-  const auto as_it_is = [](ServerConfig* config) { config->volatile_db.initialize_after_startup = false; };
   ASSERT_OK(Start({Version(1)})->Close());
-  ExpectVersion(*Start({Version(1)}, "", as_it_is), 1);
+  ExpectVersion(*Start({Version(1)}, "", AsItIs), 1);
   Lose(*shared_, "hps_et.m.t", 7);
-  ExpectError(TryStart({Version(1)}, "", as_it_is).status(), StatusCode::kDataLoss,
+  ExpectError(TryStart({Version(1)}, "", AsItIs).status(), StatusCode::kDataLoss,
               {"model 'm'", "table 't'", "holds 993 of the 1000", "7 are missing", "initialize_after_startup"});
   EXPECT_EQ(Stored(), (Names{"hps_et.m.t"}));
 }
@@ -293,14 +293,103 @@ TEST_F(SharedTierTest, ADatabaseServesWhatTheTierHasLost) {
   ExpectVersion(*other, 1);
 }
 
-TEST_F(SharedTierTest, ARecordWithoutACountIsNotChecked) {
+// As it was written before records told whether rows were left out.
+TEST_F(SharedTierTest, WithoutACountTheFolderTellsWhetherRowsAreMissing) {
   ASSERT_OK(Start({Version(1)})->Close());
   ModelRecord record = Value(ReadModelRecord(*shared_, "m"));
   EXPECT_EQ(record.tables["t"].rows, kKeys.size());
   record.tables["t"].rows = 0;
   ASSERT_OK(WriteModelRecord(*shared_, "m", record));
-  Lose(*shared_, "hps_et.m.t", 7);
   EXPECT_EQ(Source(*Start({Version(1)})), "volatile");
+  Lose(*shared_, "hps_et.m.t", 7);
+  ASSERT_OK(Start({Version(1)}, "", AsItIs)->Close());  // loads nothing, and has no folder to look at
+  CapturedLog log;
+  auto server = Start({Version(1)});
+  EXPECT_EQ(Source(*server), "folder");
+  ExpectVersion(*server, 1);
+  EXPECT_NE(log.text().find("holds 993 rows, its folder has 1000"), std::string::npos) << log.text();
+  EXPECT_EQ(Value(ReadModelRecord(*shared_, "m")).tables["t"].rows, kKeys.size());
+}
+
+// What a node with a database leaves out of the tier, another one without must not take for all there is.
+TEST_F(SharedTierTest, ATierThatWasGivenOnlySomeRowsIsNotServedAlone) {
+  const auto half = [](ServerConfig* config) { config->volatile_db.initial_cache_rate = 0.5; };
+  for (const bool from_database : {false, true}) {
+    const uint32_t version = from_database ? 2 : 1;
+    if (from_database) {  // a copy of it, not of the folder
+      ASSERT_OK(Start({Version(2)}, "database")->Close());
+      const uint64_t generation = Value(ReadModelRecord(*shared_, "m")).tables["t"].generation;
+      ASSERT_OK(shared_->DropTable(StoredTableName("m", "t", generation)));
+      ASSERT_OK(shared_->EraseRecord("hps.model.m"));
+    }
+    auto below = Start({Version(version)}, "database", half);
+    EXPECT_EQ(Source(*below), from_database ? "persistent" : "folder");
+    const TableRecord record = Value(ReadModelRecord(*shared_, "m")).tables["t"];
+    EXPECT_EQ(record.rows, kKeys.size() / 2);
+    EXPECT_EQ(record.all_rows, kKeys.size());
+    ExpectError(TryStart({Version(version)}, "", AsItIs).status(), StatusCode::kFailedPrecondition,
+                {"model 'm'", "table 't'", "given 500 of 1000 rows", "initialize_after_startup", "persistent_db"});
+    CapturedLog log;
+    auto alone = Start({Version(version)});
+    EXPECT_EQ(Source(*alone), "folder");
+    ExpectVersion(*alone, version);
+    EXPECT_NE(log.text().find("given 500 of 1000 rows; it is loaded anew"), std::string::npos) << log.text();
+    ExpectRows(Lookup(*below, "m", 0, kWidth, kKeys), kKeys, version);
+    // From now on it is whole, for both kinds of nodes.
+    EXPECT_EQ(Value(ReadModelRecord(*shared_, "m")).tables["t"].all_rows, 0u);
+    ASSERT_OK(below->Close());
+    auto again = Start({Version(version)}, "database", half);
+    EXPECT_EQ(Source(*again), "persistent");
+    ExpectVersion(*again, version);
+    ExpectVersion(*Start({Version(version)}, "", AsItIs), version);
+  }
+}
+
+// The database serves what the tier loses during the load, and does not hide it from others.
+TEST_F(SharedTierTest, RowsThatALoadHasLostAreNotTakenForHeld) {
+  faults_->LoseOf(3);
+  auto below = Start({Version(1)}, "database");
+  faults_->LoseOf(0);
+  ExpectRows(Lookup(*below, "m", 0, kWidth, kKeys), kKeys, 1);
+  const TableRecord record = Value(ReadModelRecord(*shared_, "m")).tables["t"];
+  EXPECT_EQ(record.rows, kKeys.size() - 3);
+  EXPECT_EQ(record.all_rows, kKeys.size());
+  auto alone = Start({Version(1)});
+  EXPECT_EQ(Source(*alone), "folder");
+  ExpectVersion(*alone, 1);
+}
+
+TEST_F(SharedTierTest, AMarginThatLeavesRowsOutIsRecorded) {
+  shared_ = Value(OpenHashMapStore({.num_partitions = 1, .overflow = {.margin = 300}}));
+  for (const bool from_database : {false, true}) {
+    if (from_database) ASSERT_OK(shared_->DropTable("hps_et.m.t"));
+    auto below = Start({Version(1)}, "database");
+    EXPECT_EQ(Source(*below), from_database ? "persistent" : "folder");
+    const TableRecord record = Value(ReadModelRecord(*shared_, "m")).tables["t"];
+    EXPECT_EQ(record.rows, 300u);
+    EXPECT_EQ(record.all_rows, kKeys.size());
+  }
+  // Alone it cannot be whole, and says so.
+  ExpectError(TryStart({Version(1)}).status(), StatusCode::kResourceExhausted, {"1000 rows", "300", "overflow_margin"});
+  // A margin that all rows fit in leaves out nothing.
+  shared_ = Value(OpenHashMapStore({.num_partitions = 1, .overflow = {.margin = 2000}}));
+  ASSERT_OK(Start({Version(1)}, "database")->Close());
+  EXPECT_EQ(Value(ReadModelRecord(*shared_, "m")).tables["t"].all_rows, 0u);
+  auto alone = Start({Version(1)});
+  EXPECT_EQ(Source(*alone), "volatile");
+  ExpectVersion(*alone, 1);
+}
+
+// A folder that changes during a start: the next one sees that of all tiers, or of none.
+TEST_F(SharedTierTest, AllTiersRecordTheSameVersionOfAFolder) {
+  for (const bool again : {false, true}) {
+    faults_->WhenAsked([&] { fs::last_write_time(Folder(1) / "key", fs::file_time_type::clock::now()); });
+    ASSERT_OK(Start({Version(1)}, "database")->Close());
+    const std::string shared = Value(ReadModelRecord(*shared_, "m")).tables["t"].fingerprint;
+    auto database = Value(OpenRocksDbStore({.path = (folder_ / "database").string(), .num_threads = 2}));
+    EXPECT_EQ(Value(ReadModelRecord(*database, "m")).tables["t"].fingerprint, shared) << again;
+    ASSERT_OK(database->Close());
+  }
 }
 
 TEST_F(SharedTierTest, ALoadOfWhichRowsGetLostIsRefused) {
@@ -353,14 +442,13 @@ TEST_F(SharedTierTest, ItNeverShadowsNewerRowsOfTheDatabase) {
 }
 
 TEST_F(SharedTierTest, ATierThatIsNotInitialisedServesWhatItHolds) {
-  const auto as_it_is = [](ServerConfig* config) { config->volatile_db.initialize_after_startup = false; };
   // Nothing there: made, and left empty.
-  auto empty = Start({Version(1)}, "", as_it_is);
+  auto empty = Start({Version(1)}, "", AsItIs);
   ExpectRows(Lookup(*empty, "m", 0, kWidth, kKeys), kKeys, 0);
   ASSERT_OK(empty->Close());
   // Another node loads a version; a node that loads nothing serves it, whatever its folder says.
   ExpectVersion(*Start({Version(2)}), 2);
-  auto server = Start({Version(1)}, "", as_it_is);
+  auto server = Start({Version(1)}, "", AsItIs);
   EXPECT_EQ(Source(*server), "volatile");
   ExpectVersion(*server, 2);
 }
@@ -428,6 +516,70 @@ TEST_F(TierStartTest, AReadOnlyDatabaseIsNotLoadedAndAMissingTableIsAnError) {
                  {MakeModel("m", {MakeTable("t", Folder(1), kWidth), MakeTable("u", Folder(1), kWidth)})});
   config.persistent_db.read_only = true;
   ExpectError(ParameterServer::Open(config).status(), StatusCode::kNotFound, {"table 'u'", "hps_et.m.u"});
+}
+
+// Made, and left empty, by a server that was told not to load: nobody is to take that for a table whose rows are all
+// absent.
+TEST_F(TierStartTest, AnEmptyTableOfADatabaseIsNotServedInSilence) {
+  const auto as_it_is = [](ServerConfig* config) { config->persistent_db.initialize_after_startup = false; };
+  const auto read_only = [](ServerConfig* config) { config->persistent_db.read_only = true; };
+  for (int start = 0; start < 2; ++start) {  // the second one finds the empty table
+    CapturedLog log;
+    auto server = Open(Tiers::kBoth, as_it_is);
+    EXPECT_EQ(Source(*server), "folder");
+    ExpectVersion(*server, 1);
+    EXPECT_NE(log.text().find("warning: model 'm', table 't': the database holds no row"), std::string::npos)
+        << log.text();
+    ASSERT_OK(server->Close());
+  }
+  for (const Tiers tiers : {Tiers::kBoth, Tiers::kPersistent}) {
+    ServerConfig config = MakeServer(tiers, folder_ / "database", {Version(1)});
+    read_only(&config);
+    ExpectError(ParameterServer::Open(config).status(), StatusCode::kFailedPrecondition,
+                {"model 'm'", "table 't'", "no row", "no record", "initialize_after_startup"});
+  }
+  // Loaded, it is served; and refused once somebody has taken all rows out.
+  ASSERT_OK(Open(Tiers::kPersistent, [](ServerConfig*) {})->Close());
+  ExpectVersion(*Open(Tiers::kPersistent, read_only), 1, /*from_volatile=*/false);
+  const auto database = [&] {
+    return Value(OpenRocksDbStore({.path = (folder_ / "database").string(), .num_threads = 2}));
+  };
+  {
+    auto store = database();
+    ASSERT_OK(Value(store->OpenTable({.name = "hps_et.m.t", .row_bytes = kWidth * sizeof(float)}))->Erase(kKeys));
+    ASSERT_OK(store->Close());
+  }
+  ServerConfig config = MakeServer(Tiers::kPersistent, folder_ / "database", {Version(1)});
+  read_only(&config);
+  ExpectError(ParameterServer::Open(config).status(), StatusCode::kFailedPrecondition, {"none of the 1000 rows"});
+  // A version without rows is no mistake.
+  {
+    auto store = database();
+    ModelRecord record = Value(ReadModelRecord(*store, "m"));
+    record.tables["t"].rows = 0;
+    ASSERT_OK(WriteModelRecord(*store, "m", record));
+    ASSERT_OK(store->Close());
+  }
+  ExpectRows(Lookup(*Open(Tiers::kBoth, read_only), "m", 0, kWidth, kKeys), kKeys, 0);
+}
+
+TEST_F(TierStartTest, AReplacementWhoseDatabaseWasDeletedFailsAndTheOldVersionServes) {
+  for (const Tiers tiers : {Tiers::kBoth, Tiers::kPersistent}) {
+    auto server = Open(tiers, [](ServerConfig*) {});
+    fs::remove_all(folder_ / "database");
+    for (const uint32_t version : {2, 1}) {  // another one, and that which is there
+      ExpectError(server->ReplaceModel(Version(version)), StatusCode::kDataLoss,
+                  {"model 'm'", "table 't'", (folder_ / "database").string(), "deleted or replaced"});
+    }
+    ExpectVersion(*server, 1, /*from_volatile=*/tiers == Tiers::kBoth);
+    ExpectError(server->Close(), StatusCode::kDataLoss, {"deleted or replaced"});
+    // The next start makes the database anew.
+    server = Open(tiers, [](ServerConfig*) {});
+    ExpectVersion(*server, 1, /*from_volatile=*/tiers == Tiers::kBoth);
+    ASSERT_OK(server->ReplaceModel(Version(2)));
+    ASSERT_OK(server->Close());
+    fs::remove_all(folder_ / "database");
+  }
 }
 
 TEST_F(TierStartTest, TheVolatileTierTakesNoMoreThanItsMargin) {

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <thread>
 
 #include "cc/core/circuit_breaker.h"
@@ -507,6 +508,21 @@ TEST_F(FaultyServerTest, ReadinessNamesWhatLookupsNeed) {
   readiness = server->CheckReadiness();
   EXPECT_FALSE(readiness.ready);
   EXPECT_NE(readiness.reason.find("closed"), std::string::npos);
+}
+
+// Otherwise a node, or a partition, that is gone would not be noticed.
+TEST_F(FaultyServerTest, AProbeAsksEveryPartitionOfATier) {
+  auto server = Open();
+  EXPECT_TRUE(server->CheckReadiness().ready);
+  for (const auto& faults : {volatile_, persistent_}) {
+    const std::vector<Key> asked = faults->keys_of_last_fetch();
+    EXPECT_EQ(std::set<Key>(asked.begin(), asked.end()).size(), 256u);
+    for (const uint64_t num_partitions : {1, 3, 8, 16, 32}) {
+      std::set<uint64_t> partitions;
+      for (const Key key : asked) partitions.insert(PartitionHash(static_cast<uint64_t>(key)) % num_partitions);
+      EXPECT_EQ(partitions.size(), num_partitions);
+    }
+  }
 }
 
 TEST_F(FaultyServerTest, ProbesThatSucceedDoNotKeepTheBreakerClosed) {

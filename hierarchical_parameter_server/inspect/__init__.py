@@ -33,7 +33,7 @@ def inspect(
         user: for Redis, where the address names none.
         password: for Redis; without it the environment variable HPS_REDIS_PASSWORD.
         tls_ca, tls_certificate, tls_key, tls_server_name: for Redis with TLS: trusted certificates (file or folder),
-            the client's certificate and key, the name to ask for and check in place of the host.
+            the client's certificate and key, the name to ask for and check at all nodes in place of the address's host.
         timeout_seconds: longest wait for an answer of Redis.
 
     Returns:

@@ -17,6 +17,7 @@ from .report import CURRENT, INCOMPLETE, SAMPLE_ROWS, SUPERSEDED, Report, Table
 
 TABLE_PREFIX = "hps.table/"
 _FIELDS = ("num_partitions", "row_bytes", "key_bytes")
+_MARGIN = "overflow_margin"  # a field of tables that give up rows by themselves
 _SCAN_PATTERN = "h[pc][st]*"  # hps* and hctr*
 _SCAN_COUNT = 10_000
 _MEMORY_SAMPLES = 100
@@ -39,6 +40,7 @@ class _Found:
     access: dict[int, _Partition] = dataclasses.field(default_factory=dict)
     old_layout: bool = False
     fields: dict[str, int] | None = None  # of our description of the table
+    bounded: bool = False  # it gives up rows by itself
     dropping: bool = False
 
 
@@ -68,6 +70,7 @@ def _inspect(nodes: Nodes, options: RedisOptions, shown: int) -> Report:
     tables: dict[str, _Found] = {}
     records: dict[str, dict[str, stored_names.TableRecord]] = {}
     used_bytes = 0
+    all_nodes = not nodes.unreachable
     for address, client in nodes.clients.items():
         try:
             used_bytes += client.info("memory")["used_memory"]
@@ -78,10 +81,11 @@ def _inspect(nodes: Nodes, options: RedisOptions, shown: int) -> Report:
             if not nodes.cluster:
                 raise failure from error
             report.problems.append(f"its keys are missing here: {failure}")
+            all_nodes = False
     report.facts["used_memory_bytes"] = used_bytes
     for stored in sorted(tables):
         report.tables.append(_inspect_table(stored, tables[stored], records, shown))
-    _add_notes(report, records)
+    _add_findings(report, records, all_nodes)
     return report
 
 
@@ -96,13 +100,14 @@ def _take_key(client, key: bytes, tables: dict[str, _Found], records, report: Re
     elif text.startswith(TABLE_PREFIX) and stored_names.parse_table_name(text.removeprefix(TABLE_PREFIX)):
         name = text.removeprefix(TABLE_PREFIX)
         try:
-            *fields, dropping = client.hmget(key, *_FIELDS, "dropping")
+            *fields, margin, dropping = client.hmget(key, *_FIELDS, _MARGIN, "dropping")
             if dropping is not None:
                 report.notes.append(f"the table {name} is being dropped, or its dropping was cut short")
                 tables.setdefault(name, _Found()).dropping = True
                 return
             named = zip(_FIELDS, fields, strict=True)
             tables.setdefault(name, _Found()).fields = {field: int(value) for field, value in named}
+            tables[name].bounded = margin is not None
         except (TypeError, ValueError, redis.ResponseError):
             report.problems.append(f"the description {text} cannot be understood; drop the table, or load it anew")
     elif text.startswith(stored_names.RECORD_PREFIX + stored_names.MODEL_RECORD_PREFIX):
@@ -122,6 +127,7 @@ def _take_key(client, key: bytes, tables: dict[str, _Found], records, report: Re
 
 def _inspect_table(stored: str, found: _Found, records, shown: int) -> Table:
     table = Table.stored(stored_names.parse_table_name(stored), records)
+    table.bounded = found.bounded
     partitions = max([0, *(number + 1 for number in (*found.values, *found.access))])
     table.partitions = found.fields["num_partitions"] if found.fields else partitions
     table.rows = table.access_rows = table.bytes = 0
@@ -175,16 +181,36 @@ def _check_layout(table: Table, found: _Found, partitions: int, misplaced: int, 
     table.key_bytes = table.key_bytes or found.fields["key_bytes"]
 
 
-def _add_notes(report: Report, records) -> None:
+def _compare_rows(table: Table, all_nodes: bool) -> None:
+    if table.left_out_of:
+        table.notes.append(
+            f"its load put {table.recorded_rows} of {table.left_out_of} rows here and left the others to the "
+            f"persistent_db: a node without one loads it anew"
+        )
+    elif not all_nodes or table.problems:
+        return
+    elif table.bounded and table.rows < table.recorded_rows:
+        table.notes.append(f"it held {table.recorded_rows} rows when it was loaded; {_MARGIN} has evicted others")
+    else:
+        table.compare_rows(
+            "load the model anew (replace_model, or a restart), and see that Redis loses no rows (maxmemory-policy "
+            "noeviction, replicas)"
+        )
+
+
+def _add_findings(report: Report, records, all_nodes: bool) -> None:
+    """`all_nodes`: that no rows are missing because their node was not asked."""
     stored = {(table.model, table.table, table.generation) for table in report.tables}
     for table in report.tables:
         if table.state == SUPERSEDED:
             table.notes.append("the generation before, which other nodes may still serve, or one that is being loaded")
         elif table.state == INCOMPLETE:
             table.notes.append("its load is running or was cut short")
-        elif table.state == CURRENT and table.rows < (table.recorded_rows or 0):
-            table.notes.append(f"{table.recorded_rows} rows were loaded: the others were evicted, or never brought up")
+        elif table.state == CURRENT:
+            _compare_rows(table, all_nodes)
     for model, tables in records.items():
         for table, record in tables.items():
-            if (model, table, record.generation) not in stored and record.fingerprint:
-                report.notes.append(f"the record of model {model} names table {table}, of which no row is there")
+            if all_nodes and (model, table, record.generation) not in stored and record.fingerprint:
+                report.problems.append(
+                    f"the record of model {model} names table {table}, of which nothing is there: load the model anew"
+                )

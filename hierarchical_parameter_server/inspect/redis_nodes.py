@@ -41,7 +41,8 @@ class RedisOptions:
     tls_ca: str | None = None  # file or folder of trusted certificates; None: those of the system
     tls_certificate: str | None = None
     tls_key: str | None = None
-    tls_server_name: str | None = None  # asked for and checked; None: the host
+    # Asked for and checked at all nodes, as servers do; None: the host of the address that answers.
+    tls_server_name: str | None = None
     timeout_seconds: float = 5.0
 
     @property
@@ -207,6 +208,8 @@ def find_nodes(options: RedisOptions) -> Nodes:
     if not info.get("cluster_enabled"):
         return Nodes({address_text(address): client}, {}, info, False)
     nodes = Nodes({}, {}, info, True)
+    # Nodes tell numeric addresses of each other, for which certificates are seldom made.
+    of_nodes = dataclasses.replace(options, tls_server_name=options.tls_server_name or address[0])
     try:
         owners = _slot_owners(client, address)
     except redis.RedisError as error:
@@ -214,7 +217,7 @@ def find_nodes(options: RedisOptions) -> Nodes:
     finally:
         client.close()
     for owner in owners:
-        node = connect(options, owner)
+        node = connect(of_nodes, owner)
         try:
             node.ping()
             nodes.clients[address_text(owner)] = node

@@ -61,6 +61,8 @@ class Table:
     access_rows: int | None = None  # Redis: rows whose last or how frequent use is kept
     fingerprint: str = ""
     recorded_rows: int | None = None
+    left_out_of: int = 0  # Redis: a load put only some of so many rows in
+    bounded: bool = False  # Redis: it gives up rows by itself (overflow_margin)
     sample: Sample = dataclasses.field(default_factory=Sample)
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -84,6 +86,7 @@ class Table:
             table.state = INCOMPLETE
         else:
             table.state, table.fingerprint, table.recorded_rows = CURRENT, record.fingerprint, record.rows
+            table.left_out_of = record.all_rows
         return table
 
     def take_sample(self, keys: list[bytes], rows: list[bytes], shown: int) -> None:
@@ -104,6 +107,17 @@ class Table:
         if not self.problems:
             values = np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), -1)
             self.sample = Sample.of([int.from_bytes(key, "little", signed=True) for key in keys], values, shown)
+
+    def compare_rows(self, remedy: str) -> None:
+        """Holds a count, which is exact, against what the record says the table held when its load had ended."""
+        recorded = self.recorded_rows or 0  # 0: not known
+        if self.rows < recorded:
+            self.problems.append(
+                f"rows are lost: it holds {self.rows} of the {recorded} that it held when it was loaded "
+                f"({recorded - self.rows} are missing); {remedy}"
+            )
+        elif recorded and self.rows > recorded:
+            self.notes.append(f"it held {recorded} rows when it was loaded; the others came later")
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "width": self.width}
@@ -203,8 +217,8 @@ def _details(table: Table) -> list[str]:
     if table.partitions is not None:
         access = "" if not table.access_rows else f", use is kept of {count_text(table.access_rows)} rows"
         lines.append(f"  {table.partitions} partitions{access}")
-    if table.recorded_rows is not None:
-        lines.append(f"  loaded from a folder of {count_text(table.recorded_rows)} rows: {table.fingerprint}")
+    if table.recorded_rows:
+        lines.append(f"  {count_text(table.recorded_rows)} rows were loaded, from a folder: {table.fingerprint}")
     elif table.fingerprint:
         lines.append(f"  fingerprint: {table.fingerprint}")
     sample = table.sample

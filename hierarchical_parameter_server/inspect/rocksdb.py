@@ -6,8 +6,11 @@ rows of a load that is running are seen when it has flushed them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import re
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -27,6 +30,10 @@ CURRENT_FILE = "CURRENT"  # every database has it
 _DEFAULT_FAMILY = "default"
 _OPENING_ATTEMPTS = 10  # a server that compacts may delete a file between the list of files and its opening
 _COUNTED_BYTES = 16 << 20  # smaller tables are counted, as servers do for their statistics
+_MANIFEST_NOTE = "hps_manifest"  # cc/storage/rocksdb_manifest.h
+_NEWEST_FORMAT = 5  # format_version of table files that servers read: that of Debian's RocksDB
+# A table file ends in its format_version (4 bytes) and a number that says what kind it is.
+_BLOCK_BASED = 0x88E241B785F4CFF7
 
 
 def is_database(folder: Path) -> bool:
@@ -50,21 +57,60 @@ def inspect_database(folder: Path, shown: int, exact: bool = False) -> Report:
     if not is_database(folder):
         raise InvalidArgumentError(f"{folder} is no RocksDB database: it has no file {CURRENT_FILE}")
     report = Report("rocks_db", str(folder), f"RocksDB database {folder}")
+    report.problems += _manifest_problems(folder)
     with _open(folder) as (database, families):
         try:
             records = _read_records(database, report)
         except Exception as error:
-            raise _mapped(error, str(folder), database.path()) from error
+            raise _mapped(error, folder, database.path()) from error
+        report.problems += _format_problems(database)
         for family in sorted(families):
             name = stored_names.parse_table_name(family)
             if name is not None:
-                report.tables.append(_inspect_table(database, name, records, shown, exact, report.place))
+                report.tables.append(_inspect_table(database, name, records, shown, exact, folder))
             elif family != _DEFAULT_FAMILY:
                 report.others.append(family)
         report.facts["sequence_number"] = database.latest_sequence_number()
     report.facts["bytes_on_disk"] = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    _add_notes(report, records)
+    _add_findings(report, records)
     return report
+
+
+def _manifest_problems(folder: Path) -> list[str]:
+    """What a server refuses: a MANIFEST shorter than our note of it says. RocksDB opens it, without tables."""
+    try:
+        noted = (folder / _MANIFEST_NOTE).read_text(encoding="utf-8").split()  # before the rest: a server may write
+        name, noted_bytes = noted[0], int(noted[1])
+        if (folder / CURRENT_FILE).read_text(encoding="utf-8").strip() != name:
+            return []
+        there = (folder / name).stat().st_size
+    except (OSError, ValueError, IndexError):
+        return []  # no note, or one that says nothing; what else is missing shows when the database is opened
+    if there >= noted_bytes:
+        return []
+    return [
+        f"{folder / name} has {there} bytes and had {noted_bytes} when it was last flushed: its end is lost, and with "
+        f"it the names of table files; servers refuse the database: restore the folder, or delete it and load anew"
+    ]
+
+
+def _format_problems(database) -> list[str]:
+    """Table files of a format that this package reads and servers do not; one of them keeps a server from starting."""
+    newer: dict[int, list[str]] = {}
+    linked = Path(database.path())
+    for file in database.live_files():
+        with contextlib.suppress(OSError):  # deleted meanwhile: not in use any more
+            with open(linked / file["name"].lstrip("/"), "rb") as opened:
+                opened.seek(-12, os.SEEK_END)
+                version, kind = struct.unpack("<IQ", opened.read(12))
+            if kind == _BLOCK_BASED and version > _NEWEST_FORMAT:
+                newer.setdefault(version, []).append(file["name"].lstrip("/"))
+    return [
+        f"{len(files)} table files ({min(files)} and so on) have the format_version {version}, and servers refuse "
+        f"them: they read up to {_NEWEST_FORMAT}; write them again with that (in rocksdict: "
+        f"BlockBasedOptions.set_format_version({_NEWEST_FORMAT}))"
+        for version, files in sorted(newer.items())
+    ]
 
 
 @contextmanager
@@ -79,7 +125,7 @@ def _open(folder: Path) -> Iterator:
             except Exception as error:  # rocksdict raises nothing finer
                 if "No such file" in str(error) and attempt < _OPENING_ATTEMPTS and is_database(folder):
                     continue
-                raise _mapped(error, str(folder), str(linked)) from error
+                raise _mapped(error, folder, str(linked)) from error
         with closing(database):
             yield database, families
 
@@ -100,9 +146,11 @@ def _open_linked(folder: Path, linked: Path) -> tuple:
     return Rdict(str(linked), options, columns, AccessType.read_only()), families
 
 
-def _mapped(error: Exception, where: str, linked: str) -> Exception:
-    """`linked` stands in the texts of RocksDB where `where` is meant."""
-    text = f"{where}: {str(error).replace(linked, where)}"
+def _mapped(error: Exception, folder: Path, linked: str, table: str = "") -> Exception:
+    """`linked` stands in the texts of RocksDB where the folder is meant."""
+    text = str(error).replace(linked, str(folder))
+    text = re.sub(r"(/\d+)\.ldb\b", r"\1.sst", text)  # a missing file is looked for under its old suffix last
+    text = f"{folder}{f', table {table}' if table else ''}: {text}"
     if "format_version" in text:
         return FailedPreconditionError(f"{text}; the files were written by a newer RocksDB: pip install -U rocksdict")
     if "comparator" in text:
@@ -145,7 +193,7 @@ def _walk(family, take: Callable, first: bytes = b"") -> Iterator:
     rows.status()  # the package's own loops end silently at a damaged block
 
 
-def _inspect_table(database, name, records, shown: int, exact: bool, where: str) -> Table:
+def _inspect_table(database, name, records, shown: int, exact: bool, folder: Path) -> Table:
     table = Table.stored(name, records)
     family = database.get_column_family(name.stored)
     try:
@@ -160,25 +208,25 @@ def _inspect_table(database, name, records, shown: int, exact: bool, where: str)
         first = list(itertools.islice(_walk(family, lambda rows: (rows.key(), rows.value())), SAMPLE_ROWS))
         table.take_sample([key for key, _ in first], [row for _, row in first], shown)
     except Exception as error:
-        table.problems.append(str(_mapped(error, f"{where}, table {name.stored}", database.path())))
+        table.problems.append(str(_mapped(error, folder, database.path(), name.stored)))
     finally:
         family.close()
     return table
 
 
-def _add_notes(report: Report, records) -> None:
+def _add_findings(report: Report, records) -> None:
     stored = {(table.model, table.table, table.generation) for table in report.tables}
     for model, tables in records.items():
         for table, record in tables.items():
             if (model, table, record.generation) not in stored and record.fingerprint:
-                report.notes.append(
+                report.problems.append(
                     f"the record of model {model} names table {table} in generation {record.generation}, which is not "
-                    f"there: the next start loads it again"
+                    f"there: the next start loads it again, unless it is read-only"
                 )
     for table in report.tables:
         if table.state == SUPERSEDED:
             table.notes.append("an old generation, or one that is being loaded; the next load of the model drops it")
         elif table.state == INCOMPLETE:
             table.notes.append("its first load is running or was cut short; the next start loads it again")
-        elif table.state == CURRENT and table.rows_exact and table.recorded_rows != table.rows:
-            table.notes.append(f"its folder had {table.recorded_rows} rows: keys occurred twice, or updates came in")
+        elif table.state == CURRENT and table.rows_exact and not table.problems:
+            table.compare_rows("restore the database, or delete it and load the model again")

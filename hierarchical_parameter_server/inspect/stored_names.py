@@ -14,7 +14,7 @@ RECORD_PREFIX = "hps.record/"  # of the names under which stores keep records
 MODEL_RECORD_PREFIX = "hps.model."  # of records that say which generation of a model's tables is current
 LOAD_CLAIM_PREFIX = "hps.load."  # of records by which a node says that it is loading a model
 RECORD_FIRST_LINE = "hps model record "
-RECORD_VERSION = "1"
+RECORD_VERSIONS = ("1", "2")  # 2: shared volatile stores that a load gave only some rows of a table
 
 _PART = r"[A-Za-z0-9_\-]{1,120}"
 _TABLE = re.compile(rf"(?P<prefix>hps_et|hctr_et)\.(?P<model>{_PART})\.(?P<table>{_PART})(@(?P<n>[1-9]\d*))?")
@@ -41,11 +41,15 @@ def parse_table_name(stored: str) -> StoredName | None:
 
 @dataclasses.dataclass(frozen=True)
 class TableRecord:
-    """What a model's record says of one table; an empty fingerprint: its first load has not ended."""
+    """What a model's record says of one table.
+
+    An empty fingerprint: its first load has not ended. all_rows: of so many, about, the load put `rows` in; 0: of all.
+    """
 
     generation: int
     rows: int
     fingerprint: str
+    all_rows: int = 0
 
 
 def parse_model_record(value: bytes, where: str) -> dict[str, TableRecord]:
@@ -53,19 +57,21 @@ def parse_model_record(value: bytes, where: str) -> dict[str, TableRecord]:
     text = value.decode("utf-8", "replace")
     lines = text.split("\n")
     version = lines[0].removeprefix(RECORD_FIRST_LINE)
-    if version != RECORD_VERSION:
+    if version not in RECORD_VERSIONS:
         if lines[0].startswith(RECORD_FIRST_LINE):
             raise DataLossError(
-                f"{where} has the format version {version!r}, and this program knows {RECORD_VERSION}: it was written "
-                f"by another version; use that one, or load the model anew"
+                f"{where} has the format version {version!r}, and this program knows {' and '.join(RECORD_VERSIONS)}: "
+                f"it was written by another version; use that one, or load the model anew"
             )
         raise DataLossError(f"{where} is no record of a model (it begins with {text[:32]!r})")
     tables = {}
+    numbers = 2 if version == "1" else 3
     for line in lines[1:-1]:
-        parts = line.split("\t", 3)
-        if len(parts) != 4 or not parts[0].isdigit() or not parts[1].isdigit():
+        parts = line.split("\t", numbers + 1)
+        if len(parts) != numbers + 2 or not all(part.isdigit() for part in parts[:numbers]):
             raise DataLossError(f"{where} cannot be understood: {line[:80]!r}")
-        tables[parts[2]] = TableRecord(int(parts[0]), int(parts[1]), parts[3])
+        generation, rows, *all_rows = map(int, parts[:numbers])
+        tables[parts[numbers]] = TableRecord(generation, rows, parts[numbers + 1], *all_rows)
     if lines[-1]:
         raise DataLossError(f"{where} ends in the middle of a line")
     return tables

@@ -104,7 +104,7 @@ def _canonical(config) -> tuple[dict[str, Any], str]:
         raise TypeError(
             f"config must be the path of a ps.json file, a dict or a ParameterServerConfig, not {type(config).__name__}"
         )
-    return json.loads(_native.parse_config(text, "<config>")), "<config>"
+    return json.loads(_native.parse_config(text, "configuration")), "configuration"
 
 
 def _most_rows(table: TablePlan, volatile: dict[str, Any]) -> int:

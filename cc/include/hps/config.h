@@ -126,14 +126,14 @@ struct ServerConfig {
   PersistentConfig persistent_db;
   UpdateSourceConfig update_source;
 
-  std::string origin;  // the file it was read from, or "<text>"
+  std::string origin;  // the file it was read from, or "configuration"
   // One line each, for the host to show once: keys without effect here, padded lists and the like.
   std::vector<std::string> information;
   std::vector<std::string> warnings;
 };
 
 // Parses and checks `json`. `origin` names it in errors. Paths stay as written.
-Result<ServerConfig> ParseConfig(std::string_view json, std::string_view origin = "<text>");
+Result<ServerConfig> ParseConfig(std::string_view json, std::string_view origin = "configuration");
 
 // Reads and parses a file, then makes paths absolute: a relative path is taken from the working directory, then from
 // the folder of the file; where both exist and are not the same, kInvalidArgument names both. kNotFound if there is no
@@ -142,7 +142,7 @@ Result<ServerConfig> LoadConfig(const std::string& path);
 
 // Parses one element of "models" (the form that ParameterServer::LoadModel takes).
 // *warnings, if given, receives what ServerConfig::warnings would.
-Result<ModelConfig> ParseModelConfig(std::string_view json, std::string_view origin = "<text>",
+Result<ModelConfig> ParseModelConfig(std::string_view json, std::string_view origin = "configuration",
                                      std::vector<std::string>* warnings = nullptr);
 
 // The path rule of LoadConfig for what came as text: `folder` is searched after the working directory ("": only that).

@@ -143,6 +143,12 @@ class TableStore {
   virtual Status WriteRecord(std::string_view name, std::string_view value) = 0;
   virtual Status EraseRecord(std::string_view name) = 0;
 
+  // Where a store knows which openings of it are still there: a name of this one that no other has ever had, and
+  // whether the one of a given name has been closed, or its process has died. Elsewhere the name is empty, and none is
+  // known to be gone.
+  virtual std::string MemberName() const { return ""; }
+  virtual bool MemberIsGone(std::string_view /*name*/) const { return false; }
+
   // Makes all earlier upserts, bulk ones included, as durable as the store can.
   virtual Status Flush() = 0;
   // Idempotent. Later calls on the store and its tables return kFailedPrecondition.

@@ -1,0 +1,101 @@
+"""Tables of recorded runs in the design notes: each is made from lines of benchmarks/results.
+
+A note holds them between `<!-- table NAME -->` and `<!-- end -->`; tools/generate_docs.py puts them there.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+def _records(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
+
+
+def _with_range(ratio: float, quartiles: list[float]) -> str:
+    return f"**{ratio:.2f}** ({quartiles[0]:.2f} .. {quartiles[1]:.2f})"
+
+
+def load_beside_lookups(records: list[dict]) -> str:
+    """One line a run: the lines that follow a `run` are its own."""
+    runs: list[tuple[dict, dict[str, dict]]] = []
+    run: dict = {}
+    for record in records:
+        if record["kind"] == "run":
+            run = record
+        elif record["kind"] == "load_beside_lookups":
+            if not runs or runs[-1][0] is not run:
+                runs.append((run, {}))
+            runs[-1][1][record["tiers"]] = record
+    tiers = list(dict.fromkeys(name for _, measured in runs for name in measured))
+    names = {"hash_map": "hash map", "rocks_db": "RocksDB"}
+    titles = [" and ".join(names.get(tier, tier) for tier in name.split(" + ")) for name in tiers]
+    head = ["version", "commit", "load average", "quiet p99 (us)", *titles]
+    lines = []
+    for about, measured in runs:
+        quiet = [f"{measured[name]['quiet_p99_us']:,.0f}" if name in measured else "" for name in tiers]
+        ratios = [
+            _with_range(measured[name]["p99_ratio"], measured[name]["p99_ratio_quartiles"]) if name in measured else ""
+            for name in tiers
+        ]
+        start = [about.get("version", ""), about.get("commit", ""), f"{about['load_average']:.1f}", " / ".join(quiet)]
+        lines.append([*start, *ratios])
+    return _table(head, lines)
+
+
+def cache_replacement(records: list[dict]) -> str:
+    workloads = {"zipf": "Zipf 1.05", "scan": "with a scan", "shift": "after a shift", "shifted": "later"}
+    cells: dict[str, dict[str, str]] = {}
+    for record in records:
+        if record["kind"] == "replacement" and record["batch"] == 4096:
+            text = f"{record['hit_rate']:.3f} ({record['hit_writes']:.3f})"
+            cells.setdefault(record["rule"], {})[record["workload"]] = text
+    lines = [[rule, *(cells[rule][workload] for workload in workloads)] for rule in cells]
+    return _table(["hit rate (part of the hits that write a mark)", *workloads.values()], lines)
+
+
+def redis(records: list[dict]) -> str:
+    head = ["nodes", "width", "keys in a call", "Fetch / raw pipelines (middle half of the rounds)"]
+    lines = [
+        [str(record["nodes"]), str(record["width"]), f"{record['batch']:,}"]
+        + [_with_range(record["ratio"], record["ratio_quartiles"])]
+        for record in records
+        if record["kind"] == "redis"
+    ]
+    return _table(head, lines)
+
+
+def rocksdb(records: list[dict]) -> str:
+    cases = {
+        "bulk load beside write batches of 10,000 sorted rows past the log": ("rocksdb_load", "bulk_over_batches"),
+        "bulk load beside our own upserts": ("rocksdb_load", "bulk_over_upserts"),
+        "`Fetch` of 65,536 keys, one thread, beside a loop of `Get`": ("rocksdb_fetch", "fetch_over_get_loop"),
+        "the same beside `MultiGet` of 10,000 keys as they come": ("rocksdb_fetch", "fetch_over_multi_get"),
+    }
+    sizes = sorted({record["row_bytes"] for record in records if record["kind"] != "run"})
+    values = {
+        (record["kind"], record["row_bytes"], field): value for record in records if record["kind"] != "run"
+        for field, value in record.items()
+    }  # fmt: skip
+    lines = [[what, *(f"{values[kind, size, field]:.1f}" for size in sizes)] for what, (kind, field) in cases.items()]
+    return _table(["times as fast", *(f"rows of {size} bytes" for size in sizes)], lines)
+
+
+# By the name in the marker: the lines, and what makes a table of them.
+TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
+    "load_beside_lookups": ("stack.jsonl", load_beside_lookups),
+    "cache_replacement": ("cache_replacement.jsonl", cache_replacement),
+    "redis": ("redis.jsonl", redis),
+    "rocksdb": ("rocksdb.jsonl", rocksdb),
+}
+
+
+def make(name: str) -> str:
+    lines, table = TABLES[name]
+    return table(_records(lines))
