@@ -87,10 +87,51 @@ def rocksdb(records: list[dict]) -> str:
     return _table(["times as fast", *(f"rows of {size} bytes" for size in sizes)], lines)
 
 
+def device_cache(records: list[dict]) -> str:
+    """A line for each width and distribution of the ids, a column for each size of the batch."""
+    sizes = sorted({record["keys"] for record in records if record["kind"] == "device_cache_hits"})
+    cells: dict[tuple[int, float], list[str]] = {}
+    for record in records:
+        if record["kind"] == "device_cache_hits":
+            text = f"{record['whole_ratio']:.2f} / {record['told_ratio']:.2f}"
+            cells.setdefault((record["width"], record["zipf"]), []).append(text)
+    lines = [[str(width), f"Zipf {zipf}" if zipf else "uniform", *texts] for (width, zipf), texts in cells.items()]
+    return _table(["width", "ids", *(f"{size:,} keys: whole / told" for size in sizes)], lines)
+
+
+def device_beside_writer(records: list[dict]) -> str:
+    head = ["width", "quiet median / p99 (us)", "beside updates", "p99 ratio", "updates, of the rate of copies"]
+    lines = [
+        [str(record["width"]), f"{record['quiet_us']:.0f} / {record['quiet_p99_us']:.0f}"]
+        + [f"{record['beside_us']:.0f} / {record['beside_p99_us']:.0f}"]
+        + [f"**{record['p99_ratio']:.2f}**", f"{record['updates_of_copy_rate']:.3f}"]
+        for record in records
+        if record["kind"] == "device_cache_beside_writer"
+    ]
+    return _table(head, lines)
+
+
+def device_lookup(records: list[dict]) -> str:
+    lines = []
+    for record in records:
+        if record["kind"] == "run":
+            continue
+        hits = record["kind"] == "device_lookup_hits"
+        what = f"{record['cache']} cache, all hit" if hits else f"dynamic cache, {record['missing_keys']:,.0f} missing"
+        call = f"{record['call_us']:.1f} / {record['call_p99_us']:.1f}" if hits else ""
+        rows = f"{record['rows_us']:.1f} / {record['rows_p99_us']:.1f}"
+        copy = "" if hits else f"{record['copy_us']:.1f}"
+        lines.append([str(record["width"]), f"{record['keys']:,}", what, call, rows, copy])
+    return _table(["width", "keys", "what", "call: median / p99", "rows: median / p99", "copy"], lines)
+
+
 # By the name in the marker: the lines, and what makes a table of them.
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "load_beside_lookups": ("stack.jsonl", load_beside_lookups),
     "cache_replacement": ("cache_replacement.jsonl", cache_replacement),
+    "device_cache": ("device_cache.jsonl", device_cache),
+    "device_beside_writer": ("device_cache.jsonl", device_beside_writer),
+    "device_lookup": ("device_lookup.jsonl", device_lookup),
     "redis": ("redis.jsonl", redis),
     "rocksdb": ("rocksdb.jsonl", rocksdb),
 }
