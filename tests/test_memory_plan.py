@@ -253,8 +253,9 @@ def test_gpu(tmp_path):
     assert set(plan.gpus) == {0, 1}
     gpu = plan.gpus[0]
     buckets = -(-5_000 // 7)
-    assert gpu.items["cached rows and their index"] == sum(buckets * (64 + 7 * width * 4) for width in (16, 32))
-    assert [table.gpu_bytes for table in plan.tables] == [buckets * (64 + 7 * width * 4) for width in (16, 32)]
+    caches = [buckets * (64 + 7 * width * 4) + 16 for width in (16, 32)]  # 16: what the kernels tell each other
+    assert gpu.items["cached rows and their index"] == sum(caches)
+    assert [table.gpu_bytes for table in plan.tables] == caches
     assert all(5_000 <= table.gpu_rows < 5_007 for table in plan.tables)
     # Two keys a sample: 200 positions of 28 bytes and their table, rows of 64 and 128 bytes with offsets and keys.
     assert gpu.items["buffers of whole batches"] == pytest.approx(200 * (28 + 16) + 100 * (64 + 128), rel=0.2)

@@ -76,7 +76,7 @@ LAYERS = (
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
-    Layer("benchmarks", (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/"), ("hiredis/", "rocksdb/")),
+    Layer("benchmarks", (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/"), ("cuda", "hiredis/", "rocksdb/")),
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")
