@@ -120,9 +120,9 @@ def device_lookup(records: list[dict]) -> str:
         what = f"{record['cache']} cache, all hit" if hits else f"dynamic cache, {record['missing_keys']:,.0f} missing"
         call = f"{record['call_us']:.1f} / {record['call_p99_us']:.1f}" if hits else ""
         rows = f"{record['rows_us']:.1f} / {record['rows_p99_us']:.1f}"
-        copy = "" if hits else f"{record['copy_us']:.1f}"
-        lines.append([str(record["width"]), f"{record['keys']:,}", what, call, rows, copy])
-    return _table(["width", "keys", "what", "call: median / p99", "rows: median / p99", "copy"], lines)
+        alone = ["", ""] if hits else [f"{record['fetch_us']:.1f}", f"{record['copy_us']:.1f}"]
+        lines.append([str(record["width"]), f"{record['keys']:,}", what, call, rows, *alone])
+    return _table(["width", "keys", "what", "call: median / p99", "rows: median / p99", "fetch", "copy"], lines)
 
 
 # By the name in the marker: the lines, and what makes a table of them.

@@ -1,7 +1,9 @@
-// The suites of caches and lookups over the first GPU. Built where CUDA is, run by `./dev test-gpu`; without a GPU it
-// fails.
+// The suites of caches and lookups over the first GPU and, where there are several, over the last one, which is not the
+// threads' current device. Built where CUDA is, run by `./dev test-gpu`; without a GPU it fails.
 
 #include <iostream>
+#include <string>
+#include <vector>
 
 #include "cc/tests/cache_conformance.h"
 #include "cc/tests/device_lookup_suite.h"
@@ -10,17 +12,25 @@
 namespace hps::testing {
 namespace {
 
-std::shared_ptr<cuda::Device> OpenFirstGpu() {
+std::shared_ptr<cuda::Device> OpenGpu(int ordinal) {
   int error = 0;
-  std::shared_ptr<cuda::Device> device = cuda::OpenCudaDevice(0, &error);
+  std::shared_ptr<cuda::Device> device = cuda::OpenCudaDevice(ordinal, &error);
   if (device == nullptr) std::cout << "no GPU: " << cuda::ErrorText(error) << std::endl;
   return device;
 }
 
-INSTANTIATE_TEST_SUITE_P(All, CacheConformance, ::testing::Values(CacheFixture{"Gpu", OpenFirstGpu}),
+std::vector<CacheFixture> Gpus() {
+  int count = 0;
+  (void)cuda::CudaDeviceCount(&count);
+  std::vector<CacheFixture> gpus = {{"Gpu0", [] { return OpenGpu(0); }}};
+  if (count > 1) gpus.push_back({"Gpu" + std::to_string(count - 1), [count] { return OpenGpu(count - 1); }});
+  return gpus;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CacheConformance, ::testing::ValuesIn(Gpus()),
                          [](const auto& info) { return info.param.name; });
 
-INSTANTIATE_TEST_SUITE_P(All, DeviceLookupSuite, ::testing::Values(CacheFixture{"Gpu", OpenFirstGpu}),
+INSTANTIATE_TEST_SUITE_P(All, DeviceLookupSuite, ::testing::ValuesIn(Gpus()),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace
