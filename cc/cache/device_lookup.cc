@@ -122,6 +122,7 @@ Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::sp
   }
   // The last part that begins at or before the position; empty parts before it share its beginning.
   const auto part_of = [&](uint32_t position) {
+    if (parts.size() == 1) return size_t{0};
     return static_cast<size_t>(std::upper_bound(begins.begin(), begins.begin() + static_cast<ptrdiff_t>(parts.size()),
                                                 uint64_t{position}) -
                                begins.begin()) -

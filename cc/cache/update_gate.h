@@ -39,7 +39,10 @@ class UpdateGate {
     for (const Key key : keys) updated_[PlaceOf(cache, key)] = now;
     clock_.store(now, std::memory_order_release);
   }
-  bool UpdatedSince(uint32_t cache, Key key, uint64_t stamp) const { return updated_[PlaceOf(cache, key)] > stamp; }
+  // Where nothing was updated since, as most of the time, no key's place is looked at: they lie far apart in memory.
+  bool UpdatedSince(uint32_t cache, Key key, uint64_t stamp) const {
+    return clock_.load(std::memory_order_relaxed) != stamp && updated_[PlaceOf(cache, key)] > stamp;
+  }
 
   // `event` was recorded behind a fill. It may be recorded again later, behind work that follows the fill.
   void NoteFill(cudaEvent_t event) {
