@@ -306,6 +306,9 @@ class Builder {
     }
     bool fill_volatile = false;
     if (volatile_) HPS_RETURN_IF_ERROR(OpenVolatile(table, cache_rows, &stack, &fill_volatile));
+    if (volatile_ && !persistent_ && !options_.load_volatile) {
+      HPS_RETURN_IF_ERROR(CheckFilledByOthers(*stack.volatile_tier.table));
+    }
 
     model_table.source = from_folder ? "folder" : "persistent";
     if (from_folder) {
@@ -500,6 +503,17 @@ class Builder {
       }
       if (created.status().code() != StatusCode::kAlreadyExists) return created.status();
     }
+  }
+
+  // Of the only tier of a model, into which nothing is to be loaded.
+  Status CheckFilledByOthers(const Table& table) const {
+    HPS_ASSIGN_OR_RETURN(const TableStats stats, table.Stats());
+    if (stats.rows > 0) return OkStatus();
+    return FailedPrecondition(
+        std::string("the volatile tier holds no row of this table, volatile_db.initialize_after_startup is false and "
+                    "there is no persistent_db: every key would be answered with the default value; ") +
+        (shared_ ? "load the model with another node first, or set initialize_after_startup to true here"
+                 : "set initialize_after_startup to true: nobody else can fill a hash map of this process"));
   }
 
   TableSpec Spec(const TableConfig& table) const {

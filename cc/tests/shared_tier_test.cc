@@ -442,10 +442,9 @@ TEST_F(SharedTierTest, ItNeverShadowsNewerRowsOfTheDatabase) {
 }
 
 TEST_F(SharedTierTest, ATierThatIsNotInitialisedServesWhatItHolds) {
-  // Nothing there: made, and left empty.
-  auto empty = Start({Version(1)}, "", AsItIs);
-  ExpectRows(Lookup(*empty, "m", 0, kWidth, kKeys), kKeys, 0);
-  ASSERT_OK(empty->Close());
+  ExpectError(TryStart({Version(1)}, "", AsItIs).status(), StatusCode::kFailedPrecondition,
+              {"model 'm'", "table 't'", "no row of this table", "no persistent_db", "another node first"});
+  EXPECT_EQ(Stored(), Names{}) << "nothing is left behind";
   // Another node loads a version; a node that loads nothing serves it, whatever its folder says.
   ExpectVersion(*Start({Version(2)}), 2);
   auto server = Start({Version(1)}, "", AsItIs);
@@ -479,6 +478,13 @@ class TierStartTest : public SharedTierTest {
     return Value(ParameterServer::Open(config, {.show_progress = false}));
   }
 };
+
+TEST_F(TierStartTest, AHashMapThatNobodyFillsIsRefused) {
+  ServerConfig config = MakeServer(Tiers::kVolatile, folder_ / "database", {Version(1)});
+  AsItIs(&config);
+  ExpectError(ParameterServer::Open(config, {.show_progress = false}).status(), StatusCode::kFailedPrecondition,
+              {"model 'm'", "table 't'", "initialize_after_startup to true"});
+}
 
 TEST_F(TierStartTest, AVolatileTierThatIsNotInitialisedFillsWithWhatIsAsked) {
   auto server = Open(Tiers::kBoth, [](ServerConfig* config) {
