@@ -73,6 +73,14 @@ def ops():
     return library
 
 
+def compiled_by_xla() -> bool:
+    """Whether the function that is being traced, or one around it, has ``jit_compile=True``."""
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 @functools.cache
 def predecessor_ops():
     """Registers the predecessor's bare op names `Init` and `Lookup`."""

@@ -80,8 +80,9 @@ def _add_inspect(commands) -> None:
     redis.add_argument("--tls-ca", metavar="PATH", help="file or folder of trusted certificates")
     redis.add_argument("--tls-cert", metavar="FILE", help="certificate of this client")
     redis.add_argument("--tls-key", metavar="FILE", help="its key")
-    redis.add_argument("--tls-server-name", metavar="NAME", help="name to ask for and check at all nodes "
-                       "(default: the host in PLACE)")
+    redis.add_argument(
+        "--tls-server-name", metavar="NAME", help="name to ask for and check at all nodes (default: the host in PLACE)"
+    )
     redis.add_argument("--timeout", metavar="SECONDS", type=float, default=5.0, help="for an answer (default: 5)")
 
 

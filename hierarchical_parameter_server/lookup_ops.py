@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import tensorflow as tf
 
 from . import _native
+from .errors import UnimplementedError
 from .resource import ServerResource
 
 COMBINERS = ("sum", "mean", "sqrtn")
@@ -69,6 +70,14 @@ def check_keys(ids: tf.Tensor) -> tf.Tensor:
     )
 
 
+def _refuse_xla() -> None:
+    if _native.compiled_by_xla():
+        raise UnimplementedError(
+            "lookups cannot be compiled by XLA: they ask a parameter server. Take the lookup out of the "
+            "tf.function(jit_compile=True) and compile what follows it: see docs/layers.md"
+        )
+
+
 def _table_attributes(tables: Sequence[TableRef]) -> dict:
     model = tables[0].model
     names = [table.table for table in tables]
@@ -90,9 +99,13 @@ def lookup(server: ServerResource, keys: Sequence[tf.Tensor], tables: Sequence[T
         tables: the tables.
         with_found: also return the found masks.
 
+    Raises:
+        UnimplementedError: inside a ``tf.function(jit_compile=True)``.
+
     Returns:
         A list of float32 tensors of shape S + [width]; with ``with_found`` also a list of bool tensors of shape S.
     """
+    _refuse_xla()
     rows, found = _native.ops().hierarchical_parameter_server_lookup(
         server=server.handle, keys=keys, M=len(tables) if with_found else 0, **_table_attributes(tables)
     )
@@ -114,6 +127,7 @@ def lookup_sparse(
     Returns:
         Per table float32 [rows, width]; rows without ids are zeros.
     """
+    _refuse_xla()
     return _native.ops().hierarchical_parameter_server_lookup_sparse(
         server=server.handle,
         keys=[part.ids for part in segments],

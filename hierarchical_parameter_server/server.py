@@ -170,9 +170,9 @@ def Init(ps_config_file: str | os.PathLike | None = None, global_batch_size: int
         raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
     import tensorflow as tf
 
-    _native.ops()
-    _native.init_default_server(os.fspath(ps_config_file))
-    with tf.init_scope():
+    with tf.init_scope(), tf.device("CPU:0"):
+        _native.ops().hierarchical_parameter_server_use_devices()
+        _native.init_default_server(os.fspath(ps_config_file))
         return tf.constant("OK")
 
 

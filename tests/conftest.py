@@ -79,7 +79,7 @@ class Tables:
         return self.rows[name][np.asarray(ids)]
 
 
-def make_tables(folder, seed=SEED) -> Tables:
+def make_tables(folder, seed=SEED, **more) -> Tables:
     folder = pathlib.Path(folder)
     print(f"tables: seed {seed}")
     rng = np.random.default_rng(seed)
@@ -89,7 +89,8 @@ def make_tables(folder, seed=SEED) -> Tables:
     rows["extreme"] = rng.normal(size=(len(EXTREME_KEYS), 3)).astype("f4")
     write_table(folder / "extreme", EXTREME_KEYS, rows["extreme"])
     places = {name: (folder / name, table_rows.shape[1]) for name, table_rows in rows.items()}
-    model = model_config("main", places, max_batch_size=4, default_value_for_each_table=[DEFAULT_VALUE] * len(places))
+    defaults = [DEFAULT_VALUE] * len(places)
+    model = model_config("main", places, max_batch_size=4, default_value_for_each_table=defaults, **more)
     return Tables(folder, write_config(folder / "ps.json", [model]), rows)
 
 

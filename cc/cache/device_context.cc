@@ -40,12 +40,22 @@ Status DeviceContext::CheckAlive() const {
   return failure_;
 }
 
+Result<uint64_t> DeviceContext::FreeMemory() {
+  if (allocator_ != nullptr) {
+    if (const auto free = allocator_->FreeBytes()) return *free;
+  }
+  uint64_t free = 0;
+  HPS_RETURN_IF_ERROR(Check(device_->FreeMemory(&free), "asking for its free memory"));
+  return free;
+}
+
 Result<DeviceMemory> DeviceMemory::Allocate(DeviceContext& context, size_t bytes, std::string_view purpose) {
   void* data = nullptr;
   int error = 0;
   if (context.allocator_ != nullptr) {
     data = context.allocator_->Allocate(bytes);
-    if (data == nullptr) error = cuda::kErrorOutOfMemory;
+    error = data == nullptr ? cuda::kErrorOutOfMemory : context.device().Synchronize();
+    if (error != 0 && data != nullptr) context.allocator_->Free(data);
   } else {
     error = context.device().Allocate(bytes, &data);
   }

@@ -26,7 +26,8 @@ namespace hps {
 
 class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
  public:
-  // Without an allocator memory comes from the device itself (cudaMalloc).
+  // Without an allocator memory comes from the device itself (cudaMalloc). What an allocator lends may be in use by work
+  // that its owner has launched; it is waited for.
   static std::shared_ptr<DeviceContext> Make(std::shared_ptr<cuda::Device> device,
                                              std::shared_ptr<DeviceAllocator> allocator = nullptr);
 
@@ -40,6 +41,8 @@ class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
   Status Check(int error, std::string_view what);
   // The failure, or OK.
   Status CheckAlive() const;
+  // Bytes that can still be allocated, as far as the allocator or else the device knows.
+  Result<uint64_t> FreeMemory();
 
  private:
   friend class DeviceMemory;

@@ -44,4 +44,22 @@ Result<std::shared_ptr<cuda::Device>> OpenDevice(int ordinal) {
 
 #endif
 
+DeviceSource OnlyDevices(const DeviceSource& source, const DeviceAllocators& devices) {
+  DeviceSource only = source;
+  if (devices.empty()) only.count = [] { return 0; };
+  only.open = [devices, open = source.open](int ordinal) -> Result<std::shared_ptr<cuda::Device>> {
+    if (devices.contains(ordinal)) return open(ordinal);
+    std::string there;
+    for (const auto& [each, allocator] : devices) there += (there.empty() ? "" : ", ") + std::to_string(each);
+    return InvalidArgument("GPU " + std::to_string(ordinal) +
+                           " is in a deployed_device_list, but this process's framework does not use it, only " + there +
+                           "; change the list, or let the framework see that GPU");
+  };
+  only.allocator = [devices](int ordinal) {
+    const auto found = devices.find(ordinal);
+    return found == devices.end() ? nullptr : found->second;
+  };
+  return only;
+}
+
 }  // namespace hps

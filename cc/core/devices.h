@@ -8,10 +8,12 @@
 
 #include <chrono>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 
 #include "cuda_kernels/device.h"
+#include "hps/embedding_cache.h"
 #include "hps/status.h"
 
 namespace hps {
@@ -26,8 +28,15 @@ Result<std::shared_ptr<cuda::Device>> OpenDevice(int ordinal);
 struct DeviceSource {
   std::function<int()> count = [] { return DeviceCount(); };
   std::function<Result<std::shared_ptr<cuda::Device>>(int ordinal)> open = OpenDevice;
+  // nullptr: memory comes from the device itself.
+  std::function<std::shared_ptr<DeviceAllocator>(int ordinal)> allocator = [](int) { return nullptr; };
   std::chrono::milliseconds trim_interval{10'000};  // workspaces that were not needed for so long are given back
 };
+
+using DeviceAllocators = std::map<int, std::shared_ptr<DeviceAllocator>>;  // by ordinal; nullptr: the device itself
+
+// Of the source's devices those that the map names, with its allocators. Opening another one is kInvalidArgument.
+DeviceSource OnlyDevices(const DeviceSource& source, const DeviceAllocators& devices);
 
 }  // namespace hps
 

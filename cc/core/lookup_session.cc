@@ -311,6 +311,13 @@ Status LookupSession::LookupSparse(std::span<const SparseLookup> lookups, const 
   return CaughtStatus("the lookup");
 }
 
+Result<bool> LookupSession::IsServedOnDevice(int device) const {
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  if (model->caches == nullptr) return false;
+  HPS_RETURN_IF_ERROR(FindCaches(model->config, model->caches.get(), device).status());
+  return true;
+}
+
 Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPart> lookups, DeviceStream stream,
                                      const LookupOptions& options, LookupReport* report) const {
   CallTimer timer(slot_->lookup_seconds());

@@ -20,7 +20,7 @@ Result<ServerDevices::Shared*> ServerDevices::Open(int device) {
   if (const auto found = devices_.find(device); found != devices_.end()) return &found->second;
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<cuda::Device> opened, source_.open(device));
   Shared& shared = devices_[device];
-  shared.context = DeviceContext::Make(std::move(opened));
+  shared.context = DeviceContext::Make(std::move(opened), source_.allocator(device));
   return &shared;
 }
 
@@ -42,10 +42,10 @@ Status ServerDevices::CheckFreeMemory(const std::vector<Need>& needs) {
   for (const Need& need : needs) by_device[need.device].push_back(&need);
   std::lock_guard lock(mutex_);
   for (const auto& [device, wants] : by_device) {
-    HPS_ASSIGN_OR_RETURN(Shared * shared, Open(device));
-    uint64_t free = 0;
-    HPS_RETURN_IF_ERROR(
-        shared->context->Check(shared->context->device().FreeMemory(&free), "asking for its free memory"));
+    auto opened = Open(device);
+    if (!opened.ok()) return opened.status().WithContext("model '" + wants.front()->model + "'");
+    Shared* const shared = *opened;
+    HPS_ASSIGN_OR_RETURN(const uint64_t free, shared->context->FreeMemory());
     uint64_t bytes = shared->writer == nullptr ? CacheWriter::kBufferBytes : 0;
     for (const Need* want : wants) bytes += want->bytes;
     if (bytes <= free) continue;

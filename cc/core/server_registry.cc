@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cc/base/fork_guard.h"
+#include "cc/core/devices.h"
 
 namespace hps {
 namespace {
@@ -30,6 +31,7 @@ struct Registry {
   std::shared_ptr<ParameterServer> default_server;
   std::map<std::string, std::shared_ptr<Entry>> entries;  // by configuration hash
   std::unordered_map<std::string, Handle> handles;
+  DeviceAllocators devices;
 };
 
 Registry& Instance() { return ProcessInstance<Registry>(); }
@@ -48,10 +50,12 @@ Result<std::shared_ptr<ParameterServer>> OpenSharedServer(const ServerConfig& co
   std::lock_guard lock(entry->mutex);
   std::shared_ptr<ParameterServer> server = entry->server.lock();
   if (server && !server->closed()) return server;
-  // Its users, the ops, look up on the host: caches on devices would take memory for nobody.
-  ServerOptions on_host = options;
-  on_host.device_caches = false;
-  HPS_ASSIGN_OR_RETURN(server, ParameterServer::Open(config, on_host));
+  ServerOptions with_devices = options;
+  if (with_devices.devices == nullptr) {
+    std::lock_guard lock(registry.mutex);
+    with_devices.devices = std::make_shared<const DeviceSource>(OnlyDevices(DeviceSource(), registry.devices));
+  }
+  HPS_ASSIGN_OR_RETURN(server, ParameterServer::Open(config, with_devices));
   entry->server = server;
   return server;
 }
@@ -130,6 +134,12 @@ Result<std::shared_ptr<ParameterServer>> ServerOfHandle(const std::string& handl
   auto found = registry.handles.find(handle);
   if (found != registry.handles.end()) closed = std::exchange(found->second.server, server);
   return server;
+}
+
+void AddDevice(int ordinal, std::shared_ptr<DeviceAllocator> allocator) {
+  Registry& registry = Instance();
+  std::lock_guard lock(registry.mutex);
+  registry.devices.emplace(ordinal, std::move(allocator));
 }
 
 void ReleaseHandle(const std::string& handle) {

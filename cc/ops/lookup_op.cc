@@ -2,6 +2,7 @@
 // lookups of one function run side by side, and none is folded into a constant.
 
 #include "cc/ops/lookup_kernel.h"
+#include "tensorflow/core/common_runtime/input_colocation_exemption_registry.h"
 #include "tensorflow/core/framework/op.h"
 
 namespace hps {
@@ -64,48 +65,73 @@ class LookupOp : public tf::OpKernel {
   bool IsExpensive() override { return true; }
 
   void Compute(tf::OpKernelContext* context) override {
-    auto session = SessionOf(tf::HandleFromInput(context, 0).name(), attributes_.model);
+    auto session = SessionOf(context, tf::HandleFromInput(context, 0).name(), attributes_.model);
     OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
-    const int tables = static_cast<int>(attributes_.widths.size());
-    std::vector<DenseLookup> lookups(tables);
-    std::vector<tf::Tensor> wide_keys(tables);
-    for (int i = 0; i < tables; ++i) {
-      const tf::Tensor& keys = context->input(1 + i);
-      DenseLookup& lookup = lookups[i];
-      auto table = attributes_.Table(*session, i);
-      OP_REQUIRES_OK(context, ToTensorFlow(table.status()));
-      lookup.table = *table;
-      lookup.width = static_cast<uint32_t>(attributes_.widths[i]);
-      OP_REQUIRES_OK(context, KeysOf<T>(context, keys, &wide_keys[i], &lookup.keys));
-      tf::TensorShape shape = keys.shape();
-      OP_REQUIRES_OK(context, shape.AddDimWithStatus(attributes_.widths[i]));
-      tf::Tensor* rows = nullptr;
-      OP_REQUIRES_OK(context, context->allocate_output(i, shape, &rows));
-      lookup.rows = rows->flat<float>().data();
-      if (found_count_ == 0) continue;
-      tf::Tensor* found = nullptr;
-      OP_REQUIRES_OK(context, context->allocate_output(tables + i, keys.shape(), &found));
-      lookup.found = found->flat<bool>().data();
-    }
+    // Caches do not tell whether a tier holds a key.
+    auto gpu = found_count_ == 0 ? ServingGpu(context, *session) : -1;
+    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
     TensorFlowExecutor executor(context);
-    LookupOptions options;
-    options.executor = &executor;
     const OpCancellation cancellation(context);
-    options.cancelled = cancellation.flag();
-    OP_REQUIRES_OK(context, ToTensorFlow(session->Lookup(lookups, options)));
+    const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
+    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options)
+                                      : LookupOnHost(context, *session, options));
   }
 
  private:
+  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session, const LookupOptions& options) {
+    const int tables = static_cast<int>(attributes_.widths.size());
+    HostTensors tensors(context);
+    std::vector<DenseLookup> lookups(tables);
+    std::vector<tf::Tensor> keys(tables);
+    std::vector<tf::Tensor> wide_keys(tables);
+    for (int i = 0; i < tables; ++i) {
+      DenseLookup& lookup = lookups[i];
+      TF_RETURN_IF_ERROR(attributes_.SetTable(session, i, &lookup));
+      TF_RETURN_IF_ERROR(tensors.Input(1 + i, &keys[i]));
+      TF_RETURN_IF_ERROR(KeysOf<T>(tensors, keys[i], &wide_keys[i], &lookup.keys));
+      tf::TensorShape shape = keys[i].shape();
+      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attributes_.widths[i]));
+      tf::Tensor rows;
+      TF_RETURN_IF_ERROR(tensors.AllocateOutput(i, shape, &rows));
+      lookup.rows = rows.flat<float>().data();
+      if (found_count_ == 0) continue;
+      tf::Tensor found;
+      TF_RETURN_IF_ERROR(tensors.AllocateOutput(tables + i, keys[i].shape(), &found));
+      lookup.found = found.flat<bool>().data();
+    }
+    TF_RETURN_IF_ERROR(ToTensorFlow(session.Lookup(lookups, options)));
+    return tensors.Finish();
+  }
+
+  absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu,
+                           const LookupOptions& options) {
+    const int tables = static_cast<int>(attributes_.widths.size());
+    std::vector<DeviceLookupPart> lookups(tables);
+    std::vector<tf::Tensor> wide_keys(tables);
+    for (int i = 0; i < tables; ++i) {
+      DeviceLookupPart& lookup = lookups[i];
+      const tf::Tensor& keys = context->input(1 + i);
+      TF_RETURN_IF_ERROR(attributes_.SetTable(session, i, &lookup));
+      TF_RETURN_IF_ERROR(SetDeviceKeys<T>(context, keys, &wide_keys[i], &lookup));
+      tf::TensorShape shape = keys.shape();
+      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attributes_.widths[i]));
+      tf::Tensor* rows = nullptr;
+      TF_RETURN_IF_ERROR(context->allocate_output(i, shape, &rows));
+      lookup.rows = rows->flat<float>().data();
+    }
+    return ToTensorFlow(session.LookupOnDevice(gpu, lookups, StreamOf(context), options));
+  }
+
   LookupAttributes attributes_;
   int found_count_ = 0;
 };
 
-REGISTER_KERNEL_BUILDER(
-    Name("HierarchicalParameterServer>Lookup").Device(tf::DEVICE_CPU).TypeConstraint<int32_t>("Tkeys"),
-    LookupOp<int32_t>);
-REGISTER_KERNEL_BUILDER(
-    Name("HierarchicalParameterServer>Lookup").Device(tf::DEVICE_CPU).TypeConstraint<int64_t>("Tkeys"),
-    LookupOp<int64_t>);
+HPS_REGISTER_LOOKUP("HierarchicalParameterServer>Lookup", LookupOp, "Tkeys", .HostMemory("server"));
 
 }  // namespace
 }  // namespace hps
+
+namespace tensorflow {
+// The handle stays on the CPU, wherever the lookup runs.
+REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>Lookup");
+}

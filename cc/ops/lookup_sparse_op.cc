@@ -1,9 +1,11 @@
 // HierarchicalParameterServer>LookupSparse: probe, gather, weight and combine in one op, several tables in one call.
+// Inputs of one kind are all tables' one after another: server, keys, segments, dense shapes, weights.
 
 #include <algorithm>
 #include <limits>
 
 #include "cc/ops/lookup_kernel.h"
+#include "tensorflow/core/common_runtime/input_colocation_exemption_registry.h"
 #include "tensorflow/core/framework/op.h"
 
 namespace hps {
@@ -74,29 +76,49 @@ combined: per table, float32 [rows, width]; an output row without keys is zero.
 combiners: per table.
 )doc");
 
-// Output row of each key -> offsets [rows + 1]. Checks every index against the shape. The number of rows is whatever
-// the caller says, so the memory is TensorFlow's, which refuses what is too much.
-absl::Status SplitsFromIndices(tf::OpKernelContext* context, const tf::Tensor& indices, const tf::Tensor& dense_shape,
-                               int64_t keys, tf::Tensor* splits_tensor) {
-  if (indices.dims() != 2 || indices.dim_size(0) != keys) {
-    return absl::InvalidArgumentError("sparse ids: indices must have the shape [" + std::to_string(keys) +
-                                      ", rank], one line per id, but have " + indices.shape().DebugString());
+// Shapes of ids and segments; *rows is set to the number of output rows.
+absl::Status CheckShapes(bool row_splits, const tf::Tensor& keys, const tf::Tensor& segments,
+                         const tf::Tensor& dense_shape, int64_t* rows) {
+  if (keys.dims() != 1) {
+    return absl::InvalidArgumentError("sparse ids: values must have rank 1, but have the shape " +
+                                      keys.shape().DebugString());
   }
-  const int64_t rank = indices.dim_size(1);
+  if (row_splits) {
+    if (segments.dims() != 1 || segments.NumElements() < 1) {
+      return absl::InvalidArgumentError("ragged ids: row_splits must have the shape [rows + 1], but have " +
+                                        segments.shape().DebugString());
+    }
+    *rows = segments.NumElements() - 1;
+    return absl::OkStatus();
+  }
+  if (segments.dims() != 2 || segments.dim_size(0) != keys.NumElements()) {
+    return absl::InvalidArgumentError("sparse ids: indices must have the shape [" + std::to_string(keys.NumElements()) +
+                                      ", rank], one line per id, but have " + segments.shape().DebugString());
+  }
+  const int64_t rank = segments.dim_size(1);
   if (dense_shape.dims() != 1 || dense_shape.dim_size(0) != rank || rank < 1) {
     return absl::InvalidArgumentError("sparse ids: dense_shape must have " + std::to_string(rank) +
                                       " entries to match the indices, but has the shape " +
                                       dense_shape.shape().DebugString());
   }
+  *rows = dense_shape.flat<int64_t>()(0);
+  if (*rows < 0) return absl::InvalidArgumentError("sparse ids: dense_shape[0] is negative: " + std::to_string(*rows));
+  tf::TensorShape shape;
+  if (*rows == std::numeric_limits<int64_t>::max() || !tf::TensorShape::BuildTensorShape({*rows + 1}, &shape).ok()) {
+    return absl::InvalidArgumentError("sparse ids: dense_shape[0] is too large: " + std::to_string(*rows));
+  }
+  return absl::OkStatus();
+}
+
+// Output row of each key -> offsets [rows + 1]. Checks every index against the shape. The number of rows is whatever
+// the caller says, so the memory is TensorFlow's, which refuses what is too much.
+absl::Status SplitsFromIndices(const HostTensors& tensors, const tf::Tensor& indices, const tf::Tensor& dense_shape,
+                               int64_t keys, tf::Tensor* splits_tensor) {
+  const int64_t rank = indices.dim_size(1);
   const int64_t* index = indices.flat<int64_t>().data();
   const int64_t* bound = dense_shape.flat<int64_t>().data();
   const int64_t rows = bound[0];
-  if (rows < 0) return absl::InvalidArgumentError("sparse ids: dense_shape[0] is negative: " + std::to_string(rows));
-  tf::TensorShape shape;
-  if (rows == std::numeric_limits<int64_t>::max() || !tf::TensorShape::BuildTensorShape({rows + 1}, &shape).ok()) {
-    return absl::InvalidArgumentError("sparse ids: dense_shape[0] is too large: " + std::to_string(rows));
-  }
-  TF_RETURN_IF_ERROR(context->allocate_temp(tf::DT_INT64, shape, splits_tensor));
+  TF_RETURN_IF_ERROR(tensors.AllocateTemp(tf::DT_INT64, {rows + 1}, splits_tensor));
   int64_t* splits = reinterpret_cast<int64_t*>(splits_tensor->flat<int64_t>().data());
   int64_t row = -1;  // the output row whose keys are being counted
   for (int64_t i = 0; i < keys; ++i, index += rank) {
@@ -116,6 +138,11 @@ absl::Status SplitsFromIndices(tf::OpKernelContext* context, const tf::Tensor& i
   std::fill(splits + row + 1, splits + rows + 1, keys);
   return absl::OkStatus();
 }
+
+// What a lookup in host memory points to.
+struct HeldTensors {
+  tf::Tensor keys, segments, weights, wide_keys, splits;
+};
 
 template <typename T>
 class LookupSparseOp : public tf::OpKernel {
@@ -144,73 +171,111 @@ class LookupSparseOp : public tf::OpKernel {
   bool IsExpensive() override { return true; }
 
   void Compute(tf::OpKernelContext* context) override {
-    auto session = SessionOf(tf::HandleFromInput(context, 0).name(), attributes_.model);
+    auto session = SessionOf(context, tf::HandleFromInput(context, 0).name(), attributes_.model);
     OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
-    const int tables = static_cast<int>(attributes_.widths.size());
-    std::vector<SparseLookup> lookups(tables);
-    std::vector<tf::Tensor> wide_keys(tables);
-    std::vector<tf::Tensor> splits(tables);
-    for (int i = 0; i < tables; ++i) {
-      SparseLookup& lookup = lookups[i];
-      const tf::Tensor& keys = context->input(1 + i);
-      const tf::Tensor& segments = context->input(1 + tables + i);
-      OP_REQUIRES(context, keys.dims() == 1,
-                  absl::InvalidArgumentError("sparse ids: values must have rank 1, but have the shape " +
-                                             keys.shape().DebugString()));
-      auto table = attributes_.Table(*session, i);
-      OP_REQUIRES_OK(context, ToTensorFlow(table.status()));
-      lookup.table = *table;
-      lookup.width = static_cast<uint32_t>(attributes_.widths[i]);
-      lookup.combiner = combiners_[i];
-      OP_REQUIRES_OK(context, KeysOf<T>(context, keys, &wide_keys[i], &lookup.keys));
-      if (row_splits_) {
-        OP_REQUIRES(context, segments.dims() == 1 && segments.NumElements() >= 1,
-                    absl::InvalidArgumentError("ragged ids: row_splits must have the shape [rows + 1], but have " +
-                                               segments.shape().DebugString()));
-        lookup.row_splits = std::span(reinterpret_cast<const int64_t*>(segments.flat<int64_t>().data()),
-                                      static_cast<size_t>(segments.NumElements()));
-      } else {
-        OP_REQUIRES_OK(context, SplitsFromIndices(context, segments, context->input(1 + 2 * tables + i),
-                                                  keys.NumElements(), &splits[i]));
-        lookup.row_splits = std::span(reinterpret_cast<const int64_t*>(splits[i].flat<int64_t>().data()),
-                                      static_cast<size_t>(splits[i].NumElements()));
-      }
-      if (weight_count_ > 0) {
-        const tf::Tensor& weights = context->input(1 + 3 * tables + i);
-        OP_REQUIRES(context, weights.NumElements() == keys.NumElements(),
-                    absl::InvalidArgumentError("sparse weights: there are " + std::to_string(weights.NumElements()) +
-                                               " weights for " + std::to_string(keys.NumElements()) +
-                                               " ids; each id needs one weight"));
-        lookup.weights = std::span(weights.flat<float>().data(), static_cast<size_t>(weights.NumElements()));
-      }
-      tf::Tensor* output = nullptr;
-      tf::TensorShape shape;
-      OP_REQUIRES_OK(context, tf::TensorShape::BuildTensorShape(
-                                  {static_cast<int64_t>(lookup.row_splits.size()) - 1, attributes_.widths[i]}, &shape));
-      OP_REQUIRES_OK(context, context->allocate_output(i, shape, &output));
-      lookup.output = output->flat<float>().data();
-    }
+    auto gpu = ServingGpu(context, *session);
+    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
     TensorFlowExecutor executor(context);
-    LookupOptions options;
-    options.executor = &executor;
     const OpCancellation cancellation(context);
-    options.cancelled = cancellation.flag();
-    OP_REQUIRES_OK(context, ToTensorFlow(session->LookupSparse(lookups, options)));
+    const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
+    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options)
+                                      : LookupOnHost(context, *session, options));
   }
 
  private:
+  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session, const LookupOptions& options) {
+    const int tables = static_cast<int>(attributes_.widths.size());
+    HostTensors tensors(context);
+    std::vector<SparseLookup> lookups(tables);
+    std::vector<HeldTensors> held(tables);
+    for (int i = 0; i < tables; ++i) {
+      SparseLookup& lookup = lookups[i];
+      HeldTensors& of = held[i];
+      TF_RETURN_IF_ERROR(attributes_.SetTable(session, i, &lookup));
+      TF_RETURN_IF_ERROR(tensors.Input(1 + i, &of.keys));
+      TF_RETURN_IF_ERROR(tensors.Input(1 + tables + i, &of.segments));
+      const tf::Tensor& dense_shape = context->input(1 + 2 * tables + i);
+      int64_t rows = 0;
+      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, of.keys, of.segments, dense_shape, &rows));
+      lookup.combiner = combiners_[i];
+      TF_RETURN_IF_ERROR(KeysOf<T>(tensors, of.keys, &of.wide_keys, &lookup.keys));
+      if (!row_splits_) {
+        TF_RETURN_IF_ERROR(SplitsFromIndices(tensors, of.segments, dense_shape, of.keys.NumElements(), &of.splits));
+      }
+      lookup.row_splits = std::span(Int64s(row_splits_ ? of.segments : of.splits), static_cast<size_t>(rows) + 1);
+      if (weight_count_ > 0) {
+        TF_RETURN_IF_ERROR(CheckWeights(context->input(1 + 3 * tables + i), of.keys));
+        TF_RETURN_IF_ERROR(tensors.Input(1 + 3 * tables + i, &of.weights));
+        lookup.weights = std::span(of.weights.flat<float>().data(), lookup.keys.size());
+      }
+      tf::Tensor output;
+      TF_RETURN_IF_ERROR(tensors.AllocateOutput(i, {rows, attributes_.widths[i]}, &output));
+      lookup.output = output.flat<float>().data();
+    }
+    TF_RETURN_IF_ERROR(ToTensorFlow(session.LookupSparse(lookups, options)));
+    return tensors.Finish();
+  }
+
+  absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu,
+                           const LookupOptions& options) {
+    const int tables = static_cast<int>(attributes_.widths.size());
+    std::vector<DeviceSparsePart> lookups(tables);
+    std::vector<tf::Tensor> wide_keys(tables);
+    for (int i = 0; i < tables; ++i) {
+      DeviceSparsePart& lookup = lookups[i];
+      TF_RETURN_IF_ERROR(attributes_.SetTable(session, i, &lookup));
+      const tf::Tensor& keys = context->input(1 + i);
+      const tf::Tensor& segments = context->input(1 + tables + i);
+      const tf::Tensor& dense_shape = context->input(1 + 2 * tables + i);
+      int64_t rows = 0;
+      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, keys, segments, dense_shape, &rows));
+      if (rows > std::numeric_limits<uint32_t>::max()) {
+        return absl::InvalidArgumentError(std::to_string(rows) + " output rows of one table in one lookup on a GPU");
+      }
+      TF_RETURN_IF_ERROR(SetDeviceKeys<T>(context, keys, &wide_keys[i], &lookup));
+      lookup.rows = static_cast<uint32_t>(rows);
+      lookup.combiner = combiners_[i];
+      if (row_splits_) {
+        lookup.row_splits = Int64s(segments);
+      } else {
+        lookup.indices = Int64s(segments);
+        lookup.rank = static_cast<uint32_t>(segments.dim_size(1));
+        lookup.dense_shape = Int64s(dense_shape);
+      }
+      if (weight_count_ > 0) {
+        const tf::Tensor& weights = context->input(1 + 3 * tables + i);
+        TF_RETURN_IF_ERROR(CheckWeights(weights, keys));
+        lookup.weights = weights.flat<float>().data();
+      }
+      tf::Tensor* output = nullptr;
+      TF_RETURN_IF_ERROR(context->allocate_output(i, {rows, attributes_.widths[i]}, &output));
+      lookup.output = output->flat<float>().data();
+    }
+    return ToTensorFlow(session.LookupSparseOnDevice(gpu, lookups, StreamOf(context), options));
+  }
+
+  static absl::Status CheckWeights(const tf::Tensor& weights, const tf::Tensor& keys) {
+    if (weights.NumElements() == keys.NumElements()) return absl::OkStatus();
+    return absl::InvalidArgumentError("sparse weights: there are " + std::to_string(weights.NumElements()) +
+                                      " weights for " + std::to_string(keys.NumElements()) +
+                                      " ids; each id needs one weight");
+  }
+  static const int64_t* Int64s(const tf::Tensor& tensor) {
+    return reinterpret_cast<const int64_t*>(tensor.flat<int64_t>().data());
+  }
+
   LookupAttributes attributes_;
   bool row_splits_ = false;
   int weight_count_ = 0;
   std::vector<Combiner> combiners_;
 };
 
-REGISTER_KERNEL_BUILDER(
-    Name("HierarchicalParameterServer>LookupSparse").Device(tf::DEVICE_CPU).TypeConstraint<int32_t>("Tkeys"),
-    LookupSparseOp<int32_t>);
-REGISTER_KERNEL_BUILDER(
-    Name("HierarchicalParameterServer>LookupSparse").Device(tf::DEVICE_CPU).TypeConstraint<int64_t>("Tkeys"),
-    LookupSparseOp<int64_t>);
+HPS_REGISTER_LOOKUP("HierarchicalParameterServer>LookupSparse", LookupSparseOp, "Tkeys",
+                    .HostMemory("server").HostMemory("dense_shapes"));
 
 }  // namespace
 }  // namespace hps
+
+namespace tensorflow {
+REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>LookupSparse");
+}

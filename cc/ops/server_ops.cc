@@ -1,5 +1,5 @@
-// HierarchicalParameterServer>ServerHandle and HierarchicalParameterServer>InitServer: the resource through which the
-// lookup ops reach their parameter server.
+// HierarchicalParameterServer>ServerHandle and >InitServer: the resource through which the lookup ops reach their
+// parameter server. >UseDevices: where its caches may be.
 //
 // The handle is a name; the server behind it is found through the process-wide registry (hps/server_registry.h), not
 // through a device's resource manager, so that the handle may stay on the CPU while a lookup runs on any device.
@@ -12,6 +12,7 @@
 #include <random>
 #include <string>
 
+#include "cc/ops/gpu_devices.h"
 #include "cc/ops/tf_bridge.h"
 #include "hps/server_registry.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
@@ -50,6 +51,19 @@ Binds a handle to a configuration file (ps.json) and opens its server. An empty 
 
 With the environment variable HPS_INIT=off nothing is opened, for tools that only look at a SavedModel.
 )doc");
+
+REGISTER_OP("HierarchicalParameterServer>UseDevices")
+    .SetIsStateful()
+    .SetShapeFn(tf::shape_inference::NoOutputs)
+    .Doc(R"doc(
+Makes TensorFlow's GPUs known to the servers that are opened later, so that they place caches there.
+)doc");
+
+class UseDevicesOp : public tf::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(tf::OpKernelContext* context) override { AddTensorFlowDevices(context); }
+};
 
 class ServerLease : public tf::ResourceBase {
  public:
@@ -96,6 +110,7 @@ class InitServerOp : public tf::OpKernel {
     std::string path(path_tensor.scalar<tf::tstring>()());
     const char* init = std::getenv("HPS_INIT");
     if (path.empty() || (init != nullptr && std::string(init) == "off")) return;
+    AddTensorFlowDevices(context);
     // The server may be opened again later, when the working directory is another one.
     std::error_code error;
     const std::filesystem::path absolute = std::filesystem::absolute(path, error);
@@ -120,6 +135,7 @@ class InitServerOp : public tf::OpKernel {
 
 REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>ServerHandle").Device(tf::DEVICE_CPU), ServerHandleOp);
 REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>InitServer").Device(tf::DEVICE_CPU), InitServerOp);
+REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>UseDevices").Device(tf::DEVICE_CPU), UseDevicesOp);
 
 }  // namespace
 }  // namespace hps

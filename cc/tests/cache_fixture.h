@@ -4,11 +4,13 @@
 #define HPS_TESTS_CACHE_FIXTURE_H_
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +20,38 @@
 #include "cc/tests/cache_conformance.h"
 
 namespace hps::testing {
+
+// A framework's allocator over so many bytes of a host device's memory.
+class HostAllocator final : public DeviceAllocator {
+ public:
+  explicit HostAllocator(size_t bytes, bool tells = false) : left_(bytes), tells_(tells) {}
+
+  void* Allocate(size_t bytes) override {
+    std::lock_guard lock(mutex_);
+    if (bytes > left_) return nullptr;
+    void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    sizes_[memory] = bytes;
+    left_ -= bytes;
+    return memory;
+  }
+  void Free(void* memory) override {
+    std::lock_guard lock(mutex_);
+    left_ += sizes_.at(memory);
+    sizes_.erase(memory);
+    std::free(memory);
+  }
+  std::optional<uint64_t> FreeBytes() const override { return tells_ ? std::optional<uint64_t>(left()) : std::nullopt; }
+  size_t left() const {
+    std::lock_guard lock(mutex_);
+    return left_;
+  }
+
+ private:
+  mutable std::mutex mutex_;  // guards the following members
+  size_t left_;
+  std::map<void*, size_t> sizes_;
+  const bool tells_;
+};
 
 // The tiers of several tables: which version each key has. Rows are Row(key, version, width).
 class MapSource final : public RowSource {

@@ -219,25 +219,8 @@ TEST(DeviceMemory, EachAllocationMayFail) {
 }
 
 TEST(DeviceMemory, ComesFromTheHostsAllocatorAndGoesBack) {
-  class Allocator final : public DeviceAllocator {
-   public:
-    void* Allocate(size_t bytes) override {
-      if (bytes > left) return nullptr;
-      void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-      sizes[memory] = bytes;
-      left -= bytes;
-      return memory;
-    }
-    void Free(void* memory) override {
-      left += sizes.at(memory);
-      sizes.erase(memory);
-      std::free(memory);
-    }
-    size_t left = size_t{32} << 20;
-    std::map<void*, size_t> sizes;
-  };
   auto device = std::make_shared<HostDevice>();
-  const auto allocator = std::make_shared<Allocator>();
+  const auto allocator = std::make_shared<HostAllocator>(size_t{32} << 20);
   {
     const auto resources = Value(DeviceResources::Open(device, {.size = {64, 0}}, allocator));
     EXPECT_EQ(device->allocated_bytes(), 0u);
@@ -247,7 +230,7 @@ TEST(DeviceMemory, ComesFromTheHostsAllocatorAndGoesBack) {
                 StatusCode::kResourceExhausted, {"model 'big'", "gpucacheper"});
     ASSERT_OK(UpdateTo(*cache, {1}, 1));
   }
-  EXPECT_EQ(allocator->left, size_t{32} << 20);
+  EXPECT_EQ(allocator->left(), size_t{32} << 20);
 }
 
 // The fill was launched but not carried out when the update came: the update must not overtake it.

@@ -169,6 +169,41 @@ TEST_F(DeviceServerTest, AHostWithoutDevicesServesFromTheTiersAndSaysSoOnce) {
   EXPECT_EQ(devices_[0]->allocations(), 0u);
 }
 
+TEST_F(DeviceServerTest, AFrameworkSaysWhichDevicesAreItsOwnAndLendsTheirMemory) {
+  constexpr size_t kLent = size_t{256} << 20;
+  const auto allocator = std::make_shared<HostAllocator>(kLent, /*tells=*/true);
+  ServerOptions options = Options();
+  options.devices = std::make_shared<DeviceSource>(OnlyDevices(*Source(), {{0, allocator}}));
+  ExpectError(ParameterServer::Open(Config({Model("m", 1, {0, 1})}), options).status(), StatusCode::kInvalidArgument,
+              {"model 'm'", "GPU 1", "deployed_device_list", "only 0"});
+  EXPECT_EQ(allocator->left(), kLent);
+  auto server = Value(ParameterServer::Open(Config({Model("m", 1, {0})}), options));
+  EXPECT_LT(allocator->left(), kLent);
+  EXPECT_EQ(devices_[0]->allocated_bytes(), 0u);
+  EXPECT_TRUE(Look(*server, "m", 0, kKeys).AllOf(1));
+  server.reset();
+  EXPECT_EQ(allocator->left(), kLent);
+
+  // What the allocator can lend is what counts, not what the device has.
+  options.devices =
+      std::make_shared<DeviceSource>(OnlyDevices(*Source(), {{0, std::make_shared<HostAllocator>(1 << 20, true)}}));
+  ExpectError(ParameterServer::Open(Config({Model("m", 1, {0})}), options).status(), StatusCode::kResourceExhausted,
+              {"device 0", "model 'm'", "1048576"});
+  options.devices = std::make_shared<DeviceSource>(OnlyDevices(*Source(), {}));
+  server = Value(ParameterServer::Open(Config({Model("m", 1, {0})}), options));
+  EXPECT_FALSE(Value(Value(server->NewSession("m")).IsServedOnDevice(0)));
+}
+
+TEST_F(DeviceServerTest, ALookupIsServedWhereTheModelHasCaches) {
+  ModelConfig without = Model("without", 1, {0});
+  without.gpucache = false;
+  auto server = Open({Model("m", 1, {0}), without});
+  EXPECT_TRUE(Value(Value(server->NewSession("m")).IsServedOnDevice(0)));
+  ExpectError(Value(server->NewSession("m")).IsServedOnDevice(1).status(), StatusCode::kInvalidArgument,
+              {"model 'm' has no cache on device 1", "deployed_device_list is 0"});
+  EXPECT_FALSE(Value(Value(server->NewSession("without")).IsServedOnDevice(0)));
+}
+
 TEST_F(DeviceServerTest, AnAbsentDeviceIsRefusedBeforeAnythingIsLoaded) {
   const ModelConfig strange = Model("strange", 1, {0, 2});
   ExpectError(ParameterServer::Open(Config({Model("m", 1, {0}), strange}), Options()).status(),

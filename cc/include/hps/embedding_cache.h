@@ -25,6 +25,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -41,14 +42,17 @@ using DeviceStream = CUstream_st*;  // CUDA's cudaStream_t; nullptr: the default
 
 // Where the memory of caches and workspaces comes from. The host supplies it: TensorFlow takes nearly the whole memory
 // of a GPU for itself and lends it to its own allocator only.
-// Thread safety: both methods are called from any thread.
+// Thread safety: all methods are called from any thread.
 class DeviceAllocator {
  public:
   virtual ~DeviceAllocator() = default;
-  // Memory of the device at a multiple of 256, or nullptr where there is none left. bytes > 0.
+  // Memory of the device at a multiple of 256, or nullptr where there is none left. bytes > 0. Work that was launched
+  // before may still use it: who takes it waits for the device first.
   virtual void* Allocate(size_t bytes) = 0;
   // Called when nothing on the device uses it any more.
   virtual void Free(void* memory) = 0;
+  // What it can still lend, or nullopt where it does not know.
+  virtual std::optional<uint64_t> FreeBytes() const { return std::nullopt; }
 };
 
 struct CacheSpec {

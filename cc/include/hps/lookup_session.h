@@ -98,6 +98,11 @@ class LookupSession {
   Status LookupSparse(std::span<const SparseLookup> lookups, const LookupOptions& options = {},
                       LookupReport* report = nullptr) const;
 
+  // Whether the model's lookups on the device are served there: false where the model has no caches at all ("gpucache"
+  // is false, no devices), so that lookups have to go through host memory. kInvalidArgument where it has caches on
+  // other devices only.
+  Result<bool> IsServedOnDevice(int device) const;
+
   // The same on a device of the model's deployed_device_list, on the caller's stream. The call returns when all its
   // work is on the stream; the rows are complete when the stream has passed it, and until then keys and rows must stay.
   // Answers are exact unless the model has a hit_rate_threshold (embedding_cache.h, rows_deferred of the report).

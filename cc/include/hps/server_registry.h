@@ -40,6 +40,11 @@ Status OpenHandle(const std::string& handle);
 Result<std::shared_ptr<ParameterServer>> ServerOfHandle(const std::string& handle);
 void ReleaseHandle(const std::string& handle);
 
+// A GPU that servers which the registry opens from now on may use, and where their memory there comes from; nullptr:
+// from the device itself. What was said of a GPU first stays. Without any, these servers have no caches: a framework
+// that is the process's host says which GPUs are its own and lends their memory.
+void AddDevice(int ordinal, std::shared_ptr<DeviceAllocator> allocator);
+
 // Every server open now, the default one first.
 std::vector<std::shared_ptr<ParameterServer>> OpenServers();
 

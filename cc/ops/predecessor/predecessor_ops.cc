@@ -52,6 +52,7 @@ class InitOp : public tf::OpKernel {
   }
 
   void Compute(tf::OpKernelContext* context) override {
+    AddTensorFlowDevices(context);
     if (!DefaultServer().ok()) {
       OP_REQUIRES(context, !config_path_.empty(), ToTensorFlow(DefaultServer().status()));
       OP_REQUIRES_OK(context, ToTensorFlow(InitDefaultServer(config_path_)));
@@ -71,40 +72,64 @@ class LookupOp : public tf::OpKernel {
  public:
   explicit LookupOp(tf::OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("model_name", &model_));
-    OP_REQUIRES_OK(context, context->GetAttr("table_id", &table_));
-    OP_REQUIRES_OK(context, context->GetAttr("emb_vec_size", &width_));
+    int table = 0;
+    int width = 0;
+    OP_REQUIRES_OK(context, context->GetAttr("table_id", &table));
+    OP_REQUIRES_OK(context, context->GetAttr("emb_vec_size", &width));
+    table_ = static_cast<uint32_t>(table);
+    width_ = static_cast<uint32_t>(width);
   }
 
   void Compute(tf::OpKernelContext* context) override {
-    auto session = SessionOf(kDefaultHandle, model_);
+    auto session = SessionOf(context, kDefaultHandle, model_);
     OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
+    auto gpu = ServingGpu(context, *session);
+    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
     const tf::Tensor& values = context->input(0);
     tf::TensorShape shape = values.shape();
     OP_REQUIRES_OK(context, shape.AddDimWithStatus(width_));
-    tf::Tensor* rows = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, shape, &rows));
-    DenseLookup lookup;
-    lookup.table = static_cast<uint32_t>(table_);
-    lookup.width = static_cast<uint32_t>(width_);
-    tf::Tensor wide_keys;
-    OP_REQUIRES_OK(context, KeysOf<T>(context, values, &wide_keys, &lookup.keys));
-    lookup.rows = rows->flat<float>().data();
-    TensorFlowExecutor executor(context);
-    LookupOptions options;
-    options.executor = &executor;
-    OP_REQUIRES_OK(context, ToTensorFlow(session->Lookup(std::span(&lookup, 1), options)));
+    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, values, shape)
+                                      : LookupOnHost(context, *session, shape));
   }
   bool IsExpensive() override { return true; }
 
  private:
+  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session,
+                            const tf::TensorShape& shape) const {
+    HostTensors tensors(context);
+    tf::Tensor keys, wide_keys, rows;
+    TF_RETURN_IF_ERROR(tensors.Input(0, &keys));
+    TF_RETURN_IF_ERROR(tensors.AllocateOutput(0, shape, &rows));
+    DenseLookup lookup;
+    lookup.table = table_;
+    lookup.width = width_;
+    lookup.rows = rows.flat<float>().data();
+    TF_RETURN_IF_ERROR(KeysOf<T>(tensors, keys, &wide_keys, &lookup.keys));
+    TensorFlowExecutor executor(context);
+    TF_RETURN_IF_ERROR(ToTensorFlow(session.Lookup(std::span(&lookup, 1), {.executor = &executor})));
+    return tensors.Finish();
+  }
+
+  absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu, const tf::Tensor& keys,
+                           const tf::TensorShape& shape) const {
+    tf::Tensor wide_keys;
+    tf::Tensor* rows = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &rows));
+    DeviceLookupPart lookup;
+    lookup.table = table_;
+    lookup.width = width_;
+    lookup.rows = rows->flat<float>().data();
+    TF_RETURN_IF_ERROR(SetDeviceKeys<T>(context, keys, &wide_keys, &lookup));
+    return ToTensorFlow(session.LookupOnDevice(gpu, std::span(&lookup, 1), StreamOf(context)));
+  }
+
   std::string model_;
-  int table_ = 0;
-  int width_ = 0;
+  uint32_t table_ = 0;
+  uint32_t width_ = 0;
 };
 
 REGISTER_KERNEL_BUILDER(Name("Init").Device(tf::DEVICE_CPU), InitOp);
-REGISTER_KERNEL_BUILDER(Name("Lookup").Device(tf::DEVICE_CPU).TypeConstraint<int32_t>("Tvalues"), LookupOp<int32_t>);
-REGISTER_KERNEL_BUILDER(Name("Lookup").Device(tf::DEVICE_CPU).TypeConstraint<int64_t>("Tvalues"), LookupOp<int64_t>);
+HPS_REGISTER_LOOKUP("Lookup", LookupOp, "Tvalues", .HostMemory("global_replica_id").HostMemory("init_status"));
 
 }  // namespace
 }  // namespace hps
