@@ -145,6 +145,19 @@ class CudaDevice final : public Device {
            cudaStream_t stream) override {
     return Here([&] { return LaunchDump(table, first, last, keys, count, stream); });
   }
+  int Widen(const WidenPart* parts, int num_parts, cudaStream_t stream) override {
+    return Here([&] { return LaunchWiden(parts, num_parts, stream); });
+  }
+  int Splits(const IndexPart* parts, int num_parts, const PooledWorkspace& workspace, cudaStream_t stream) override {
+    return Here([&] { return LaunchSplits(parts, num_parts, workspace, stream); });
+  }
+  int PooledQuery(const PooledPart* parts, int num_parts, const PooledWorkspace& workspace, uint32_t stamp,
+                  cudaStream_t stream) override {
+    return Here([&] { return LaunchPooledQuery(parts, num_parts, workspace, stamp, stream); });
+  }
+  int Pool(const PooledPart* parts, int num_parts, cudaStream_t stream) override {
+    return Here([&] { return LaunchPool(parts, num_parts, stream); });
+  }
 
  private:
   // An error that is not sticky is taken back, so that the next caller of cudaGetLastError does not meet it.

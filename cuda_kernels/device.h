@@ -17,6 +17,7 @@
 #include <memory>
 
 #include "cuda_kernels/device_cache.h"
+#include "cuda_kernels/device_pooling.h"
 
 typedef struct CUevent_st* cudaEvent_t;  // as in CUDA's own headers
 
@@ -91,6 +92,13 @@ class Device {
   virtual int Erase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) = 0;
   virtual int Dump(const CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
                    cudaStream_t stream) = 0;
+
+  // device_pooling.h.
+  virtual int Widen(const WidenPart* parts, int num_parts, cudaStream_t stream) = 0;
+  virtual int Splits(const IndexPart* parts, int num_parts, const PooledWorkspace& workspace, cudaStream_t stream) = 0;
+  virtual int PooledQuery(const PooledPart* parts, int num_parts, const PooledWorkspace& workspace, uint32_t stamp,
+                          cudaStream_t stream) = 0;
+  virtual int Pool(const PooledPart* parts, int num_parts, cudaStream_t stream) = 0;
 };
 
 // The GPUs of this process (what CUDA_VISIBLE_DEVICES leaves). Where CUDA is not built in these are not linked.

@@ -84,18 +84,27 @@ struct Tile {
 // Version and, in the lowest bit, the lock.
 __device__ __forceinline__ uint32_t VersionOf(uint64_t state) { return static_cast<uint32_t>(state >> 22); }
 
-// Two neighbouring lanes with the halves of one bucket: the way that holds their key, or -1. *state is that of the
-// bucket in the second lane, and a key in the first.
-__device__ __forceinline__ int HalfWayOf(const CacheBucket* bucket, int64_t key, int half, uint64_t* state) {
+// Two neighbouring lanes with the halves of one bucket: the way that holds their key, or -1.
+struct BucketHalf {
+  BucketQuarter low, high;
+};
+__device__ __forceinline__ BucketHalf LoadHalf(const CacheBucket* bucket, int half) {
   const BucketQuarter low = LoadQuarter(bucket, 2 * half);
-  const BucketQuarter high = LoadQuarter(bucket, 2 * half + 1);
+  return {low, LoadQuarter(bucket, 2 * half + 1)};
+}
+__device__ __forceinline__ int HalfWayIn(const BucketHalf& bucket, int64_t key, int half) {
   int way = -1;
-  if (static_cast<int64_t>(low.low) == key) way = 4 * half;
-  if (static_cast<int64_t>(low.high) == key) way = 4 * half + 1;
-  if (static_cast<int64_t>(high.low) == key) way = 4 * half + 2;
-  if (half == 0 && static_cast<int64_t>(high.high) == key) way = 3;
-  *state = high.high;
+  if (static_cast<int64_t>(bucket.low.low) == key) way = 4 * half;
+  if (static_cast<int64_t>(bucket.low.high) == key) way = 4 * half + 1;
+  if (static_cast<int64_t>(bucket.high.low) == key) way = 4 * half + 2;
+  if (half == 0 && static_cast<int64_t>(bucket.high.high) == key) way = 3;
   return max(way, __shfl_xor_sync(0xFFFFFFFF, way, 1));
+}
+// *state is that of the bucket in the second lane, and a key in the first.
+__device__ __forceinline__ int HalfWayOf(const CacheBucket* bucket, int64_t key, int half, uint64_t* state) {
+  const BucketHalf loaded = LoadHalf(bucket, half);
+  *state = loaded.high.high;
+  return HalfWayIn(loaded, key, half);
 }
 // A second look behind the row, by a whole warp: whether key or version have changed, or a writer was there; the same
 // answer in both lanes. `version` is that of the

@@ -50,6 +50,20 @@ Status DeviceLookup::Lookup(std::span<const CachedLookup> lookups, DeviceStream 
   return OkStatus();
 }
 
+Status DeviceLookup::CheckCache(const DeviceCache& cache) const {
+  if (cache.resources().context != resources_.context) {
+    return InvalidArgument(cache.spec().name + ": its cache is on device " +
+                           std::to_string(cache.resources().context->device().info().ordinal) +
+                           ", but the lookup is on device " +
+                           std::to_string(resources_.context->device().info().ordinal));
+  }
+  // A cache that goes waits for what lookups left with the workspaces it knows.
+  if (cache.resources().workspaces != resources_.workspaces) {
+    return Internal(cache.spec().name + ": its cache was made with other workspaces than the lookup's");
+  }
+  return OkStatus();
+}
+
 Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream,
                                     const FetchLimits& limits, LookupReport* report) const {
   std::array<cuda::QueryPart, cuda::kMaxQueryParts> storage;
@@ -57,16 +71,7 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
   bool all_whole = true;
   for (size_t i = 0; i < lookups.size(); ++i) {
     const DeviceCache& cache = *lookups[i].cache;
-    if (cache.resources().context != resources_.context) {
-      return InvalidArgument(cache.spec().name + ": its cache is on device " +
-                             std::to_string(cache.resources().context->device().info().ordinal) +
-                             ", but the lookup is on device " +
-                             std::to_string(resources_.context->device().info().ordinal));
-    }
-    // A cache that goes waits for what lookups left with the workspaces it knows.
-    if (cache.resources().workspaces != resources_.workspaces) {
-      return Internal(cache.spec().name + ": its cache was made with other workspaces than the lookup's");
-    }
+    HPS_RETURN_IF_ERROR(CheckCache(cache));
     storage[i] = {cache.table(), lookups[i].keys, lookups[i].count, cache.spec().default_value, lookups[i].rows};
     positions += lookups[i].count;
     all_whole = all_whole && cache.whole();
@@ -89,21 +94,24 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
   HPS_ASSIGN_OR_RETURN(
       WorkspacePool::Lease workspace,
       resources_.workspaces->Acquire(static_cast<uint32_t>(positions), limits.deadline, limits.cancelled));
-  const uint64_t read_at = resources_.context->gate().Now();
-  Status status = workspace->Query(parts, stream);
-  if (status.ok()) {
-    status = workspace->Wait(stream, limits.deadline, limits.cancelled);
-    if (status.ok()) {
-      const uint64_t hits = positions - workspace->missing_positions();
-      report->rows_from_cache += hits;
-      Count(options_.metrics.rows_from_cache, hits);
-      if (!workspace->missing().empty()) {
-        status = HandleMisses(lookups, parts, *workspace, read_at, stream, limits, report);
-      }
-    }
-  }
+  const Status status = LookupWith(*workspace, lookups, parts, stream, limits, report);
   const Status ended = workspace->End(stream);
   return status.ok() ? ended : status;
+}
+
+Status DeviceLookup::LookupWith(LookupWorkspace& workspace, std::span<const CachedLookup> lookups,
+                                std::span<const cuda::QueryPart> parts, DeviceStream stream, const FetchLimits& limits,
+                                LookupReport* report) const {
+  const uint64_t read_at = resources_.context->gate().Now();
+  HPS_RETURN_IF_ERROR(workspace.Query(parts, stream));
+  HPS_RETURN_IF_ERROR(workspace.Wait(stream, limits.deadline, limits.cancelled));
+  uint64_t positions = 0;
+  for (const cuda::QueryPart& part : parts) positions += part.count;
+  const uint64_t hits = positions - workspace.missing_positions();
+  report->rows_from_cache += hits;
+  Count(options_.metrics.rows_from_cache, hits);
+  if (workspace.missing().empty()) return OkStatus();
+  return HandleMisses(lookups, parts, workspace, read_at, stream, limits, report);
 }
 
 Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,

@@ -43,6 +43,13 @@ struct CachedLookup {
   void* rows = nullptr;  // (count, row_bytes), device memory, written
 };
 
+// One table's part of a pooled call.
+struct PooledLookup {
+  std::shared_ptr<DeviceCache> cache;  // as CachedLookup's
+  DeviceSparsePart part;               // checked, but for what the device must look at
+  const Key* keys = nullptr;           // (part.count), device memory; instead of part.keys
+};
+
 // Each may be absent.
 struct DeviceLookupMetrics {
   Counter* rows_from_cache = nullptr;
@@ -67,11 +74,31 @@ class DeviceLookup {
   Status Lookup(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                 LookupReport* report) const;
 
+  // Pooled: one launch finds and adds up the rows of all tables of a call, and the host waits for its word. Tables that
+  // miss keys are then looked up as above, into memory of the workspace, and their rows are added up from there: the
+  // sums are the same bits. Row_splits and indices that are no good: kInvalidArgument.
+  Status LookupPooled(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
+                      LookupReport* report) const;
+
+  // Widens int32 keys on the stream.
+  Status Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const;
+
  private:
   struct Misses;
 
   Status LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                         LookupReport* report) const;
+  // On a workspace with room, up to but without its End. `parts` are those of the lookups.
+  Status LookupWith(LookupWorkspace& workspace, std::span<const CachedLookup> lookups,
+                    std::span<const cuda::QueryPart> parts, DeviceStream stream, const FetchLimits& limits,
+                    LookupReport* report) const;
+  Status PoolTogether(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
+                      LookupReport* report) const;
+  Status PoolMissing(LookupWorkspace& workspace, std::span<const PooledLookup> lookups,
+                     std::span<cuda::PooledPart> parts, DeviceStream stream, const FetchLimits& limits,
+                     LookupReport* report) const;
+  Status TellMistake(const PooledLookup& lookup, const cuda::FirstMistake& mistake, DeviceStream stream) const;
+  Status CheckCache(const DeviceCache& cache) const;
   Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;

@@ -10,6 +10,8 @@
 #include <thread>
 #include <utility>
 
+#include "cc/cache/host_pooling.h"
+
 namespace hps {
 
 // What holds streams back.
@@ -353,6 +355,34 @@ int HostDevice::Dump(const cuda::CacheTable& table, uint64_t first, uint64_t las
   if (CheckTable(table) != 0 || first > last || last > table.num_buckets) return cuda::kErrorInvalidValue;
   if (first == last) return 0;
   return EnqueueLaunch(kDump, stream, [=, this] { HostDump(table, first, last, keys, count, locks_); });
+}
+
+int HostDevice::Widen(const cuda::WidenPart* parts, int num_parts, cudaStream_t stream) {
+  if (num_parts < 0 || num_parts > cuda::kMaxQueryParts) return cuda::kErrorInvalidValue;
+  std::vector<cuda::WidenPart> copy(parts, parts + num_parts);
+  return EnqueueLaunch(kWiden, stream, [copy = std::move(copy)] { HostWiden(copy); });
+}
+int HostDevice::Splits(const cuda::IndexPart* parts, int num_parts, const cuda::PooledWorkspace& workspace,
+                       cudaStream_t stream) {
+  if (const int error = CheckSplits(parts, num_parts)) return error;
+  std::vector<HostIndexPart> copy;
+  for (int i = 0; i < num_parts; ++i) {
+    copy.push_back({parts[i], {parts[i].dense_shape, parts[i].dense_shape + parts[i].rank}});
+  }
+  return EnqueueLaunch(kSplits, stream, [workspace, copy = std::move(copy)] { HostSplits(copy, workspace); });
+}
+int HostDevice::PooledQuery(const cuda::PooledPart* parts, int num_parts, const cuda::PooledWorkspace& workspace,
+                            uint32_t stamp, cudaStream_t stream) {
+  if (num_parts < 0) return cuda::kErrorInvalidValue;
+  std::vector<cuda::PooledPart> copy(parts, parts + num_parts);
+  if (const int error = CheckPooled(copy, stamp)) return error;
+  return EnqueueLaunch(kPooledQuery, stream,
+                       [=, this, copy = std::move(copy)] { HostPooledQuery(copy, workspace, stamp, locks_); });
+}
+int HostDevice::Pool(const cuda::PooledPart* parts, int num_parts, cudaStream_t stream) {
+  if (num_parts < 0 || num_parts > cuda::kMaxQueryParts) return cuda::kErrorInvalidValue;
+  std::vector<cuda::PooledPart> copy(parts, parts + num_parts);
+  return EnqueueLaunch(kPool, stream, [copy = std::move(copy)] { HostPool(copy); });
 }
 
 }  // namespace hps

@@ -42,7 +42,20 @@ class HostDevice final : public cuda::Device {
   void Hold(bool hold);
   void HoldStream(cudaStream_t stream, bool hold);
 
-  enum Launch { kClear, kQuery, kFill, kInsert, kUpdate, kErase, kDump, kLaunches };
+  enum Launch {
+    kClear,
+    kQuery,
+    kFill,
+    kInsert,
+    kUpdate,
+    kErase,
+    kDump,
+    kWiden,
+    kSplits,
+    kPooledQuery,
+    kPool,
+    kLaunches,
+  };
   uint64_t launches(Launch kind) const { return launches_[kind].load(); }
   uint64_t allocations() const;      // alive
   uint64_t allocated_bytes() const;  // of the device, alive
@@ -80,6 +93,12 @@ class HostDevice final : public cuda::Device {
   int Erase(const cuda::CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) override;
   int Dump(const cuda::CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
            cudaStream_t stream) override;
+  int Widen(const cuda::WidenPart* parts, int num_parts, cudaStream_t stream) override;
+  int Splits(const cuda::IndexPart* parts, int num_parts, const cuda::PooledWorkspace& workspace,
+             cudaStream_t stream) override;
+  int PooledQuery(const cuda::PooledPart* parts, int num_parts, const cuda::PooledWorkspace& workspace, uint32_t stamp,
+                  cudaStream_t stream) override;
+  int Pool(const cuda::PooledPart* parts, int num_parts, cudaStream_t stream) override;
 
  private:
   struct Stream;

@@ -51,21 +51,6 @@ auto WithKey(const CacheTable& table, int64_t key, bool with_second, BucketLocks
   return body(first, second);
 }
 
-// Returns whether the row was there and copied.
-bool ReadRow(const CacheTable& table, int64_t key, void* output, BucketLocks& locks) {
-  return WithKey(table, key, false, locks, [&](CacheBucket* first, CacheBucket* second) {
-    for (CacheBucket* bucket : {first, second}) {
-      if (bucket == nullptr) continue;
-      const int way = WayOf(*bucket, key);
-      if (way < 0) continue;
-      std::memcpy(output, RowOf(table, bucket, way), table.row_bytes);
-      if (!table.whole) bucket->state |= cuda::StateNextRef(bucket->state, way);
-      return true;
-    }
-    return false;
-  });
-}
-
 // Returns whether another row had to go.
 bool InsertKey(const CacheTable& table, int64_t key, const void* row, bool spill, BucketLocks& locks) {
   return WithKey(table, key, spill, locks, [&](CacheBucket* first, CacheBucket* second) {
@@ -112,6 +97,20 @@ int CheckQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorks
   return positions > workspace.max_positions ? cuda::kErrorInvalidValue : 0;
 }
 
+bool HostReadRow(const CacheTable& table, int64_t key, void* output, BucketLocks& locks) {
+  return WithKey(table, key, false, locks, [&](CacheBucket* first, CacheBucket* second) {
+    for (CacheBucket* bucket : {first, second}) {
+      if (bucket == nullptr) continue;
+      const int way = WayOf(*bucket, key);
+      if (way < 0) continue;
+      std::memcpy(output, RowOf(table, bucket, way), table.row_bytes);
+      if (!table.whole) bucket->state |= cuda::StateNextRef(bucket->state, way);
+      return true;
+    }
+    return false;
+  });
+}
+
 void HostClear(const CacheTable& table, BucketLocks& locks) {
   *table.activity = {};
   for (uint64_t b = 0; b < table.num_buckets; ++b) {
@@ -127,7 +126,7 @@ void HostUntoldQuery(const std::vector<cuda::QueryPart>& parts, BucketLocks& loc
     const size_t row_words = part.table.row_bytes / sizeof(float);
     for (uint32_t i = 0; i < part.count; ++i) {
       float* const output = static_cast<float*>(part.output) + i * row_words;
-      if (ReadRow(part.table, part.keys[i], output, locks)) continue;
+      if (HostReadRow(part.table, part.keys[i], output, locks)) continue;
       std::fill(output, output + row_words, part.default_value);
       std::atomic_ref(part.table.activity->untold_missing).fetch_add(1, std::memory_order_relaxed);
     }
@@ -144,7 +143,7 @@ void HostQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorks
     const size_t row_words = part.table.row_bytes / sizeof(float);
     for (uint32_t i = 0; i < part.count; ++i) {
       float* const output = static_cast<float*>(part.output) + i * row_words;
-      if (ReadRow(part.table, part.keys[i], output, locks)) continue;
+      if (HostReadRow(part.table, part.keys[i], output, locks)) continue;
       std::fill(output, output + row_words, part.default_value);
       const uint32_t position = first_position + i;
       const auto [leader, is_first] = leaders.emplace(part.keys[i], position);

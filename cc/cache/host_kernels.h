@@ -35,6 +35,9 @@ class BucketLocks {
 int CheckTable(const cuda::CacheTable& table);
 int CheckQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorkspace& workspace, uint32_t stamp);
 
+// Copies the row of the key, marking it as read; whether it is there.
+bool HostReadRow(const cuda::CacheTable& table, int64_t key, void* output, BucketLocks& locks);
+
 void HostClear(const cuda::CacheTable& table, BucketLocks& locks);
 void HostUntoldQuery(const std::vector<cuda::QueryPart>& parts, BucketLocks& locks);
 void HostQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorkspace& workspace, uint32_t stamp,

@@ -96,10 +96,14 @@ Status LookupWorkspace::AllocateQuery(uint32_t positions) {
   workspace_.first_wins_size = static_cast<uint32_t>(first_wins);
   workspace_.max_positions = positions;
   workspace_.result = reinterpret_cast<cuda::QueryResult*>(mapped_.device());
+  pooled_workspace_.counters = workspace_.counters + 16;
+  pooled_workspace_.words = reinterpret_cast<uint64_t*>(workspace_.counters + 32);
+  pooled_workspace_.result = reinterpret_cast<cuda::PooledResult*>(mapped_.device() + 64);
   workspace_.missing = reinterpret_cast<cuda::MissingKey*>(mapped_.device() + 256);
   result_ = reinterpret_cast<cuda::QueryResult*>(mapped_.get());
   missing_ = reinterpret_cast<cuda::MissingKey*>(mapped_.get() + 256);
-  std::memset(mapped_.get(), 0, sizeof(cuda::QueryResult));
+  pooled_result_ = reinterpret_cast<cuda::PooledResult*>(mapped_.get() + 64);
+  std::memset(mapped_.get(), 0, 256);
   size_.positions = positions;
   zeroed_ = false;
   stamp_ = 0;
@@ -126,6 +130,11 @@ Status LookupWorkspace::Reserve(uint32_t positions) {
 
 Status LookupWorkspace::ShrinkTo(const WorkspaceSize& size) {
   HPS_RETURN_IF_ERROR(WaitForLastUse());
+  if (size_.pooling_bytes > size.pooling_bytes) {
+    splits_ = {};
+    pooled_rows_ = {};
+    size_.pooling_bytes = 0;
+  }
   if (size_.positions > size.positions) HPS_RETURN_IF_ERROR(AllocateQuery(std::max(size.positions, 1u)));
   if (size_.staging_bytes <= size.staging_bytes) return OkStatus();
   if (size.staging_bytes > 0) return AllocateStaging(size.staging_bytes);
@@ -135,7 +144,7 @@ Status LookupWorkspace::ShrinkTo(const WorkspaceSize& size) {
   return OkStatus();
 }
 
-Status LookupWorkspace::Query(std::span<const cuda::QueryPart> parts, DeviceStream stream) {
+Status LookupWorkspace::Begin(DeviceStream stream) {
   HPS_RETURN_IF_ERROR(context_->CheckAlive());
   cuda::Device& device = context_->device();
   if (!idle()) HPS_RETURN_IF_ERROR(context_->Check(device.WaitEvent(stream, done_.get()), "ordering lookups"));
@@ -149,12 +158,33 @@ Status LookupWorkspace::Query(std::span<const cuda::QueryPart> parts, DeviceStre
     if (stamp_ == ~uint32_t{0}) stamp_ = 0;
   }
   ++stamp_;
-  return context_->Check(device.Query(parts.data(), static_cast<int>(parts.size()), workspace_, stamp_, stream),
-                         "a query of the cache");
+  return OkStatus();
 }
 
-Status LookupWorkspace::Wait(DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled) {
-  const std::atomic_ref<uint64_t> word(result_->done);
+Status LookupWorkspace::Query(std::span<const cuda::QueryPart> parts, DeviceStream stream) {
+  HPS_RETURN_IF_ERROR(Begin(stream));
+  return context_->Check(
+      context_->device().Query(parts.data(), static_cast<int>(parts.size()), workspace_, stamp_, stream),
+      "a query of the cache");
+}
+
+Status LookupWorkspace::PooledQuery(std::span<const cuda::PooledPart> parts, std::span<const cuda::IndexPart> indices,
+                                    DeviceStream stream) {
+  HPS_RETURN_IF_ERROR(Begin(stream));
+  cuda::Device& device = context_->device();
+  if (!indices.empty()) {
+    HPS_RETURN_IF_ERROR(
+        context_->Check(device.Splits(indices.data(), static_cast<int>(indices.size()), pooled_workspace_, stream),
+                        "sorting keys by output rows"));
+  }
+  return context_->Check(
+      device.PooledQuery(parts.data(), static_cast<int>(parts.size()), pooled_workspace_, stamp_, stream),
+      "a pooled query of the cache");
+}
+
+Status LookupWorkspace::WaitFor(const uint64_t* done, DeviceStream stream, Deadline deadline,
+                                const std::atomic<bool>* cancelled) {
+  const std::atomic_ref<uint64_t> word(*const_cast<uint64_t*>(done));
   const auto arrived = [&] { return word.load(std::memory_order_acquire) >> 32 == stamp_; };
   const auto begin = Clock::now();
   auto now = begin;
@@ -185,12 +215,45 @@ Status LookupWorkspace::Wait(DeviceStream stream, Deadline deadline, const std::
       std::this_thread::sleep_for(kSleep);
     }
   }
-  missing_positions_ = static_cast<uint32_t>(word.load(std::memory_order_acquire));
+  return OkStatus();
+}
+
+Status LookupWorkspace::Wait(DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled) {
+  HPS_RETURN_IF_ERROR(WaitFor(&result_->done, stream, deadline, cancelled));
+  missing_positions_ = static_cast<uint32_t>(result_->done);
   missing_keys_ = missing_positions_ == 0 ? 0 : result_->missing_keys;
   if (missing_positions_ > size_.positions || missing_keys_ > missing_positions_) {
     return context_->Check(cuda::kErrorLaunchFailure, "a query of the cache has given an impossible result");
   }
   return OkStatus();
+}
+
+Status LookupWorkspace::WaitPooled(DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled) {
+  HPS_RETURN_IF_ERROR(WaitFor(&pooled_result_->done, stream, deadline, cancelled));
+  const bool all_well = static_cast<uint32_t>(pooled_result_->done) == 0;
+  missing_parts_ = all_well ? 0 : pooled_result_->missing_parts;
+  mistake_ = cuda::UnpackMistake(all_well ? 0 : pooled_result_->mistake);
+  return OkStatus();
+}
+
+Status LookupWorkspace::Grow(DeviceMemory* memory, size_t bytes, std::string_view purpose) {
+  if (bytes <= memory->bytes()) return OkStatus();
+  HPS_ASSIGN_OR_RETURN(DeviceMemory larger, DeviceMemory::Allocate(*context_, bytes + bytes / 8, purpose));
+  *memory = std::move(larger);
+  size_.pooling_bytes = std::max(splits_.bytes(), pooled_rows_.bytes());
+  return OkStatus();
+}
+
+Result<int64_t*> LookupWorkspace::Splits(size_t count) {
+  if (count * sizeof(int64_t) > splits_.bytes()) HPS_RETURN_IF_ERROR(WaitForLastUse());
+  HPS_RETURN_IF_ERROR(Grow(&splits_, count * sizeof(int64_t), "row_splits of pooled lookups"));
+  return reinterpret_cast<int64_t*>(splits_.get());
+}
+
+Result<std::byte*> LookupWorkspace::PooledRows(size_t bytes) {
+  // The query is done, and so is all that came before it.
+  HPS_RETURN_IF_ERROR(Grow(&pooled_rows_, bytes, "rows of pooled lookups"));
+  return pooled_rows_.get();
 }
 
 Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes) {

@@ -21,6 +21,7 @@ namespace hps {
 struct WorkspaceSize {
   uint32_t positions = 0;
   size_t staging_bytes = 0;
+  size_t pooling_bytes = 0;  // of either kind of memory for pooled lookups
 };
 
 class LookupWorkspace {
@@ -39,7 +40,9 @@ class LookupWorkspace {
   ~LookupWorkspace();
 
   const WorkspaceSize& size() const { return size_; }
-  size_t device_bytes() const { return device_.bytes() + staging_device_.bytes(); }
+  size_t device_bytes() const {
+    return device_.bytes() + staging_device_.bytes() + splits_.bytes() + pooled_rows_.bytes();
+  }
   // Whether the work of the last use is done.
   bool idle();
   Status WaitForLastUse();
@@ -57,6 +60,19 @@ class LookupWorkspace {
   // After Wait.
   uint32_t missing_positions() const { return missing_positions_; }
   std::span<const cuda::MissingKey> missing() const { return {missing_, missing_keys_}; }
+
+  // Memory for row_splits that pooled lookups make of indices; before PooledQuery. May wait for the last use.
+  Result<int64_t*> Splits(size_t count);
+  // Begins a use on the stream: makes row_splits where `indices` has parts, and launches the pooled query.
+  Status PooledQuery(std::span<const cuda::PooledPart> parts, std::span<const cuda::IndexPart> indices,
+                     DeviceStream stream);
+  // As Wait.
+  Status WaitPooled(DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled);
+  // After WaitPooled: a bit for each part with missing keys, and what is wrong with the segments.
+  uint64_t missing_parts() const { return missing_parts_; }
+  const cuda::FirstMistake& mistake() const { return mistake_; }
+  // Memory for rows of keys, after WaitPooled.
+  Result<std::byte*> PooledRows(size_t bytes);
 
   // Room for the rows of `keys` missing keys, free for the processor to write. May wait for the last use.
   Status PrepareFill(size_t keys, size_t row_bytes);
@@ -81,6 +97,9 @@ class LookupWorkspace {
   explicit LookupWorkspace(std::shared_ptr<DeviceContext> context) : context_(std::move(context)) {}
   Status AllocateQuery(uint32_t positions);
   Status AllocateStaging(size_t bytes);
+  Status Begin(DeviceStream stream);
+  Status WaitFor(const uint64_t* word, DeviceStream stream, Deadline deadline, const std::atomic<bool>* cancelled);
+  Status Grow(DeviceMemory* memory, size_t bytes, std::string_view purpose);
 
   const std::shared_ptr<DeviceContext> context_;
   WorkspaceSize size_;
@@ -92,11 +111,17 @@ class LookupWorkspace {
   PinnedMemory mapped_;
   PinnedMemory staging_;  // offsets, rows, outdated keys
   DeviceMemory staging_device_;
+  DeviceMemory splits_;
+  DeviceMemory pooled_rows_;
   cuda::QueryWorkspace workspace_;
+  cuda::PooledWorkspace pooled_workspace_;
   cuda::MissingKey* missing_ = nullptr;
   cuda::QueryResult* result_ = nullptr;
+  cuda::PooledResult* pooled_result_ = nullptr;
   uint32_t missing_positions_ = 0;
   uint32_t missing_keys_ = 0;
+  uint64_t missing_parts_ = 0;
+  cuda::FirstMistake mistake_;
   size_t rows_at_ = 0;
   size_t outdated_at_ = 0;
 };

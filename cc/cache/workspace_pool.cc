@@ -61,7 +61,9 @@ void WorkspacePool::Lease::Return() {
   if (state_ == nullptr || workspace_ == nullptr) return;
   {
     std::lock_guard lock(state_->mutex);
-    state_->needed.staging_bytes = std::max(state_->needed.staging_bytes, workspace_->size().staging_bytes);
+    const WorkspaceSize& size = workspace_->size();
+    state_->needed.staging_bytes = std::max(state_->needed.staging_bytes, size.staging_bytes);
+    state_->needed.pooling_bytes = std::max(state_->needed.pooling_bytes, size.pooling_bytes);
     state_->free.push_back(std::move(workspace_));
   }
   state_->returned.notify_one();
@@ -129,6 +131,7 @@ Status WorkspacePool::Trim() {
     size = state_->options.size;
     size.positions = std::max(size.positions, state_->needed.positions);
     size.staging_bytes = std::max(size.staging_bytes, state_->needed.staging_bytes);
+    size.pooling_bytes = std::max(size.pooling_bytes, state_->needed.pooling_bytes);
     state_->needed = {};
     auto& free = state_->free;
     for (size_t i = free.size(); i-- > 0;) {
@@ -136,7 +139,8 @@ Status WorkspacePool::Trim() {
       if (state_->made > state_->options.reserved) {
         --state_->made;
         surplus.push_back(std::move(free[i]));
-      } else if (free[i]->size().positions > size.positions || free[i]->size().staging_bytes > size.staging_bytes) {
+      } else if (free[i]->size().positions > size.positions || free[i]->size().staging_bytes > size.staging_bytes ||
+                 free[i]->size().pooling_bytes > size.pooling_bytes) {
         taken.push_back(std::move(free[i]));
       } else {
         continue;

@@ -100,6 +100,58 @@ Status CheckSparse(const Model& model, const SparseLookup& lookup, bool long_key
   return OkStatus();
 }
 
+// Part is DeviceLookupPart or DeviceSparsePart.
+template <typename Part>
+Status CheckDeviceKeys(const Model& model, const Part& part) {
+  if (part.key_bytes != sizeof(Key) && part.key_bytes != sizeof(int32_t)) {
+    return InvalidArgument(TableContext(model, part.table) + ": keys of " + std::to_string(part.key_bytes) +
+                           " bytes; lookups on a device take int64 and int32 keys (key_bytes 8 and 4)");
+  }
+  if (part.count == 0) return OkStatus();
+  if (part.keys == nullptr) {
+    return InvalidArgument(TableContext(model, part.table) + ": " + std::to_string(part.count) +
+                           " keys, but no memory for them (a null pointer)");
+  }
+  if (part.key_bytes == sizeof(int32_t) && part.wide_keys == nullptr) {
+    return InvalidArgument(TableContext(model, part.table) + ": int32 keys need wide_keys, memory of the device for " +
+                           std::to_string(part.count) + " int64 keys");
+  }
+  return OkStatus();
+}
+
+// The keys as int64; those that must be widened before are added to *narrow.
+template <typename Part>
+const Key* KeysOnDevice(const Part& part, std::vector<cuda::WidenPart>* narrow) {
+  if (part.key_bytes == sizeof(Key)) return static_cast<const Key*>(part.keys);
+  if (part.count > 0) narrow->push_back({static_cast<const int32_t*>(part.keys), part.wide_keys, part.count});
+  return part.wide_keys;
+}
+
+// All that needs no look at the device's memory.
+Status CheckDeviceSegments(const Model& model, const DeviceSparsePart& part) {
+  const std::string context = TableContext(model, part.table);
+  if (part.rows > 0 && part.output == nullptr) {
+    return InvalidArgument(context + ": " + std::to_string(part.rows) +
+                           " output rows, but no memory for them (a null pointer)");
+  }
+  if (part.row_splits != nullptr) {
+    if (part.indices == nullptr) return OkStatus();
+    return InvalidArgument(context + ": both row_splits and indices; one of them tells the output rows");
+  }
+  if (part.rank == 0 || part.dense_shape == nullptr || (part.count > 0 && part.indices == nullptr)) {
+    return InvalidArgument(context + ": neither row_splits nor indices with rank and dense_shape");
+  }
+  if (part.rank > cuda::kMostRank) {
+    return InvalidArgument(context + ": indices of rank " + std::to_string(part.rank) + "; " +
+                           std::to_string(cuda::kMostRank) + " is the most");
+  }
+  if (part.dense_shape[0] != int64_t{part.rows}) {
+    return InvalidArgument(context + ": dense_shape[0] is " + std::to_string(part.dense_shape[0]) + ", but there are " +
+                           std::to_string(part.rows) + " output rows");
+  }
+  return OkStatus();
+}
+
 void CountCall(const TierMetrics& metrics, size_t keys) {
   metrics.lookups->Add(1);
   metrics.keys->Add(keys);
@@ -324,26 +376,48 @@ Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPar
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
   HPS_ASSIGN_OR_RETURN(const ModelDevice* const on, FindCaches(model->config, model->caches.get(), device));
   std::vector<CachedLookup> cached;
+  std::vector<cuda::WidenPart> narrow;
   cached.reserve(lookups.size());
   for (const DeviceLookupPart& lookup : lookups) {
     HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
-    if (lookup.key_bytes != sizeof(Key)) {
-      return InvalidArgument(TableContext(*model, lookup.table) + ": keys of " + std::to_string(lookup.key_bytes) +
-                             " bytes; lookups on a device take int64 keys, cast them on the device first");
-    }
-    if (lookup.count > 0 && (lookup.keys == nullptr || lookup.rows == nullptr)) {
+    HPS_RETURN_IF_ERROR(CheckDeviceKeys(*model, lookup));
+    if (lookup.count > 0 && lookup.rows == nullptr) {
       return InvalidArgument(TableContext(*model, lookup.table) + ": " + std::to_string(lookup.count) +
-                             " keys, but no memory for " + (lookup.keys == nullptr ? "them" : "their rows") +
-                             " (a null pointer)");
+                             " keys, but no memory for their rows (a null pointer)");
     }
     cached.push_back(
-        {on->caches[lookup.table], lookup.table, static_cast<const Key*>(lookup.keys), lookup.count, lookup.rows});
+        {on->caches[lookup.table], lookup.table, KeysOnDevice(lookup, &narrow), lookup.count, lookup.rows});
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
+  if (!narrow.empty()) HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
   for (const DeviceLookupPart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
   return on->lookup->Lookup(cached, stream, {limits.deadline, limits.cancelled}, report)
       .WithContext("model '" + model->config.name + "'");
+}
+
+Status LookupSession::LookupSparseOnDevice(int device, std::span<const DeviceSparsePart> lookups, DeviceStream stream,
+                                           const LookupOptions& options, LookupReport* report) const {
+  CallTimer timer(slot_->lookup_seconds());
+  HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
+  HPS_ASSIGN_OR_RETURN(const ModelDevice* const on, FindCaches(model->config, model->caches.get(), device));
+  std::vector<PooledLookup> pooled;
+  std::vector<cuda::WidenPart> narrow;
+  pooled.reserve(lookups.size());
+  for (const DeviceSparsePart& lookup : lookups) {
+    HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
+    HPS_RETURN_IF_ERROR(CheckDeviceKeys(*model, lookup));
+    HPS_RETURN_IF_ERROR(CheckDeviceSegments(*model, lookup));
+    pooled.push_back({on->caches[lookup.table], lookup, KeysOnDevice(lookup, &narrow)});
+  }
+  const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
+  HPS_RETURN_IF_ERROR(CheckLimits(limits));
+  if (!narrow.empty()) HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
+  for (const DeviceSparsePart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
+  const Status status = on->lookup->LookupPooled(pooled, stream, {limits.deadline, limits.cancelled}, report);
+  // What is wrong with a table's segments names model and table.
+  if (status.code() == StatusCode::kInvalidArgument) return status;
+  return status.WithContext("model '" + model->config.name + "'");
 }
 
 Result<uint32_t> LookupSession::FindTable(std::string_view name) const {

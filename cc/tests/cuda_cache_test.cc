@@ -7,6 +7,7 @@
 
 #include "cc/tests/cache_conformance.h"
 #include "cc/tests/device_lookup_suite.h"
+#include "cc/tests/sparse_device_suite.h"
 #include "cuda_kernels/device.h"
 
 namespace hps::testing {
@@ -31,6 +32,9 @@ INSTANTIATE_TEST_SUITE_P(All, CacheConformance, ::testing::ValuesIn(Gpus()),
                          [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(All, DeviceLookupSuite, ::testing::ValuesIn(Gpus()),
+                         [](const auto& info) { return info.param.name; });
+
+INSTANTIATE_TEST_SUITE_P(All, SparseDeviceSuite, ::testing::ValuesIn(Gpus()),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace

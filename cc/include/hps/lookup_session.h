@@ -52,10 +52,30 @@ struct SparseLookup {
 struct DeviceLookupPart {
   uint32_t table = 0;
   uint32_t width = 0;          // must be the table's
-  uint32_t key_bytes = 8;      // size of one key: 8
-  const void* keys = nullptr;  // (count) int64
+  uint32_t key_bytes = 8;      // 8: int64 keys, 4: int32 keys
+  const void* keys = nullptr;  // (count)
   uint32_t count = 0;
-  float* rows = nullptr;  // (count, width), written
+  float* rows = nullptr;     // (count, width), written
+  Key* wide_keys = nullptr;  // (count), overwritten; where key_bytes is 4
+};
+
+// SparseLookup on a device. All arrays are memory of that device, but for dense_shape. Output rows are told either by
+// row_splits or by a SparseTensor's indices. Nothing outside the arrays is read or written, whatever these hold.
+struct DeviceSparsePart {
+  uint32_t table = 0;
+  uint32_t width = 0;          // must be the table's
+  uint32_t key_bytes = 8;      // 8: int64 keys, 4: int32 keys
+  const void* keys = nullptr;  // (count)
+  Key* wide_keys = nullptr;    // (count), overwritten; where key_bytes is 4
+  uint32_t count = 0;
+  uint32_t rows = 0;                     // output rows
+  const int64_t* row_splits = nullptr;   // (rows + 1); ascending, first 0, last count; or:
+  const int64_t* indices = nullptr;      // (count, rank); column 0 is the output row and does not descend
+  uint32_t rank = 0;                     // at most 254
+  const int64_t* dense_shape = nullptr;  // (rank), memory of the host: bounds of the indices; the first one is `rows`
+  const float* weights = nullptr;        // (count), or nullptr
+  Combiner combiner = Combiner::kMean;
+  float* output = nullptr;  // (rows, width), written
 };
 
 // Where the rows of a call came from; keys are counted with repetitions.
@@ -89,7 +109,7 @@ class ModelSlot;
 
 class LookupSession {
  public:
-  // Errors of all three: kInvalidArgument (no such table, another width, bad row_splits, weights of another length),
+  // Errors of all four: kInvalidArgument (no such table, another width, bad row_splits, weights of another length),
   // kOutOfRange (a key beyond 32 bits where supportlonglong is false), kNotFound (the model was unloaded),
   // kFailedPrecondition (the server was closed), kDeadlineExceeded, kCancelled, and what the tiers report, where
   // `when_unavailable` does not let the lookup go on without a tier that is down or too slow.
@@ -107,12 +127,19 @@ class LookupSession {
   // work is on the stream; the rows are complete when the stream has passed it, and until then keys and rows must stay.
   // Answers are exact unless the model has a hit_rate_threshold (embedding_cache.h, rows_deferred of the report).
   // options.executor has no effect: rows that the cache misses are fetched by the server's own threads.
-  // Further errors: kInvalidArgument (no cache on the device, keys of another size), kResourceExhausted (no memory on
-  // the device for a batch of this size), and for ever after a device has failed its failure, kInternal or kDataLoss;
-  // lookups in host memory and on other devices go on. Where supportlonglong is false a key beyond 32 bits is
-  // kOutOfRange only if the lookup waits for it, and has the default value otherwise.
+  // Further errors: kInvalidArgument (no cache on the device, keys of another size, int32 keys without wide_keys),
+  // kResourceExhausted (no memory on the device for a batch of this size), and for ever after a device has failed its
+  // failure, kInternal or kDataLoss; lookups in host memory and on other devices go on. Where supportlonglong is false
+  // a key beyond 32 bits is kOutOfRange only if the lookup waits for it, and has the default value otherwise.
   Status LookupOnDevice(int device, std::span<const DeviceLookupPart> lookups, DeviceStream stream,
                         const LookupOptions& options = {}, LookupReport* report = nullptr) const;
+
+  // The sums are those of LookupSparse to the bit, also where rows come from different places. The call waits until the
+  // device has found and added up the rows (or knows what is missing), for static caches too: bad row_splits and
+  // indices are kInvalidArgument, with the first bad position. Where keys of a table are missing, the rows of that
+  // table's keys are brought together in memory of the device and added up from there.
+  Status LookupSparseOnDevice(int device, std::span<const DeviceSparsePart> lookups, DeviceStream stream,
+                              const LookupOptions& options = {}, LookupReport* report = nullptr) const;
 
   // Index of a table by name; kNotFound lists the names there are.
   Result<uint32_t> FindTable(std::string_view name) const;

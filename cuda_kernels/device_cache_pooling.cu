@@ -1,0 +1,443 @@
+// The pooled query: rows are found and added up in one launch, and written nowhere.
+//
+// A warp takes as many output rows at a time as its lanes can add up side by side, a lane for each word of each row.
+// The keys of all of them lie one after the other, whichever row they belong to: first all lanes look for the keys of a
+// window, sixteen or more at once as in the query, and leave the places of the rows in shared memory; then each lane
+// walks over its row's keys with eight loads under way.
+//
+// Against writers: as the query, by CacheActivity, for all output rows of a warp together. Where a writer was about the
+// warp does them anew, and looks at the buckets of each window again when its rows have been added. Rows that take more
+// than one pass, of more keys than a window holds, and rows that writers do not leave alone count as missing then: the
+// host looks such keys up one by one.
+//
+// Segments are not trusted. A mistake is noted, what it leads to is cut off, and a warp that has met one, or that finds
+// one noted between two windows, leaves its rows alone.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "cuda_kernels/device_cache_access.cuh"
+#include "cuda_kernels/pooling_sums.cuh"
+
+namespace hps::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr uint32_t kProbes = 2;  // of a pair of lanes at once
+constexpr uint32_t kStepKeys = 16 * kProbes;
+constexpr uint32_t kWindow = 256;
+constexpr int kAttempts = 16;
+constexpr uint32_t kNowhere = ~uint32_t{0};
+constexpr int kMaxDevices = 64;
+constexpr uint64_t kManyWaves = 16;  // as in the query
+constexpr uint64_t kEnoughRounds = 8;
+
+// Which instance of the kernel serves a part.
+struct Shape {
+  bool wide_word = false;  // 16 bytes, or 4
+  int lanes = 32;          // of a row
+  bool passes = false;     // a row has more words than lanes
+  bool weighted = false;
+  bool operator==(const Shape& other) const {
+    return wide_word == other.wide_word && lanes == other.lanes && passes == other.passes && weighted == other.weighted;
+  }
+};
+
+struct PartPlan {
+  PooledPart part;
+  uint32_t number;  // among the parts of the call
+  uint32_t first_block;
+  uint32_t blocks;
+  uint32_t group_rows;  // output rows of a warp at a time
+  bool aligned;         // output rows begin at multiples of 16
+};
+
+template <int kMaxParts>
+struct PooledPlan {
+  PooledWorkspace workspace;
+  uint32_t stamp;  // 0: another launch of the call will tell
+  int num_parts;
+  PartPlan parts[kMaxParts];
+
+  __device__ __forceinline__ const PartPlan& PartOfBlock() const {
+    int part = 0;
+    if (kMaxParts > 1) {
+      while (part + 1 < num_parts && blockIdx.x >= parts[part + 1].first_block) ++part;
+    }
+    return parts[part];
+  }
+};
+
+// Of one warp, in shared memory: for each key of a window the place of its row, and the version of its bucket.
+struct Window {
+  uint32_t slots[kWindow];
+  uint32_t versions[kWindow];
+};
+
+// The output rows of a warp: keys [first, last), of which this lane's row has [begin, end).
+struct Group {
+  uint32_t first, last;
+  uint32_t begin, end;
+  uint32_t row;
+  bool has_row;
+};
+
+__device__ __forceinline__ int64_t LoadKey(const QueryPart& query, uint32_t i) {
+  return __ldg(reinterpret_cast<const long long*>(query.keys) + i);
+}
+
+// Finds the keys [first, last); returns how many are nowhere. By a whole warp.
+template <bool kBusy>
+__device__ __forceinline__ uint32_t FindKeys(const QueryPart& query, uint32_t first, uint32_t last, Window* window,
+                                             bool marks) {
+  const CacheTable& table = query.table;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int half = lane & 1;
+  uint32_t missing = 0;
+#pragma unroll 1
+  for (uint32_t base = first; base < last; base += kStepKeys) {
+    int64_t keys[kProbes];
+    uint64_t hashes[kProbes];
+    uint32_t buckets[kProbes];
+    BucketHalf halves[kProbes];
+#pragma unroll
+    for (uint32_t p = 0; p < kProbes; ++p) keys[p] = LoadKey(query, min(base + 16 * p + lane / 2, last - 1));
+#pragma unroll
+    for (uint32_t p = 0; p < kProbes; ++p) {
+      hashes[p] = CacheHash(keys[p]);
+      buckets[p] = static_cast<uint32_t>(FirstBucket(hashes[p], table.num_buckets));
+      halves[p] = LoadHalf(table.buckets + buckets[p], half);
+    }
+#pragma unroll
+    for (uint32_t p = 0; p < kProbes; ++p) {
+      const uint32_t i = base + 16 * p + lane / 2;
+      uint64_t state = halves[p].high.high;  // in the second half
+      int way = HalfWayIn(halves[p], keys[p], half);
+      const bool overflowed = half == 1 && (state & kStateOverflowed) != 0;
+      if (__any_sync(0xFFFFFFFF, overflowed && way < 0)) {
+        const unsigned all = __ballot_sync(0xFFFFFFFF, overflowed);
+        const bool second = way < 0 && (all >> (lane | 1) & 1);
+        if (second) buckets[p] = static_cast<uint32_t>(SecondBucket(hashes[p], table.num_buckets));
+        way = HalfWayOf(table.buckets + buckets[p], keys[p], half, &state);
+      }
+      if (half == 1 && way >= 0 && marks) {
+        const uint64_t bit = StateNextRef(state, way);
+        if (bit != 0) atomicOr(StateAddress(table.buckets + buckets[p]), bit);
+      }
+      const bool counts = i < last;
+      missing += __popc(__ballot_sync(0xFFFFFFFF, counts && half == 0 && way < 0));
+      if (counts && half == 0) window->slots[i - first] = way < 0 ? kNowhere : buckets[p] * kCacheWays + way;
+      if (kBusy && counts && half == 1) window->versions[i - first] = VersionOf(state);
+    }
+  }
+  return missing;
+}
+
+// Whether the buckets of the keys [first, last) are as they were found. By a whole warp.
+__device__ bool AreUnchanged(const QueryPart& query, uint32_t first, uint32_t last, const Window& window) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  bool changed = false;
+#pragma unroll 1
+  for (uint32_t base = first; base < last; base += 16) {
+    const uint32_t i = min(base + lane / 2, last - 1);
+    const uint32_t slot = window.slots[i - first];
+    const int way = slot == kNowhere ? -1 : static_cast<int>(slot % kCacheWays);
+    changed |= HalfChanged(query.table.buckets + (way < 0 ? 0 : slot / kCacheWays), LoadKey(query, i), way, lane & 1,
+                           window.versions[i - first]);
+  }
+  return !__any_sync(0xFFFFFFFF, changed);
+}
+
+// Writes the output rows of a group; returns false where a writer was met. *missing: keys that are nowhere.
+template <typename Word, int kLanes, bool kPasses, bool kWeighted, bool kBusy>
+__device__ __forceinline__ bool AddGroup(const PartPlan& plan, const Group& group, const PooledWorkspace& workspace,
+                                         Window* window, uint32_t* missing) {
+  const PooledPart& part = plan.part;
+  const CacheTable& table = part.query.table;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const uint32_t words = table.row_bytes / sizeof(Word);
+  const bool one_window = group.last - group.first <= kWindow;
+  if (kPasses && kBusy && !one_window) return false;
+  *missing = 0;
+#pragma unroll 1
+  for (uint32_t pass = 0; pass == 0 || (kPasses && pass < words); pass += kLanes) {
+    const uint32_t word = pass + lane % kLanes;
+    const bool adds = group.has_row && word < words;
+    RowSum<Word, kWeighted> sum;
+    sum.Begin(part.pooling, group.end - group.begin);
+#pragma unroll 1
+    for (uint32_t first = group.first; first < group.last; first += kWindow) {
+      if (first != group.first) {
+        const uint64_t noted = LoadWord(&workspace.words[1]);
+        if (__any_sync(0xFFFFFFFF, noted != 0)) return true;
+      }
+      const uint32_t last = min(first + kWindow, group.last);
+      if (!kPasses || pass == 0 || !one_window) {
+        __syncwarp();
+        const uint32_t nowhere = FindKeys<kBusy>(part.query, first, last, window, pass == 0 && !table.whole);
+        if (pass == 0) *missing += nowhere;
+        __syncwarp();
+      }
+      if (adds) {
+        const auto* const rows = static_cast<const char*>(table.rows) + uint64_t{word} * sizeof(Word);
+        sum.Add(max(group.begin, first), min(group.end, last), part.weights, [&](uint32_t i, bool wanted) {
+          Word value;
+#pragma unroll
+          for (int e = 0; e < static_cast<int>(sizeof(Word) / sizeof(float)); ++e) {
+            ElementOf(value, e) = part.query.default_value;
+          }
+          const uint32_t slot = wanted ? window->slots[i - first] : kNowhere;
+          if (slot != kNowhere) value = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{slot} * table.row_bytes));
+          return value;
+        });
+      }
+      if (kBusy) {
+        __threadfence();  // the rows have arrived
+        __syncwarp();
+        if (!AreUnchanged(part.query, first, last, *window)) return false;
+      }
+    }
+    if (adds) {
+      StoreWord(part.output + uint64_t{group.row} * (table.row_bytes / sizeof(float)), word, sum.Result(),
+                plan.aligned);
+    }
+  }
+  return true;
+}
+
+// The output rows of one warp's turn. Notes mistakes.
+template <int kLanes>
+__device__ __forceinline__ bool MakeGroup(const PartPlan& plan, uint32_t number, const PooledWorkspace& workspace,
+                                          Group* group) {
+  const PooledPart& part = plan.part;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const auto* const splits = reinterpret_cast<const long long*>(part.row_splits);
+  const uint32_t first_row = number * plan.group_rows;
+  const uint32_t last_row = min(first_row + plan.group_rows, part.rows);
+  const auto index = static_cast<uint32_t>(lane / kLanes);
+  group->row = first_row + index;
+  group->has_row = index < plan.group_rows && group->row < last_row;
+  const uint32_t row = group->has_row ? group->row : first_row;
+  const int64_t begin = __ldg(splits + row);
+  const int64_t end = group->has_row ? __ldg(splits + row + 1) : begin;
+  const int64_t first = __ldg(splits + first_row), last = __ldg(splits + last_row);
+  bool wrong = false;
+  if (!part.from_indices) {
+    if (end < begin) {
+      wrong = true;
+      NoteMistake(workspace, Mistake::kSplitsDescend, plan.number, uint64_t{row} + 1);
+    }
+    if (number == 0 && lane == 0 && (first != 0 || __ldg(splits + part.rows) != int64_t{part.query.count})) {
+      wrong = true;
+      NoteMistake(workspace, Mistake::kEnds, plan.number, 0);
+    }
+  }
+  group->first = ClampSplit(first, 0, part.query.count);
+  group->last = ClampSplit(last, group->first, part.query.count);
+  group->begin = ClampSplit(begin, group->first, group->last);
+  group->end = ClampSplit(end, group->begin, group->last);
+  return !__any_sync(0xFFFFFFFF, wrong);
+}
+
+// Returns how many positions are to be told as missing; the same in all lanes.
+template <typename Word, int kLanes, bool kPasses, bool kWeighted>
+__device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWorkspace& workspace, Window* window) {
+  const PooledPart& part = plan.part;
+  const CacheActivity* const activity = part.query.table.activity;
+  const uint32_t groups = max((part.rows + plan.group_rows - 1) / plan.group_rows, 1u);
+  uint32_t nowhere = 0, told = 0;
+#pragma unroll 1
+  for (uint32_t number = (blockIdx.x - plan.first_block) * kWarps + threadIdx.x / 32; number < groups;
+       number += plan.blocks * kWarps) {
+    Group group;
+    if (!MakeGroup<kLanes>(plan, number, workspace, &group)) continue;
+    uint32_t missing = 0;
+    bool done = false;
+    const uint64_t before = LoadActivity(activity);
+    if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
+      AddGroup<Word, kLanes, kPasses, kWeighted, false>(plan, group, workspace, window, &missing);
+      const uint64_t after = LoadActivity(activity);
+      done = !__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before));
+    }
+#pragma unroll 1
+    for (int attempt = 0; !done && attempt < kAttempts; ++attempt) {
+      if (attempt > 0) __nanosleep(200);
+      done = AddGroup<Word, kLanes, kPasses, kWeighted, true>(plan, group, workspace, window, &missing);
+    }
+    if (!done) told += 1;
+    nowhere += missing;
+  }
+  if (!part.query.table.whole) return told + nowhere;
+  if (nowhere != 0 && (threadIdx.x & 31) == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&part.query.table.activity->untold_missing),
+              static_cast<unsigned long long>(nowhere));
+  }
+  return told;
+}
+
+// The last block of the call's last launch tells the host.
+__device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32_t blocks) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  if (atomicAdd(&workspace.counters[1], 1u) != blocks - 1) return;
+  workspace.counters[1] = 0;
+  if (stamp == 0) return;
+  auto* const words = reinterpret_cast<unsigned long long*>(workspace.words);
+  const uint32_t missing = atomicExch(&workspace.counters[0], 0u);
+  const uint64_t parts = atomicExch(&words[0], 0ull);
+  const uint64_t noted = atomicExch(&words[1], 0ull);
+  uint64_t told = missing & ~kHasMistake;
+  if (noted != 0) told |= kHasMistake;
+  if (told != 0) {
+    *static_cast<volatile uint64_t*>(&workspace.result->missing_parts) = parts;
+    *static_cast<volatile uint64_t*>(&workspace.result->mistake) = noted == 0 ? 0 : ~noted;
+    __threadfence_system();
+  }
+  *static_cast<volatile uint64_t*>(&workspace.result->done) = (uint64_t{stamp} << 32) | told;
+}
+
+constexpr int MinBlocks(bool weighted) { return weighted ? 2 : 4; }
+
+template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kMaxParts>
+__global__ void __launch_bounds__(kThreads, MinBlocks(kWeighted))
+    PooledKernel(const __grid_constant__ PooledPlan<kMaxParts> plan) {
+  __shared__ Window windows[kWarps];
+  const PartPlan& part = plan.PartOfBlock();
+  const uint32_t told = RunPart<Word, kLanes, kPasses, kWeighted>(part, plan.workspace, &windows[threadIdx.x / 32]);
+  if (told != 0 && (threadIdx.x & 31) == 0) {
+    atomicAdd(&plan.workspace.counters[0], told);
+    atomicOr(reinterpret_cast<unsigned long long*>(&plan.workspace.words[0]), 1ull << part.number);
+  }
+  Publish(plan.workspace, plan.stamp, gridDim.x);
+}
+
+template <int kMaxParts>
+using Kernel = void (*)(PooledPlan<kMaxParts>);
+
+template <int kMaxParts, bool kWeighted>
+Kernel<kMaxParts> KernelOf(const Shape& shape, int* number) {
+  if (!shape.wide_word) {
+    *number = shape.passes ? 1 : shape.lanes == 4 ? 2 : 0;
+    return shape.passes       ? PooledKernel<float, 32, true, kWeighted, kMaxParts>
+           : shape.lanes == 4 ? PooledKernel<float, 4, false, kWeighted, kMaxParts>
+                              : PooledKernel<float, 32, false, kWeighted, kMaxParts>;
+  }
+  *number = shape.passes ? 3 : shape.lanes == 4 ? 4 : shape.lanes == 8 ? 5 : shape.lanes == 16 ? 6 : 7;
+  return shape.passes        ? PooledKernel<float4, 32, true, kWeighted, kMaxParts>
+         : shape.lanes == 4  ? PooledKernel<float4, 4, false, kWeighted, kMaxParts>
+         : shape.lanes == 8  ? PooledKernel<float4, 8, false, kWeighted, kMaxParts>
+         : shape.lanes == 16 ? PooledKernel<float4, 16, false, kWeighted, kMaxParts>
+                             : PooledKernel<float4, 32, false, kWeighted, kMaxParts>;
+}
+
+constexpr int kNumKernels = 32;
+uint32_t ResidentBlocks(const void* kernel, int number) {
+  static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  std::atomic<uint32_t>* const place = device < kMaxDevices ? &known[device][number] : nullptr;
+  uint32_t blocks = place != nullptr ? place->load(std::memory_order_relaxed) : 0;
+  if (blocks != 0) return blocks;
+  int each = 0, processors = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  blocks = static_cast<uint32_t>(std::max(1, each * processors));
+  if (place != nullptr) place->store(blocks, std::memory_order_relaxed);
+  return blocks;
+}
+
+Shape ShapeOf(const PooledPart& part) {
+  Shape shape;
+  const uint32_t row_bytes = part.query.table.row_bytes;
+  shape.wide_word = row_bytes % sizeof(float4) == 0;
+  const uint32_t words = row_bytes / (shape.wide_word ? sizeof(float4) : sizeof(float));
+  shape.lanes = words <= 4 ? 4 : !shape.wide_word ? 32 : words <= 8 ? 8 : words <= 16 ? 16 : 32;
+  shape.passes = words > 32;
+  shape.weighted = part.weights != nullptr;
+  return shape;
+}
+
+// Those of the parts that have the shape.
+template <int kMaxParts>
+int Launch(const PooledPart* parts, int num_parts, const Shape& shape, const PooledWorkspace& workspace, uint32_t stamp,
+           cudaStream_t stream) {
+  PooledPlan<kMaxParts> plan;
+  plan.workspace = workspace;
+  plan.stamp = stamp;
+  plan.num_parts = 0;
+  uint64_t bytes = 0, rows = 0, keys = 0;
+  const auto bytes_of = [](const PooledPart& part) {
+    return uint64_t{part.query.count} * (part.query.table.row_bytes + 64) + part.rows * uint64_t{64} + 64;
+  };
+  for (int i = 0; i < num_parts; ++i) {
+    if (!(ShapeOf(parts[i]) == shape)) continue;
+    PartPlan& next = plan.parts[plan.num_parts++];
+    next.part = parts[i];
+    next.number = static_cast<uint32_t>(i);
+    next.aligned = IsAligned(parts[i]);
+    bytes += bytes_of(parts[i]);
+    rows += parts[i].rows;
+    keys += parts[i].query.count;
+  }
+  int number = 0;
+  const Kernel<kMaxParts> kernel =
+      shape.weighted ? KernelOf<kMaxParts, true>(shape, &number) : KernelOf<kMaxParts, false>(shape, &number);
+  number += (shape.weighted ? 8 : 0) + (kMaxParts == 1 ? 0 : 16);
+  const uint64_t resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
+  // Fewer output rows a warp where there are not enough of them to keep every warp busy.
+  uint32_t group_rows = 32 / static_cast<uint32_t>(shape.lanes);
+  while (group_rows > 1 && rows < resident * kWarps * group_rows) group_rows /= 2;
+  const bool enough = rows >= kEnoughRounds * resident * kWarps * group_rows;
+  const uint64_t wanted = resident * (enough ? kManyWaves : 1);
+  uint32_t blocks = 0;
+  for (int i = 0; i < plan.num_parts; ++i) {
+    PartPlan& next = plan.parts[i];
+    next.group_rows = group_rows;
+    const uint64_t groups = std::max<uint64_t>((uint64_t{next.part.rows} + group_rows - 1) / group_rows, 1);
+    const uint64_t share = bytes_of(next.part) * wanted / bytes;
+    next.first_block = blocks;
+    next.blocks = static_cast<uint32_t>(std::min((groups + kWarps - 1) / kWarps, std::max<uint64_t>(share, 1)));
+    blocks += next.blocks;
+  }
+  kernel<<<blocks, kThreads, 0, stream>>>(plan);
+  return cudaGetLastError();
+}
+
+__global__ void PublishNothingKernel(PooledWorkspace workspace, uint32_t stamp) { Publish(workspace, stamp, 1); }
+
+}  // namespace
+
+int LaunchPooledQuery(const PooledPart* parts, int num_parts, const PooledWorkspace& workspace, uint32_t stamp,
+                      cudaStream_t stream) {
+  if (stamp == 0 || num_parts < 0 || num_parts > kMaxQueryParts) return cudaErrorInvalidValue;
+  uint64_t positions = 0;
+  for (int i = 0; i < num_parts; ++i) {
+    if (!IsValid(parts[i].query.table)) return cudaErrorInvalidValue;
+    positions += parts[i].query.count;
+  }
+  if (positions >= kHasMistake) return cudaErrorInvalidValue;
+  if (num_parts == 0) {
+    PublishNothingKernel<<<1, 32, 0, stream>>>(workspace, stamp);
+    return cudaGetLastError();
+  }
+  // One launch for each shape, which is one as long as the tables are alike.
+  Shape shapes[kMaxQueryParts];
+  int num_shapes = 0;
+  for (int i = 0; i < num_parts; ++i) {
+    const Shape shape = ShapeOf(parts[i]);
+    if (std::find(shapes, shapes + num_shapes, shape) == shapes + num_shapes) shapes[num_shapes++] = shape;
+  }
+  for (int i = 0; i < num_shapes; ++i) {
+    const uint32_t tells = i + 1 == num_shapes ? stamp : 0;
+    const int error = num_parts == 1 ? Launch<1>(parts, 1, shapes[i], workspace, tells, stream)
+                                     : Launch<kMaxQueryParts>(parts, num_parts, shapes[i], workspace, tells, stream);
+    if (error != 0) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace hps::cuda
