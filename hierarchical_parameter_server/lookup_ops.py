@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import tensorflow as tf
 
 from . import _native
-from .errors import UnimplementedError
 from .resource import ServerResource
 
 COMBINERS = ("sum", "mean", "sqrtn")
@@ -72,9 +71,11 @@ def check_keys(ids: tf.Tensor) -> tf.Tensor:
 
 def _refuse_xla() -> None:
     if _native.compiled_by_xla():
-        raise UnimplementedError(
+        raise tf.errors.UnimplementedError(
+            None,
+            None,
             "lookups cannot be compiled by XLA: they ask a parameter server. Take the lookup out of the "
-            "tf.function(jit_compile=True) and compile what follows it: see docs/layers.md"
+            "tf.function(jit_compile=True) and compile what follows it: see docs/layers.md",
         )
 
 
@@ -100,7 +101,7 @@ def lookup(server: ServerResource, keys: Sequence[tf.Tensor], tables: Sequence[T
         with_found: also return the found masks.
 
     Raises:
-        UnimplementedError: inside a ``tf.function(jit_compile=True)``.
+        tf.errors.UnimplementedError: inside a ``tf.function(jit_compile=True)``.
 
     Returns:
         A list of float32 tensors of shape S + [width]; with ``with_found`` also a list of bool tensors of shape S.

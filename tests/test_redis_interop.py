@@ -62,9 +62,7 @@ def volatile_db(service, **more) -> dict:
 
 def serve(tmp_path, service, keys, rows, long_keys=True, **more) -> hps.ParameterServer:
     write_table(tmp_path / "items", keys, rows)
-    model = model_config(
-        "main", {"items": (tmp_path / "items", WIDTH)}, default_value_for_each_table=[DEFAULT_VALUE]
-    )
+    model = model_config("main", {"items": (tmp_path / "items", WIDTH)}, default_value_for_each_table=[DEFAULT_VALUE])
     path = write_config(tmp_path / "ps.json", [model], long_keys=long_keys, volatile_db=volatile_db(service, **more))
     return hps.ParameterServer(path)
 
@@ -128,9 +126,7 @@ def test_what_another_client_wrote_is_served_without_a_load(tmp_path, service, l
     with service.client() as client:
         for key, row in zip(keys, rows, strict=True):
             client.hset(values_key(partition_of(key, long_keys)), raw(key, long_keys), row.tobytes())
-    model = model_config(
-        "main", {"items": (tmp_path / "nowhere", WIDTH)}, default_value_for_each_table=[DEFAULT_VALUE]
-    )
+    model = model_config("main", {"items": (tmp_path / "nowhere", WIDTH)}, default_value_for_each_table=[DEFAULT_VALUE])
     section = volatile_db(service, initialize_after_startup=False)
     path = write_config(tmp_path / "ps.json", [model], long_keys=long_keys, volatile_db=section)
     with hps.ParameterServer(path) as server, service.client() as client:

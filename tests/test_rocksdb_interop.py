@@ -51,9 +51,7 @@ def write_rocksdict(path, keys, rows, long_keys, options=None) -> None:
 
 def read_rocksdict(path, name=FAMILY) -> dict[bytes, bytes]:
     families = {other: raw_options() for other in Rdict.list_cf(str(path))}
-    database = Rdict(
-        str(path), options=raw_options(), column_families=families, access_type=AccessType.read_only()
-    )
+    database = Rdict(str(path), options=raw_options(), column_families=families, access_type=AccessType.read_only())
     family = database.get_column_family(name)
     rows = dict(family.items())
     family.close()

@@ -192,7 +192,7 @@ def test_keras_trains_and_is_not_compiled_by_xla(on_gpu, rng):
 
 def test_xla_is_refused(on_gpu):
     function = tf.function(lambda ids: rows_of([ids], "w7")[0], jit_compile=True)
-    with pytest.raises(hps.errors.UnimplementedError, match="jit_compile=True"):
+    with pytest.raises(tf.errors.UnimplementedError, match="jit_compile=True"):
         function(tf.constant([1]))
 
 
@@ -228,7 +228,8 @@ def test_saved_model_in_fresh_processes(on_gpu, tmp_path):
         rows = session.run(signature.outputs["rows"].name, {signature.inputs["ids"].name: ids})
     else:
         hps._native.ops()
-        rows = tf.saved_model.load(sys.argv[1]).signatures["serving_default"](ids=tf.constant(ids))["rows"]
+        loaded = tf.saved_model.load(sys.argv[1])
+        rows = loaded.signatures["serving_default"](ids=tf.constant(ids))["rows"]
     np.testing.assert_array_equal(rows, expected)
     print("looked up", looked_up())
     """
@@ -314,7 +315,9 @@ def test_logical_gpus_share_a_cache_and_small_memory_is_refused(tmp_path):
     config = one_big_table(tmp_path)
     run_on_gpu(script, config, "2000,1000", cwd=tmp_path)
     result = run_on_gpu(script, config, "200,200", cwd=tmp_path)
-    assert "refused: device 0" in result.stdout and "gpucacheper" in result.stdout, result.stdout
+    assert "refused: " in result.stdout and "device 0 " in result.stdout and "gpucacheper" in result.stdout, (
+        result.stdout
+    )
 
 
 def test_devices_that_are_not_there(tmp_path):
