@@ -21,12 +21,11 @@ function(hps_add_op_library name)
   if(HPS_WITH_CUDA)
     target_compile_definitions(${name} PRIVATE HPS_WITH_CUDA)
   endif()
-  target_compile_options(${name} PRIVATE ${HPS_WARNINGS})
+  target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${HPS_WARNINGS}>)
   target_link_options(${name} PRIVATE -Wl,-z,defs)
   target_link_libraries(${name} PRIVATE hps ${tensorflow_library})
   # Beside libhps_core.so, in a package folder that is a sibling of tensorflow's.
   set_target_properties(${name} PROPERTIES
     CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
     BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN;$ORIGIN/../tensorflow")
-  install(TARGETS ${name} LIBRARY DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
 endfunction()

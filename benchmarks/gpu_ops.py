@@ -1,0 +1,217 @@
+"""Lookups of TensorFlow ops on a GPU, beside TensorFlow's own: single ops, and a recommender of 26 tables.
+
+    python -m benchmarks.gpu_ops [--commit HASH] [--empty-op LIBRARY] [--seconds S]
+
+Prints JSON lines. The peers take turns call by call on the same ids; a peer's rows are checked first. The empty op
+(native/empty_kernel_op.cu) launches one kernel that does nothing and waits for its word in mapped memory: what any
+op costs that has to know something of the GPU before it returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+import hierarchical_parameter_server as hps
+from hierarchical_parameter_server.lookup_ops import TableRef, lookup
+from hierarchical_parameter_server.resource import server_resource
+
+from .machine import describe
+
+ROWS = 100_000
+TABLES = 26
+WIDTH = 128
+FEATURES = 13
+BATCHES = (1_024, 16_384, 65_536, 131_072)
+
+
+def write_models(folder: Path) -> tuple[str, np.ndarray]:
+    """Models "dynamic" and "static" over the same tables; returns ps.json's path and the rows of table 0."""
+    rows = np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype("f4") / 10
+    folders = []
+    for i in range(TABLES):
+        table = folder / f"t{i}"
+        table.mkdir()
+        np.arange(ROWS, dtype="<i8").tofile(table / "key")
+        np.roll(rows, i, axis=0).astype("<f4").tofile(table / "emb_vector")
+        folders.append(str(table))
+
+    def model(name: str, **settings) -> dict:
+        return {
+            "model": name,
+            "sparse_files": folders,
+            "embedding_vecsize_per_table": [WIDTH] * TABLES,
+            "maxnum_catfeature_query_per_table_per_sample": [1] * TABLES,
+            "embedding_table_names": [f"t{i}" for i in range(TABLES)],
+            "max_batch_size": BATCHES[-1],
+            "gpucache": True,
+            "gpucacheper": 1.0,
+            **settings,
+        }
+
+    models = [model("dynamic", init_ec=True), model("static", embedding_cache_type="static")]
+    path = folder / "ps.json"
+    path.write_text(json.dumps({"supportlonglong": True, "models": models}))
+    return str(path), rows
+
+
+def wait() -> None:
+    tf.test.experimental.sync_devices()
+
+
+def take_turns(calls: dict, batches: list, seconds: float, repeat: int) -> dict[str, list[tuple[float, float]]]:
+    """Per peer (time until the call returned, time per call of `repeat` calls until the GPU was done), microseconds."""
+    taken = {name: [] for name in calls}
+    for call in calls.values():
+        for batch in batches:
+            call(batch)
+    end = time.perf_counter() + seconds
+    turn = 0
+    while turn < 15 or time.perf_counter() < end:
+        names = list(calls)
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            batch = batches[turn % len(batches)]
+            wait()
+            start = time.perf_counter()
+            kept = [calls[name](batch)]
+            returned = time.perf_counter()
+            kept += [calls[name](batch) for _ in range(repeat - 1)]
+            wait()
+            done = time.perf_counter()
+            taken[name].append(((returned - start) * 1e6, (done - start) * 1e6 / repeat))
+            del kept
+        turn += 1
+    return taken
+
+
+def report(kind: str, taken: dict, base: str, **about) -> None:
+    times = {name: np.array(pairs) for name, pairs in taken.items()}
+    for name, pairs in times.items():
+        ratio = times[base][:, 1] / pairs[:, 1]
+        line = {
+            "kind": kind,
+            "peer": name,
+            **about,
+            "rounds": len(pairs),
+            "returned_us": round(float(np.median(pairs[:, 0])), 1),
+            "returned_p99_us": round(float(np.percentile(pairs[:, 0], 99)), 1),
+            "done_us": round(float(np.median(pairs[:, 1])), 1),
+            "times_as_fast": round(float(np.median(ratio)), 2),
+            "beside": base,
+        }
+        print(json.dumps(line), flush=True)
+
+
+def measure_ops(rows: np.ndarray, empty_op: str | None, seconds: float) -> None:
+    variable = tf.Variable(rows)
+    server = server_resource("")
+    peers = {
+        "tf.nn.embedding_lookup": lambda ids: tf.nn.embedding_lookup(variable, ids),
+        "tf.gather": lambda ids: tf.raw_ops.ResourceGather(resource=variable.handle, indices=ids, dtype=tf.float32),
+        "dynamic cache": lambda ids: lookup(server, [ids], [TableRef("dynamic", "t0", WIDTH)])[0],
+        "static cache": lambda ids: lookup(server, [ids], [TableRef("static", "t0", WIDTH)])[0],
+    }
+    if empty_op:
+        empty = tf.load_op_library(empty_op).hps_benchmark_empty_kernel
+    rng = np.random.default_rng(2)
+    for batch in (1_024, 16_384, 65_536, 1_048_576):
+        batches = [tf.identity(tf.constant(rng.integers(0, ROWS, batch))) for _ in range(8)]
+        for name, call in peers.items():
+            if not np.array_equal(call(batches[0]), rows[batches[0].numpy()]):
+                sys.exit(f"{name} returned wrong rows")
+        calls = dict(peers)
+        if empty_op:
+            calls["empty kernel"] = lambda ids: empty(ids, width=WIDTH)
+        report("gpu_op", take_turns(calls, batches, seconds, 10), "tf.nn.embedding_lookup", batch=batch, width=WIDTH)
+
+
+def dense_layers() -> tuple[list, list]:
+    rng = np.random.default_rng(3)
+
+    def layers(*widths):
+        pairs = zip(widths, widths[1:])  # noqa: B905
+        return [
+            (tf.Variable(rng.normal(size=p).astype("f4") / p[0] ** 0.5), tf.Variable(tf.zeros(p[1]))) for p in pairs
+        ]
+
+    vectors = TABLES + 1
+    return layers(FEATURES, 512, 256, WIDTH), layers(WIDTH + vectors * vectors, 1024, 1024, 512, 256, 1)
+
+
+def measure_model(rows: np.ndarray, seconds: float) -> None:
+    bottom, top = dense_layers()
+    variables = [tf.Variable(np.roll(rows, i, axis=0)) for i in range(TABLES)]
+    server = server_resource("")
+
+    def through(x, layers):
+        for weights, bias in layers[:-1]:
+            x = tf.nn.relu(tf.matmul(x, weights) + bias)
+        return tf.matmul(x, layers[-1][0]) + layers[-1][1]
+
+    def dense(features, vectors):
+        x = through(features, bottom)
+        every = tf.stack([x, *vectors], axis=1)  # [batch, tables + 1, width]
+        products = tf.matmul(every, every, transpose_b=True)
+        return through(tf.concat([x, tf.reshape(products, [tf.shape(x)[0], (TABLES + 1) ** 2])], 1), top)
+
+    compiled = tf.function(dense, jit_compile=True)
+
+    def native(ids, features):
+        return compiled(features, [tf.nn.embedding_lookup(v, i) for v, i in zip(variables, ids, strict=True)])
+
+    def ours(model):
+        refs = [TableRef(model, f"t{i}", WIDTH) for i in range(TABLES)]
+        return tf.function(lambda ids, features: compiled(features, lookup(server, ids, refs)), autograph=False)
+
+    peers = {
+        "native": tf.function(native, autograph=False),
+        "native, all of it compiled": tf.function(native, jit_compile=True, autograph=False),
+        "dynamic cache": ours("dynamic"),
+        "static cache": ours("static"),
+    }
+    rng = np.random.default_rng(4)
+    for batch in BATCHES:
+        batches = []
+        for _ in range(3):
+            ids = [tf.identity(tf.constant(rng.integers(0, ROWS, batch))) for _ in range(TABLES)]
+            batches.append((ids, tf.identity(tf.constant(rng.normal(size=(batch, FEATURES)).astype("f4")))))
+        expected = peers["native"](*batches[0]).numpy()
+        for name, call in peers.items():
+            if not np.allclose(call(*batches[0]), expected, rtol=1e-2, atol=1e-2):
+                sys.exit(f"{name} gave another answer")
+        calls = {name: lambda args, call=call: call(*args) for name, call in peers.items()}
+        report("gpu_model", take_turns(calls, batches, seconds, 3), "native", batch=batch, tables=TABLES, width=WIDTH)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--empty-op", default="")
+    parser.add_argument("--seconds", type=float, default=2.0)
+    arguments = parser.parse_args()
+    gpus = tf.config.list_logical_devices("GPU")
+    if not gpus:
+        sys.exit("TensorFlow sees no GPU here")
+    run = describe("python -m benchmarks.gpu_ops")
+    run["commit"] = arguments.commit or run["commit"]
+    run["gpu"] = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])["device_name"]
+    print(json.dumps(run), flush=True)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        config, rows = write_models(Path(folder))
+        hps.Init(ps_config_file=config, global_batch_size=BATCHES[-1])
+        measure_ops(rows, arguments.empty_op, arguments.seconds)
+        measure_model(rows, arguments.seconds)
+        hps.shutdown()
+
+
+if __name__ == "__main__":
+    main()
