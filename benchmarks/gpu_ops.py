@@ -28,36 +28,44 @@ from .machine import describe
 
 ROWS = 100_000
 TABLES = 26
+SINGLE_ROWS = 2_000_000  # of the table that single ops look up in
 WIDTH = 128
 FEATURES = 13
 BATCHES = (1_024, 16_384, 65_536, 131_072)
 
 
 def write_models(folder: Path) -> tuple[str, np.ndarray]:
-    """Models "dynamic" and "static" over the same tables; returns ps.json's path and the rows of table 0."""
-    rows = np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype("f4") / 10
-    folders = []
-    for i in range(TABLES):
-        table = folder / f"t{i}"
-        table.mkdir()
-        np.arange(ROWS, dtype="<i8").tofile(table / "key")
-        np.roll(rows, i, axis=0).astype("<f4").tofile(table / "emb_vector")
-        folders.append(str(table))
+    """ps.json's path, and the rows of the single table, whose first ones are those of t0.
 
-    def model(name: str, **settings) -> dict:
+    Models "dynamic" and "static" have the recommender's tables t0 .. t25, "one dynamic" and "one static" the single one.
+    """
+    rows = np.random.default_rng(1).random((SINGLE_ROWS, WIDTH), dtype="f4") - 0.5
+
+    def table(name: str, values: np.ndarray) -> str:
+        (folder / name).mkdir()
+        np.arange(len(values), dtype="<i8").tofile(folder / name / "key")
+        values.astype("<f4").tofile(folder / name / "emb_vector")
+        return str(folder / name)
+
+    many = {f"t{i}": table(f"t{i}", np.roll(rows[:ROWS], i, axis=0)) for i in range(TABLES)}
+    single = {"t": table("t", rows)}
+
+    def model(name: str, tables: dict[str, str], **settings) -> dict:
         return {
             "model": name,
-            "sparse_files": folders,
-            "embedding_vecsize_per_table": [WIDTH] * TABLES,
-            "maxnum_catfeature_query_per_table_per_sample": [1] * TABLES,
-            "embedding_table_names": [f"t{i}" for i in range(TABLES)],
+            "sparse_files": list(tables.values()),
+            "embedding_vecsize_per_table": [WIDTH] * len(tables),
+            "maxnum_catfeature_query_per_table_per_sample": [1] * len(tables),
+            "embedding_table_names": list(tables),
             "max_batch_size": BATCHES[-1],
             "gpucache": True,
             "gpucacheper": 1.0,
             **settings,
         }
 
-    models = [model("dynamic", init_ec=True), model("static", embedding_cache_type="static")]
+    dynamic, static = {"init_ec": True}, {"embedding_cache_type": "static"}
+    models = [model("dynamic", many, **dynamic), model("static", many, **static)]
+    models += [model("one dynamic", single, **dynamic), model("one static", single, **static)]
     path = folder / "ps.json"
     path.write_text(json.dumps({"supportlonglong": True, "models": models}))
     return str(path), rows
@@ -117,14 +125,14 @@ def measure_ops(rows: np.ndarray, empty_op: str | None, seconds: float) -> None:
     peers = {
         "tf.nn.embedding_lookup": lambda ids: tf.nn.embedding_lookup(variable, ids),
         "tf.gather": lambda ids: tf.raw_ops.ResourceGather(resource=variable.handle, indices=ids, dtype=tf.float32),
-        "dynamic cache": lambda ids: lookup(server, [ids], [TableRef("dynamic", "t0", WIDTH)])[0],
-        "static cache": lambda ids: lookup(server, [ids], [TableRef("static", "t0", WIDTH)])[0],
+        "dynamic cache": lambda ids: lookup(server, [ids], [TableRef("one dynamic", "t", WIDTH)])[0],
+        "static cache": lambda ids: lookup(server, [ids], [TableRef("one static", "t", WIDTH)])[0],
     }
     if empty_op:
         empty = tf.load_op_library(empty_op).hps_benchmark_empty_kernel
     rng = np.random.default_rng(2)
     for batch in (1_024, 16_384, 65_536, 1_048_576):
-        batches = [tf.identity(tf.constant(rng.integers(0, ROWS, batch))) for _ in range(8)]
+        batches = [tf.identity(tf.constant(rng.integers(0, SINGLE_ROWS, batch))) for _ in range(8)]
         for name, call in peers.items():
             if not np.array_equal(call(batches[0]), rows[batches[0].numpy()]):
                 sys.exit(f"{name} returned wrong rows")
@@ -149,7 +157,7 @@ def dense_layers() -> tuple[list, list]:
 
 def measure_model(rows: np.ndarray, seconds: float) -> None:
     bottom, top = dense_layers()
-    variables = [tf.Variable(np.roll(rows, i, axis=0)) for i in range(TABLES)]
+    variables = [tf.Variable(np.roll(rows[:ROWS], i, axis=0)) for i in range(TABLES)]
     server = server_resource("")
 
     def through(x, layers):
@@ -166,11 +174,14 @@ def measure_model(rows: np.ndarray, seconds: float) -> None:
     compiled = tf.function(dense, jit_compile=True)
 
     def native(ids, features):
-        return compiled(features, [tf.nn.embedding_lookup(v, i) for v, i in zip(variables, ids, strict=True)])
+        every = zip(variables, tf.unstack(ids), strict=True)
+        return compiled(features, [tf.nn.embedding_lookup(variable, each) for variable, each in every])
 
     def ours(model):
         refs = [TableRef(model, f"t{i}", WIDTH) for i in range(TABLES)]
-        return tf.function(lambda ids, features: compiled(features, lookup(server, ids, refs)), autograph=False)
+        return tf.function(
+            lambda ids, features: compiled(features, lookup(server, tf.unstack(ids), refs)), autograph=False
+        )
 
     peers = {
         "native": tf.function(native, autograph=False),
@@ -182,7 +193,7 @@ def measure_model(rows: np.ndarray, seconds: float) -> None:
     for batch in BATCHES:
         batches = []
         for _ in range(3):
-            ids = [tf.identity(tf.constant(rng.integers(0, ROWS, batch))) for _ in range(TABLES)]
+            ids = tf.identity(tf.constant(rng.integers(0, ROWS, (TABLES, batch))))
             batches.append((ids, tf.identity(tf.constant(rng.normal(size=(batch, FEATURES)).astype("f4")))))
         expected = peers["native"](*batches[0]).numpy()
         for name, call in peers.items():

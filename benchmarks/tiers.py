@@ -113,9 +113,7 @@ def run(axes: Axes, write: Callable[[dict], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="hps_tiers_") as name, contextlib.ExitStack() as stack:
         data = TableData(axes.rows, width, Path(name))
         config = json.loads(data.scattered_config_path.read_text(encoding="utf-8"))
-        tiers = [
-            stack.enter_context(open_tier(kind, title, config, Path(name))) for kind, title, open_tier in TIERS
-        ]
+        tiers = [stack.enter_context(open_tier(kind, title, config, Path(name))) for kind, title, open_tier in TIERS]
         for batch in axes.batches:
             ids = [random.integers(0, axes.rows, batch) for _ in range(max(2, min(64, (1 << 20) // batch)))]
             keys = [scatter(some) for some in ids]

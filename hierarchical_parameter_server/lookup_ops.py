@@ -5,6 +5,7 @@ The layers are built from these. Gradients stop at the rows; only the weights of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -70,7 +71,7 @@ def check_keys(ids: tf.Tensor) -> tf.Tensor:
 
 
 def _refuse_xla() -> None:
-    if _native.compiled_by_xla():
+    if not tf.executing_eagerly() and _native.compiled_by_xla():
         raise tf.errors.UnimplementedError(
             None,
             None,
@@ -79,7 +80,8 @@ def _refuse_xla() -> None:
         )
 
 
-def _table_attributes(tables: Sequence[TableRef]) -> dict:
+@functools.lru_cache(maxsize=1024)
+def _table_attributes(tables: tuple[TableRef, ...]) -> dict:
     model = tables[0].model
     names = [table.table for table in tables]
     by_name = isinstance(names[0], str)
@@ -108,7 +110,7 @@ def lookup(server: ServerResource, keys: Sequence[tf.Tensor], tables: Sequence[T
     """
     _refuse_xla()
     rows, found = _native.ops().hierarchical_parameter_server_lookup(
-        server=server.handle, keys=keys, M=len(tables) if with_found else 0, **_table_attributes(tables)
+        server=server.handle, keys=keys, M=len(tables) if with_found else 0, **_table_attributes(tuple(tables))
     )
     return (rows, found) if with_found else rows
 
@@ -137,7 +139,7 @@ def lookup_sparse(
         weights=list(weights or []),
         combiners=list(combiners),
         segment_format=segments[0].format,
-        **_table_attributes(tables),
+        **_table_attributes(tuple(tables)),
     )
 
 

@@ -42,6 +42,8 @@ class ServerResource(tf.saved_model.experimental.TrackableResource):
     @property
     def handle(self) -> tf.Tensor:
         """The scalar resource tensor, made outside any function that is being traced."""
+        if tf.executing_eagerly():
+            return self.resource_handle
         with tf.init_scope():
             return self.resource_handle
 

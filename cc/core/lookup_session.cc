@@ -422,11 +422,11 @@ Status LookupSession::LookupSparseOnDevice(int device, std::span<const DeviceSpa
 
 Result<uint32_t> LookupSession::FindTable(std::string_view name) const {
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
-  std::string known;
   for (size_t i = 0; i < model->tables.size(); ++i) {
     if (model->tables[i].name == name) return static_cast<uint32_t>(i);
-    known += (known.empty() ? "'" : ", '") + model->tables[i].name + "'";
   }
+  std::string known;
+  for (const ModelTable& table : model->tables) known += (known.empty() ? "'" : ", '") + table.name + "'";
   return NotFound("model '" + model->config.name + "' has no table '" + std::string(name) + "'; it has " + known);
 }
 
