@@ -37,7 +37,7 @@ BATCHES = (1_024, 16_384, 65_536, 131_072)
 def write_models(folder: Path) -> tuple[str, np.ndarray]:
     """ps.json's path, and the rows of the single table, whose first ones are those of t0.
 
-    Models "dynamic" and "static" have the recommender's tables t0 .. t25, "one dynamic" and "one static" the single one.
+    Models "dynamic" and "static" have tables t0 .. t25, "one dynamic" and "one static" the single one.
     """
     rows = np.random.default_rng(1).random((SINGLE_ROWS, WIDTH), dtype="f4") - 0.5
 
