@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "cc/storage/redis_layout.h"
@@ -236,6 +237,53 @@ TEST(RedisFaults, ScanGoesOnAfterARestart) {
   }));
   std::sort(seen.begin(), seen.end());
   EXPECT_EQ(seen, KeyRange(0, 20'000)) << "each row once, though cursors of the old process mean nothing";
+}
+
+// The circuit breaker, whose wait has grown, must not keep out what has just been loaded again.
+TEST(RedisFaults, AReplacementServesFromAServerThatCameBackEmptyAtOnce) {
+  constexpr uint32_t kWidth = 4;
+  const std::vector<Key> keys = KeyRange(0, 1000);
+  for (const Tiers tiers : {Tiers::kBoth, Tiers::kVolatile}) {
+    TempFolder folder;
+    WriteTable(folder / "t", keys, kWidth, 1);
+    const auto redis = Value(RedisService::Start());
+    const ModelConfig model = MakeModel("m", {MakeTable("t", folder / "t", kWidth)});
+    ServerConfig config = MakeServer(tiers, folder / "database", {model});
+    config.volatile_db.type = VolatileType::kRedisCluster;
+    config.volatile_db.address = redis->address_list();
+    const auto server = Value(ParameterServer::Open(config, {.show_progress = false}));
+    const auto tier = [&](const char* what) {
+      return nlohmann::json::parse(server->StatsJson())["tier_states"]["volatile"][what];
+    };
+    std::atomic<bool> stop{false};
+    std::vector<std::thread> traffic;
+    for (int i = 0; i < 2; ++i) {
+      traffic.emplace_back([&] {
+        const LookupSession session = Value(server->NewSession("m"));
+        while (!stop) {
+          const Rows rows = Lookup(session, 0, kWidth, keys);
+          if (tiers == Tiers::kBoth) ExpectRows(rows, keys, 1);
+        }
+      });
+    }
+    Ask(*redis, {"FLUSHALL"});
+    const auto failed = [&] {
+      return nlohmann::json::parse(server->StatsJson())["models"][0]["tables"][0]["volatile"]["fetches_failed"];
+    };
+    WaitUntil([&] { return failed() >= 9; }, "four tries of the open breaker");  // the next comes after 0.8 to 1.6 s
+    EXPECT_NE(tier("breaker"), "closed");
+    EXPECT_NE(server->CheckReadiness().reason, "ready");
+    ASSERT_OK(server->ReplaceModel(model));
+    EXPECT_EQ(tier("breaker"), "closed");
+    EXPECT_EQ(server->CheckReadiness().reason, "ready");
+    const Rows rows = Lookup(*server, "m", 0, kWidth, keys);
+    ExpectRows(rows, keys, 1);
+    EXPECT_EQ(rows.report.rows_from_volatile, keys.size());
+    stop = true;
+    for (std::thread& thread : traffic) thread.join();
+    EXPECT_EQ(tier("breaker"), "closed");
+    EXPECT_EQ(tier("openings"), 1);
+  }
 }
 
 // A partition that is gone, with nothing below that could serve its rows.
