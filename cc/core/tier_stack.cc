@@ -16,6 +16,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr const char* kLookupTime = "the lookup's time (lookup_timeout_ms, or the caller's deadline)";
+
 class Stopwatch {
  public:
   Clock::time_point start() const { return start_; }
@@ -69,15 +71,23 @@ Status AskTable(const Tier& tier, const FetchRequest& request, const LookupLimit
   return status;
 }
 
-// What the lookup is told where it may not go on without the tier.
+// What the lookup is told where it may not go on without the tier. Limits of time are named by their keys, and only
+// those that were at work.
 Status Explain(const Tier& tier, const Status& error, const LookupLimits& limits) {
-  if (!IsUnavailable(tier, error, limits)) return error;
+  const bool too_late = limits.deadline != kNoDeadline && Clock::now() >= limits.deadline;
+  if (!IsUnavailable(tier, error, limits)) {
+    if (error.code() != StatusCode::kDeadlineExceeded) return error;
+    return Status(error.code(), error.message() + "; " + kLookupTime + " was not enough");
+  }
   const std::string name = tier.breaker != nullptr ? tier.breaker->name() : std::string(tier.option);
   const std::string option(tier.option);
-  return Status(error.code(), "the " + name + " cannot be asked: " + error.message() + "; repair it, raise " + option +
-                                  ".timeout_ms if it is only slow, or let lookups do "
-                                  "without it by " +
-                                  option + ".when_unavailable");
+  std::string text = "the " + name + " cannot be asked: " + error.message();
+  if (too_late) text += std::string("; ") + kLookupTime + " was over";
+  if (!too_late && error.code() == StatusCode::kDeadlineExceeded) {
+    if (tier.timeout.count() > 0) text += "; raise " + option + ".timeout_ms if it is only slow";
+    if (limits.deadline != kNoDeadline) text += std::string("; it had a part of ") + kLookupTime;
+  }
+  return Status(error.code(), text + "; lookups can do without it by " + option + ".when_unavailable");
 }
 
 // Of a tier that failed with `error`: what becomes of the positions [first, last) of a walk. With kNextTier they go
@@ -292,7 +302,7 @@ Status CheckLimits(const LookupLimits& limits) {
     return Cancelled("the caller gave the lookup up");
   }
   if (limits.deadline != kNoDeadline && Clock::now() >= limits.deadline) {
-    return DeadlineExceeded("the lookup's deadline (lookup_timeout_ms, or the caller's) has passed");
+    return DeadlineExceeded(std::string(kLookupTime) + " is over");
   }
   return OkStatus();
 }
