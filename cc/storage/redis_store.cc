@@ -420,8 +420,13 @@ Result<std::vector<RedisEndpoint>> ParseAddresses(const std::string& address) {
     std::string text = address.substr(first, end - first);
     text.erase(0, text.find_first_not_of(' '));
     text.erase(text.find_last_not_of(' ') + 1);
+    if (text.find_first_of("/@") != std::string::npos) {  // not shown: there may be a password in it
+      return InvalidArgument(
+          "an address is host:port, several parted by commas, without redis://, a login or a path; user_name, password "
+          "and enable_tls are options of their own");
+    }
     if (!ParseRedisEndpoint(text, kRedisDefaultPort, "", &endpoints.emplace_back())) {
-      return InvalidArgument("address: \"" + address + "\" is not host[:port], several parted by commas");
+      return InvalidArgument("\"" + text + "\" is not host[:port], several parted by commas, ports from 1 to 65535");
     }
     first = end + 1;
   }
@@ -454,7 +459,8 @@ RedisStoreOptions RedisOptionsOf(const VolatileConfig& config) {
 }
 
 Result<std::unique_ptr<TableStore>> OpenRedisStore(const RedisStoreOptions& options) {
-  const std::string where = std::string(kKind) + " \"" + options.address + "\"";
+  const bool plain = options.address.find('@') == std::string::npos;
+  const std::string where = std::string(kKind) + (plain ? " \"" + options.address + "\"" : "");
   auto opened = [&]() -> Result<std::unique_ptr<TableStore>> {
     if (options.num_partitions == 0 || options.num_partitions > kMostPartitions) {
       return InvalidArgument("num_partitions is " + std::to_string(options.num_partitions) + "; use 1 to 65536");
