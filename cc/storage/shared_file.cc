@@ -120,6 +120,11 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
         return FailedPrecondition("this user may not use " + path + owner +
                                   "; choose another shared_memory_name, or have its owner remove it");
       }
+      struct stat there;
+      if (::stat(path.c_str(), &there) == 0 && S_ISDIR(there.st_mode)) {
+        return FailedPrecondition(path + " is a folder, and shared memory is a file; choose another "
+                                  "shared_memory_name, or remove the folder");
+      }
       if (error == ENOSPC) return ResourceExhausted(path + " cannot be made: /dev/shm is full; give it more memory");
       const std::string text = path + " cannot be opened (" + Error(error) + ")";
       return LimitReached(error, text)
