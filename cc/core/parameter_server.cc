@@ -201,6 +201,10 @@ class ParameterServer::Impl {
       const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
       state.reachable = answered.ok();
       state.error = answered.message();
+      if (const Status place = store->CheckPlace(); !place.ok()) {
+        if (!readiness.reason.empty()) readiness.reason += "; ";
+        readiness.reason += std::string("the ") + name + " tier has lost its place: " + place.message();
+      }
       if (!state.reachable) {
         readiness.ready &= !state.needed;
         if (!readiness.reason.empty()) readiness.reason += "; ";

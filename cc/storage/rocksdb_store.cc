@@ -444,6 +444,11 @@ class RocksDbStore final : public TableStore {
   }
 
   Status Close() override {
+  Status CheckPlace() const override {
+    HPS_ASSIGN_OR_RETURN(std::shared_ptr<RocksDbDatabase> database, session_->Pin());
+    return database->CheckPlace();
+  }
+
     std::shared_ptr<RocksDbDatabase> database = session_->Release();
     if (database == nullptr) return OkStatus();
     return Guarded(database->Where(), [&] { return database->Flush(); });

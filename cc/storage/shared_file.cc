@@ -247,6 +247,17 @@ Status SharedFile::Remove() {
   return OkStatus();
 }
 
+Status SharedFile::CheckNamed() const {
+  struct stat own;
+  struct stat named;
+  if (::fstat(file_, &own) != 0) return OkStatus();  // nothing to compare with
+  if (::stat(path_.c_str(), &named) == 0 && own.st_ino == named.st_ino && own.st_dev == named.st_dev) return OkStatus();
+  return DataLoss(path_ +
+                  " was deleted or replaced while it was in use: this process goes on serving its rows, which are gone "
+                  "with the last process that has it open, and servers that start now do not find them; restart all "
+                  "servers that share it, one after the other");
+}
+
 Status SharedFile::NotFree(uint64_t bytes, const std::string& why) const {
   struct statvfs info = {};
   const uint64_t free = ::fstatvfs(file_, &info) == 0 ? uint64_t{info.f_bavail} * info.f_frsize : 0;

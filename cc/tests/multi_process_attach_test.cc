@@ -87,6 +87,29 @@ TEST_F(MultiProcessTest, MembersThatAreGoneAreKnownByName) {
   }
 }
 
+TEST_F(MultiProcessTest, ReadinessRemarksThatTheSharedMemoryIsGone) {
+  WriteTable(folder / "t", KeyRange(0, 100), 4, 1);
+  ServerConfig config = MakeServer(Tiers::kVolatile, "", {MakeModel("m", {MakeTable("t", folder / "t", 4)})});
+  config.volatile_db.type = VolatileType::kMultiProcessHashMap;
+  config.volatile_db.shared_memory_name = name;
+  config.volatile_db.shared_memory_bytes = 16 << 20;
+  const auto server = Value(ParameterServer::Open(config, {.show_progress = false}));
+  EXPECT_EQ(server->CheckReadiness().reason, "ready");
+  const auto expect_remark = [&] {
+    const Readiness readiness = server->CheckReadiness();
+    EXPECT_TRUE(readiness.ready) << readiness.reason;  // lookups are answered
+    for (const std::string& part : {std::string("the volatile tier"), "/dev/shm/" + name, std::string("restart")}) {
+      EXPECT_NE(readiness.reason.find(part), std::string::npos) << readiness.reason;
+    }
+  };
+  fs::remove("/dev/shm/" + name);
+  expect_remark();
+  const auto other = Value(ParameterServer::Open(config, {.show_progress = false}));  // makes memory of its own
+  expect_remark();
+  EXPECT_EQ(other->CheckReadiness().reason, "ready");
+  ExpectRows(Lookup(*server, "m", 0, 4, KeyRange(0, 100)), KeyRange(0, 100), 1);
+}
+
 const TableSpec kLoaded = {.row_bytes = kRowBytes, .expected_rows = 120'000};  // more than half of the memory
 const std::map<std::string, SharedTier::Wanted> kWanted = {{"t", {"a folder", {.row_bytes = kRowBytes}}}};
 
