@@ -67,8 +67,8 @@ def _add_inspect(commands) -> None:
     parser.add_argument(
         "place",
         metavar="PLACE",
-        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), or "
-        "Redis: redis://[user@]host:port, rediss:// for TLS, host:port",
+        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), "
+        "/dev/shm/NAME (multi_process_hash_map), or Redis: redis://[user@]host:port, rediss:// for TLS, host:port",
     )
     parser.add_argument("--rows", metavar="N", type=int, default=3, help="rows of each table to show (default: 3)")
     parser.add_argument("--exact", action="store_true", help="count rows that would be estimated; reads whole tables")
@@ -80,8 +80,9 @@ def _add_inspect(commands) -> None:
     redis.add_argument("--tls-ca", metavar="PATH", help="file or folder of trusted certificates")
     redis.add_argument("--tls-cert", metavar="FILE", help="certificate of this client")
     redis.add_argument("--tls-key", metavar="FILE", help="its key")
-    redis.add_argument("--tls-server-name", metavar="NAME", help="name to ask for and check at all nodes "
-                       "(default: the host in PLACE)")
+    redis.add_argument(
+        "--tls-server-name", metavar="NAME", help="name to ask for and check at all nodes (default: the host in PLACE)"
+    )
     redis.add_argument("--timeout", metavar="SECONDS", type=float, default=5.0, help="for an answer (default: 5)")
 
 

@@ -1,4 +1,5 @@
-"""What a place holds: a table folder, a RocksDB database, a Redis server or cluster, or all that a ps.json names."""
+"""What a place holds: a table folder, a RocksDB database, a Redis server or cluster, shared memory of servers, or all
+that a ps.json names."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def inspect(
     """Looks at a place and changes nothing; a server that uses it meanwhile is not disturbed.
 
     Args:
-        place: a table folder, a folder of table folders, a RocksDB folder, a ps.json, or a Redis address
-            (``redis://[user@]host:port``, ``rediss://`` for TLS, ``host:port``).
+        place: a table folder, a folder of table folders, a RocksDB folder, a ps.json, shared memory
+            (``/dev/shm/NAME``), or a Redis address (``redis://[user@]host:port``, ``rediss://`` for TLS, ``host:port``).
         rows: how many rows of each table to show.
         exact: count all rows where a database would only estimate them.
         user: for Redis, where the address names none.
@@ -65,7 +66,10 @@ def inspect(
         from .configuration import inspect_config
 
         return inspect_config(path, rows, exact, timeout_seconds)
+        from .shared_memory import inspect_shared_memory, is_shared_memory
     from . import folders, rocksdb
+        if is_shared_memory(path):
+            return inspect_shared_memory(path)
 
     if rocksdb.is_database(path):
         return rocksdb.inspect_database(path, rows, exact)
