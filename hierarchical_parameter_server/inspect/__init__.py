@@ -47,10 +47,12 @@ def inspect(
         raise InvalidArgumentError(f"rows must be at least 0, got {rows}")
     text = os.fspath(place)
     path = Path(text)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists false for names that are too long
         from .redis_keys import inspect_redis
         from .redis_nodes import PASSWORD_VARIABLE, parse_place
 
+        if text.lstrip().startswith("{"):  # not shown: there may be a password in it
+            raise InvalidArgumentError("the place is JSON text; write it into a file and give its path")
         options = parse_place(text)
         if options is None:
             raise NotFoundError(
@@ -64,12 +66,12 @@ def inspect(
         return inspect_redis(options, rows)
     if path.is_file():
         from .configuration import inspect_config
-
-        return inspect_config(path, rows, exact, timeout_seconds)
         from .shared_memory import inspect_shared_memory, is_shared_memory
-    from . import folders, rocksdb
+
         if is_shared_memory(path):
             return inspect_shared_memory(path)
+        return inspect_config(path, rows, exact, timeout_seconds)
+    from . import folders, rocksdb
 
     if rocksdb.is_database(path):
         return rocksdb.inspect_database(path, rows, exact)
