@@ -66,7 +66,7 @@ class RedisStore final : public TableStore {
     HPS_RETURN_IF_ERROR(Check(spec));
     auto description = Find(spec);
     if (!description.ok()) return description.status().WithContext(where);
-    if (!description->has_value()) return NotFound(where + ": no such table; create it first" + Hint(spec));
+    if (!description->has_value()) return NotFound(where + ": no such table" + Hint(spec));
     HPS_RETURN_IF_ERROR(Agree(where, **description, spec));
     return MakeRedisTable(session_, StateOf(spec.name, **description), spec);
   }
@@ -369,7 +369,7 @@ class RedisStore final : public TableStore {
         there = partitions.ok() && std::find(partitions->begin(), partitions->end(), true) != partitions->end();
       }
       if (!there) continue;
-      return ". But there is \"" + name + "\": " +
+      return ", but there is \"" + name + "\": " +
              (name.starts_with(kPrefix)
                   ? "tables without names are counted from 0 here, and from 1 by other versions; write its name into "
                     "embedding_table_names"

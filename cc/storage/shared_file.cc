@@ -122,7 +122,8 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
       }
       struct stat there;
       if (::stat(path.c_str(), &there) == 0 && S_ISDIR(there.st_mode)) {
-        return FailedPrecondition(path + " is a folder, and shared memory is a file; choose another "
+        return FailedPrecondition(path +
+                                  " is a folder, and shared memory is a file; choose another "
                                   "shared_memory_name, or remove the folder");
       }
       if (error == ENOSPC) return ResourceExhausted(path + " cannot be made: /dev/shm is full; give it more memory");

@@ -78,7 +78,8 @@ TEST_F(MultiProcessTest, AnotherLayoutIsRefusedAndSaysWhatDiffers) {
   refused([](auto& options) { options.bytes /= 2; }, "shared_memory_size is 16777216 there and 8388608 here");
   refused([](auto& options) { options.key_bytes = 4; }, "supportlonglong) is 8 there and 4 here");
   refused([](auto& options) { options.overflow.margin = 999; }, "overflow_margin is 1000 there and 999 here");
-  refused([](auto& options) { options.overflow = {}; }, "overflow_margin is 1000 there and unlimited (not given) here;");
+  refused([](auto& options) { options.overflow = {}; },
+          "overflow_margin is 1000 there and unlimited (not given) here;");
   refused([](auto& options) { options.overflow.policy = OverflowPolicy::kEvictRandom; },
           "overflow_policy is evict_oldest there and evict_random here");
   refused([](auto& options) { options.overflow.resolution_target = 0.5; }, "is 800 there and 500 here");

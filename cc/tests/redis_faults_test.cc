@@ -286,6 +286,25 @@ TEST(RedisFaults, AReplacementServesFromAServerThatCameBackEmptyAtOnce) {
   }
 }
 
+// Two ways of counting tables without names.
+TEST(RedisFaults, AServerThatLoadsNothingSaysWhichTableNearlyFits) {
+  constexpr uint32_t kWidth = 4;
+  TempFolder folder;
+  WriteTable(folder / "t", KeyRange(0, 10), kWidth, 1);
+  const auto redis = Value(RedisService::Start());
+  const auto config_for = [&](const std::string& table) {
+    ServerConfig config = MakeServer(Tiers::kVolatile, "", {MakeModel("m", {MakeTable(table, folder / "t", kWidth)})});
+    config.volatile_db.type = VolatileType::kRedisCluster;
+    config.volatile_db.address = redis->address_list();
+    return config;
+  };
+  ASSERT_OK(Value(ParameterServer::Open(config_for("sparse_embedding1"), {.show_progress = false}))->Close());
+  ServerConfig config = config_for("sparse_embedding0");
+  config.volatile_db.initialize_after_startup = false;
+  ExpectError(ParameterServer::Open(config).status(), StatusCode::kFailedPrecondition,
+              {"there is \"hps_et.m.sparse_embedding1\"", "embedding_table_names", "initialize_after_startup"});
+}
+
 // A partition that is gone, with nothing below that could serve its rows.
 TEST(RedisFaults, AServerLoadsATableAnewThatHasLostAPartition) {
   constexpr uint32_t kWidth = 4;

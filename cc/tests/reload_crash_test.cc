@@ -16,14 +16,14 @@ using std::chrono::steady_clock;
 
 constexpr uint32_t kWidth = 16;
 constexpr size_t kRows = 40'000;  // enough for sorted files
-constexpr Key kStep = 100;      // each version lacks so many keys of the one before, and has as many new ones
+constexpr Key kStep = 100;        // each version lacks so many keys of the one before, and has as many new ones
 
 std::vector<Key> KeysOf(uint32_t version) { return KeyRange(static_cast<Key>(version) * kStep, kRows); }
 
 ServerConfig Config(const fs::path& folder, bool read_only) {
-  ServerConfig config = MakeServer(
-      Tiers::kPersistent, folder / "database",
-      {MakeModel("m", {MakeTable("a", folder / "a", kWidth), MakeTable("b", folder / "b", kWidth)})});
+  ServerConfig config =
+      MakeServer(Tiers::kPersistent, folder / "database",
+                 {MakeModel("m", {MakeTable("a", folder / "a", kWidth), MakeTable("b", folder / "b", kWidth)})});
   config.persistent_db.read_only = read_only;
   return config;
 }

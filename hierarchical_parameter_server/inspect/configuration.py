@@ -30,6 +30,7 @@ def redis_options(path: Path, section: dict[str, Any], timeout_seconds: float) -
         tls_key=_if_there(section["tls_client_key"]),
         tls_server_name=section["tls_server_name_identification"],
         timeout_seconds=timeout_seconds,
+        config=str(path),
     )
 
 
@@ -87,9 +88,9 @@ def inspect_config(path: Path, shown: int, exact: bool, timeout_seconds: float) 
             lambda: inspect_redis(redis_options(path, section, timeout_seconds), shown),
             f"Redis {section['address']}",
         )
-    if persistent is not None:
     elif config["volatile_db"]["type"] == "multi_process_hash_map":
         _add_shared_memory(SHARED_MEMORY / config["volatile_db"]["shared_memory_name"], folders, config, report)
+    if persistent is not None:
         _compare_with_database(folders, persistent, config, report)
     if volatile is not None:
         _compare_with_redis(folders, volatile, config, report)
@@ -105,7 +106,6 @@ def _part(report: Report, inspect, title: str) -> Report | None:
         return None
 
 
-def _compare_with_database(folders: Report, database: Report, config: dict[str, Any], report: Report) -> None:
 def _add_shared_memory(file: Path, folders: Report, config: dict[str, Any], report: Report) -> None:
     if not os.path.lexists(file):
         report.notes.append(f"shared memory {file}: not there; the first server that starts makes it")
@@ -120,6 +120,7 @@ def _add_shared_memory(file: Path, folders: Report, config: dict[str, Any], repo
     _add_unnamed(folders, shared, report)
 
 
+def _compare_with_database(folders: Report, database: Report, config: dict[str, Any], report: Report) -> None:
     """Says what the next start of a server will do about each table."""
     current = {(table.model, table.table): table for table in database.tables if table.state == CURRENT}
     for folder in folders.tables:
