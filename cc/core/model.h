@@ -38,9 +38,6 @@ struct Model {
   uint64_t version = 1;  // counts replacements
   std::vector<ModelTable> tables;
   std::unique_ptr<ModelCaches> caches;  // or nullptr: no device has one
-  // The build has written rows there, which the store acknowledged.
-  bool wrote_volatile = false;
-  bool wrote_persistent = false;
 };
 
 // What sessions share with their server and keep alive. Members are destroyed bottom up: what has threads ends first.

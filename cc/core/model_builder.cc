@@ -331,8 +331,6 @@ class Builder {
       if (all && volatile_->capabilities().bounded) load.row_limits = {volatile_->capabilities().capacity_rows};
       HPS_RETURN_IF_ERROR(CopyTable(*stack.persistent_tier.table, *stack.volatile_tier.table, load, &model_table.load));
     }
-    if (fill_volatile) model_->wrote_volatile |= model_table.load.rows_written.back() > 0;
-    if (fill_persistent) model_->wrote_persistent |= model_table.load.rows_written.front() > 0;
     if (shared_ && fill_volatile) {
       const uint64_t written = model_table.load.rows_written.back();
       const bool cut = !load.row_limits.empty() && written >= load.row_limits.back();

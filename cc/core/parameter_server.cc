@@ -337,10 +337,10 @@ class ParameterServer::Impl {
     }
     if (model->caches) model->caches->Start(*resources_->devices);
     if (old) LetGo(std::move(old));
-    // Rows that were just written prove that a store answers which was left out. Last of all: what lookups of the old
-    // version find (tables that a store has lost) says nothing about the new one.
-    if (model->wrote_volatile) resources_->volatile_breaker->Succeeded();
-    if (model->wrote_persistent) resources_->persistent_breaker->Succeeded();
+    // Last of all: what lookups of the old version find (tables that a store has lost) says nothing about the new one.
+    std::vector<const TierStack*> stacks;
+    for (const ModelTable& table : model->tables) stacks.push_back(&table.stack);
+    TakeBackTiers(stacks, kLongestProbe);
     return OkStatus();
   }
 
