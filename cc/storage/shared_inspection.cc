@@ -11,12 +11,12 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <set>
 #include <thread>
 
 namespace hps {
 namespace {
 
-constexpr uint64_t kMostBlocks = 1'000'000;  // tables, or records: more is a list that goes round
 constexpr uint64_t kMostTextBytes = 64 << 20;
 constexpr uint32_t kMostPartitions = 4096;
 constexpr int kAttempts = 20;
@@ -69,10 +69,8 @@ class Inspection {
     for (uint32_t i = 0; i < SharedFile::kMaxMembers; ++i) {
       if (there.members[i].joined != 0 && Locked(1 + i)) found_.processes.push_back(there.members[i].process);
     }
-    uint64_t blocks = 0;
-    for (uint64_t at = there.first_table; at != 0 && found_.damage.empty();) at = Table(at, ++blocks);
-    blocks = 0;
-    for (uint64_t at = there.first_record; at != 0 && found_.damage.empty();) at = Record(at, ++blocks);
+    for (uint64_t at = there.first_table; at != 0 && found_.damage.empty();) at = Table(at);
+    for (uint64_t at = there.first_record; at != 0 && found_.damage.empty();) at = Record(at);
   }
 
  private:
@@ -96,10 +94,10 @@ class Inspection {
   }
 
   // Adds the table at `offset`; returns the offset of the next one.
-  uint64_t Table(uint64_t offset, uint64_t blocks) {
+  uint64_t Table(uint64_t offset) {
     Copy<SharedTable> table;
     const std::string where = "the table at " + std::to_string(offset);
-    if (blocks > kMostBlocks) return End("the list of tables does not end");
+    if (!seen_.insert(offset).second) return End("its list of tables goes round");
     if (!Within(offset, sizeof(SharedTable)) || !table.Read(file_, offset)) return End(where + " is not in the file");
     const uint64_t fixed = sizeof(SharedTable) + uint64_t{table->num_partitions} * sizeof(SharedPartition);
     if (table->num_partitions == 0 || table->num_partitions > kMostPartitions || table->name_bytes > kMostTextBytes ||
@@ -131,10 +129,10 @@ class Inspection {
     return table->next;
   }
 
-  uint64_t Record(uint64_t offset, uint64_t blocks) {
+  uint64_t Record(uint64_t offset) {
     Copy<SharedRecord> record;
     const std::string where = "the record at " + std::to_string(offset);
-    if (blocks > kMostBlocks) return End("the list of records does not end");
+    if (!seen_.insert(offset).second) return End("its list of records goes round");
     if (!Within(offset, sizeof(SharedRecord)) || !record.Read(file_, offset)) return End(where + " is not in the file");
     if (record->name_bytes > kMostTextBytes || record->value_bytes > kMostTextBytes ||
         !Within(offset, sizeof(SharedRecord) + record->name_bytes + record->value_bytes)) {
@@ -152,6 +150,7 @@ class Inspection {
 
   const File& file_;
   SharedMemoryFound& found_;
+  std::set<uint64_t> seen_;  // offsets of blocks
 };
 
 }  // namespace
