@@ -518,6 +518,13 @@ TEST_F(FaultyServerTest, ReadinessNamesWhatLookupsNeed) {
   EXPECT_FALSE(readiness.ready);
   EXPECT_NE(readiness.reason.find("the persistent tier (rocks_db) cannot be asked"), std::string::npos);
   EXPECT_FALSE(readiness.tiers[1].reachable);
+  // What lookups do without already need not be said how they could do without it.
+  EXPECT_NE(readiness.reason.find("persistent_db.when_unavailable"), std::string::npos) << readiness.reason;
+  volatile_->Fail(Unavailable("gone"));
+  readiness = server->CheckReadiness();
+  EXPECT_NE(readiness.reason.find("lookups do without a tier: the volatile tier"), std::string::npos);
+  EXPECT_EQ(readiness.reason.find("volatile_db.when_unavailable"), std::string::npos) << readiness.reason;
+  volatile_->Heal();
   // No lookup comes, because the server is not ready, and yet its recovery is noticed.
   for (int i = 0; i < 10; ++i) (void)server->CheckReadiness();
   EXPECT_NE(Stats(*server)["tier_states"]["persistent"]["breaker"], "closed");

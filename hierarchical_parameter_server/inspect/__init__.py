@@ -28,7 +28,8 @@ def inspect(
 
     Args:
         place: a table folder, a folder of table folders, a RocksDB folder, a ps.json, shared memory
-            (``/dev/shm/NAME``), or a Redis address (``redis://[user@]host:port``, ``rediss://`` for TLS, ``host:port``).
+            (``/dev/shm/NAME``), or a Redis address (``redis://[user@]host:port``, ``rediss://`` for TLS,
+            ``host:port``).
         rows: how many rows of each table to show.
         exact: count all rows where a database would only estimate them.
         user: for Redis, where the address names none.

@@ -177,7 +177,8 @@ def mapped(error: Exception, address: tuple[str, int], options: RedisOptions) ->
         return UnavailableError(f"{where} answers, but not as a Redis server does")
     if isinstance(error, redis.ConnectionError):
         hint = "" if options.tls or "refused" in text else f"; if it speaks TLS only, {tls_hint}"
-        return UnavailableError(f"{where} cannot be reached ({text}){hint}")
+        reason = re.sub(r"^Error -?\d+ connecting to \S+\. (.+?)\.?$", r"\1", text)  # the address is said already
+        return UnavailableError(f"{where} cannot be reached ({reason}){hint}")
     if isinstance(error, redis.ResponseError) and "unknown command" in text.lower():
         return UnimplementedError(f"{where} lacks a command ({text})")
     return UnavailableError(f"{where}: {text}")
