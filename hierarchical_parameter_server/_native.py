@@ -23,6 +23,7 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     hash_map_limit_bytes,
     hash_map_table_bytes,
     init_default_server,
+    inspect_shared_memory,
     load_config,
     open_server,
     open_server_from_json,

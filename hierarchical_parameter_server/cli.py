@@ -67,8 +67,8 @@ def _add_inspect(commands) -> None:
     parser.add_argument(
         "place",
         metavar="PLACE",
-        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), or "
-        "Redis: redis://[user@]host:port, rediss:// for TLS, host:port",
+        help="a table folder or a folder of them, a RocksDB folder, a ps.json (all its tables and databases), "
+        "/dev/shm/NAME (multi_process_hash_map), or Redis: redis://[user@]host:port, rediss:// for TLS, host:port",
     )
     parser.add_argument("--rows", metavar="N", type=int, default=3, help="rows of each table to show (default: 3)")
     parser.add_argument("--exact", action="store_true", help="count rows that would be estimated; reads whole tables")

@@ -20,6 +20,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .errors import InvalidArgumentError
+
 __all__ = [
     "DatabaseHashMapAlgorithm_t",
     "DatabaseOverflowPolicy_t",
@@ -274,6 +276,27 @@ def _plain(value: Any, place: str) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes)):
         return [_plain(element, f"{place}[{i}]") for i, element in enumerate(value)]
     raise TypeError(f"{place}: a configuration cannot hold a {type(value).__name__}")
+
+
+def plain_document(value: Any, pointer: str = "") -> Any:
+    """A document of dicts and lists as the data that JSON has: paths become strings, and scalars and arrays of numpy
+    plain values.
+
+    Raises:
+        InvalidArgumentError: a number that is not finite, or a key that is no string; names its place (``/models/0``).
+        TypeError: a value that JSON cannot hold; names its place.
+    """
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidArgumentError(f"{pointer or 'configuration'}: the key {key!r} is no string")
+        return {str(key): plain_document(member, f"{pointer}/{key}") for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_document(element, f"{pointer}/{i}") for i, element in enumerate(value)]
+    try:
+        return _plain(value, pointer or "configuration")
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
 
 
 def _put(target: dict[str, Any], key: str, value: Any, place: str) -> None:

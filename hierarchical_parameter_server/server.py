@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import _native
-from .config import InferenceParams, ParameterServerConfig
+from .config import InferenceParams, ParameterServerConfig, plain_document
 
 
 def _model_json(model: dict | InferenceParams | str) -> str:
@@ -19,7 +19,7 @@ def _model_json(model: dict | InferenceParams | str) -> str:
         model = ParameterServerConfig(inference_params_array=[model]).to_dict()["models"][0]
     if not isinstance(model, dict):
         raise TypeError(f"model must be a dict, JSON text or InferenceParams, not {type(model).__name__}")
-    return json.dumps(model)
+    return json.dumps(plain_document(model))
 
 
 def _keys(keys: Any) -> np.ndarray:
@@ -28,11 +28,20 @@ def _keys(keys: Any) -> np.ndarray:
     return array if array.size or isinstance(keys, np.ndarray) else array.astype(np.int64)
 
 
+def _check_names(model: Any, table: Any = 0) -> None:
+    if not isinstance(model, str):
+        raise TypeError(f"model must be the name of a model (str), not {type(model).__name__}")
+    if isinstance(table, (str, int, np.integer)) and not isinstance(table, (bool, np.bool_)):
+        return
+    raise TypeError(f"table must be the name of a table (str) or its number (int), not {type(table).__name__}")
+
+
 class ParameterServer:
     """A parameter server of one's own, independent of TensorFlow and of ``hps.Init``.
 
     Args:
-        config: path of a ps.json file, a dict of the same form, or a :class:`ParameterServerConfig`.
+        config: path of a ps.json file, a dict of the same form (paths and numpy scalars in it are taken as what they
+            stand for), or a :class:`ParameterServerConfig`.
 
     Thread safety: all methods may be called from any thread; lookups release the interpreter lock. Use it as a context
     manager, or call :meth:`close`.
@@ -45,7 +54,7 @@ class ParameterServer:
         if isinstance(config, (str, os.PathLike)):
             self._server = _native.open_server(os.fspath(config))
         elif isinstance(config, dict):
-            self._server = _native.open_server_from_json(json.dumps(config))
+            self._server = _native.open_server_from_json(json.dumps(plain_document(config)))
         elif isinstance(config, ParameterServerConfig):
             self._server = _native.open_server_from_json(config.to_json())
         else:
@@ -73,11 +82,13 @@ class ParameterServer:
             float32 array of shape S + (width,); the row of an unknown key is the table's default value. With
             ``return_found`` a pair of it and a bool array of shape S.
         """
+        _check_names(model, table)
         rows, found, _ = self._server.lookup(_keys(keys), model, table)
         return (rows, found) if return_found else rows
 
     def lookup_report(self, keys: Any, model: str, table: str | int = 0) -> tuple[np.ndarray, dict]:
         """Like :meth:`lookup`, with a dict that says how many rows came from which tier and how long it took."""
+        _check_names(model, table)
         rows, _, report = self._server.lookup(_keys(keys), model, table)
         return rows, report
 
@@ -96,6 +107,7 @@ class ParameterServer:
 
     def unload_model(self, name: str) -> None:
         """Removes a model and frees its memory. Rows in a persistent database stay there."""
+        _check_names(name)
         self._server.unload_model(name)
 
     @property
@@ -105,6 +117,7 @@ class ParameterServer:
 
     def tables(self, model: str) -> list[tuple[str, int]]:
         """(name, width) of each table of a model, in order."""
+        _check_names(model)
         return self._server.tables(model)
 
     def readiness(self) -> dict:
@@ -166,6 +179,8 @@ def Init(ps_config_file: str | os.PathLike | None = None, global_batch_size: int
     if ps_config_file is None or global_batch_size is None:
         missing = "ps_config_file" if ps_config_file is None else "global_batch_size"
         raise TypeError(f"Init() needs {missing}: hps.Init(ps_config_file='ps.json', global_batch_size=1024)")
+    if isinstance(global_batch_size, (str, bytes)) or not hasattr(global_batch_size, "__int__"):
+        raise TypeError(f"global_batch_size must be a number of samples, not {type(global_batch_size).__name__}")
     if int(global_batch_size) < 1:
         raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
     import tensorflow as tf

@@ -353,6 +353,22 @@ def test_a_manifest_that_lost_its_end_is_a_problem_as_it_is_for_servers(tmp_path
         hps.ParameterServer(config)
 
 
+@pytest.mark.parametrize("note", [b"", b"\0" * 20, b"MANIFEST-000005\n", b"MANIFEST-000005 12x\n", b"\xff\xfe 1\n"])
+def test_a_damaged_note_of_the_manifest_is_a_problem(tmp_path, capsys, note):
+    folder = write_table(tmp_path / "a", np.arange(10), np.zeros((10, WIDTH)))
+    settings = {"persistent_db": {"type": "rocks_db", "path": str(tmp_path / "db")}}
+    path = write_config(tmp_path / "ps.json", [model_config("m", {"t": (folder, WIDTH)})], **settings)
+    hps.ParameterServer(path).close()
+    assert not inspect(tmp_path / "db").all_problems()
+    (tmp_path / "db" / "hps_manifest").write_bytes(note)
+    (problem,) = inspect(tmp_path / "db").all_problems()
+    assert "hps_manifest is damaged" in problem and "remove the file" in problem
+    assert main(["inspect", path]) == 1
+    assert "hps_manifest is damaged" in capsys.readouterr().out
+    hps.ParameterServer(path).close()  # writes it anew
+    assert not inspect(tmp_path / "db").all_problems()
+
+
 def test_table_files_that_servers_refuse_are_a_problem(tmp_path, capsys):
     def newer():
         return options(format_version=6)

@@ -3,11 +3,12 @@
 import json
 import socket
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
 from conftest import model_config, write_config, write_table
-from services import RedisCluster, RedisServer, Tls
+from services import FreePort, RedisCluster, RedisServer, Tls
 
 import hierarchical_parameter_server as hps
 from hierarchical_parameter_server.cli import main
@@ -289,6 +290,39 @@ def test_servers_that_do_not_answer(server):
             inspect(server.address, timeout_seconds=0.3)
     finally:
         server.nodes[0].resume()
+
+
+def test_every_address_that_does_not_answer_is_named(tmp_path, capsys):
+    with closing(FreePort()) as first, closing(FreePort()) as second:
+        address = f"127.0.0.1:{first.number},127.0.0.1:{second.number}"
+        with pytest.raises(hps.errors.UnavailableError, match="none of the 2 addresses answers") as error:
+            inspect(f"redis://{address}")
+        write_table(tmp_path / "items", np.arange(50), np.ones((50, WIDTH)))
+        config = write_config(
+            tmp_path / "ps.json",
+            [model_config("films", {"items": (tmp_path / "items", WIDTH)})],
+            volatile_db={"type": "redis_cluster", "address": address},
+        )
+        assert main(["inspect", config]) == 1
+        for said in (str(error.value), capsys.readouterr().out):
+            for port in (first.number, second.number):
+                assert f"Redis at 127.0.0.1:{port} cannot be reached" in said
+
+
+def test_remedies_for_a_configuration_name_its_keys(tmp_path, monkeypatch):
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
+    write_table(tmp_path / "items", np.arange(50), np.ones((50, WIDTH)))
+    with RedisServer(password=PASSWORD) as server:
+        for password in ({}, {"password": "not that"}):
+            volatile = {"type": "redis_cluster", "address": server.address, **password}
+            models = [model_config("films", {"items": (tmp_path / "items", WIDTH)})]
+            config = write_config(tmp_path / "ps.json", models, volatile_db=volatile)
+            (problem,) = inspect(config).all_problems()
+            assert "password_env, password_file) in" in problem and "--password-env" not in problem
+            with pytest.raises(
+                hps.errors.FailedPreconditionError, match=r"password.*\(or password_env, password_file\)"
+            ):
+                hps.ParameterServer(config)
 
 
 def test_what_is_no_redis_is_refused():

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 
 import hierarchical_parameter_server as hps
 from hierarchical_parameter_server import errors
+from hierarchical_parameter_server.cli import main
+from hierarchical_parameter_server.inspect import inspect
 
 WIDTH = 16
 KEYS = np.concatenate([np.arange(2000), np.array([-1, -(2**63), 2**63 - 1])]).astype(np.int64)
@@ -181,6 +184,90 @@ def test_another_layout_is_refused(tmp_path, name):
             hps.ParameterServer(config(name, folder, num_partitions=2))
         with pytest.raises(errors.FailedPreconditionError, match="shared_memory_size is 33554432 there"):
             hps.ParameterServer(config(name, folder, shared_memory_size=64 << 20))
+
+
+def test_an_inspection_says_what_is_there(tmp_path, name, capsys):
+    memory = pathlib.Path("/dev/shm", name)
+    settings = config(name, write_table(tmp_path / "t"))
+    path = tmp_path / "ps.json"
+    path.write_text(json.dumps(settings))
+    report = inspect(path)
+    assert any(f"shared memory {memory}: not there" in note for note in report.notes)
+    with hps.ParameterServer(settings), OtherProcess(settings) as other:
+        process = other.ask("__import__('os').getpid()")  # it is attached when it answers
+        before = memory.stat()
+        (table,) = inspect(memory).tables
+        assert (table.name, table.model, table.table, table.state) == ("hps_et.m.t", "m", "t", "current")
+        assert (table.rows, table.width, table.key_bytes, table.partitions) == (len(KEYS), WIDTH, 8, 16)
+        assert table.bytes >= len(KEYS) * WIDTH * 4
+        assert table.fingerprint and table.recorded_rows == len(KEYS)
+        report = inspect(path)
+        shared = report.parts[1]
+        assert (shared.kind, shared.tables[0].rows) == ("multi_process_hash_map", len(KEYS))
+        assert shared.facts["attached_processes"] == sorted([os.getpid(), process])
+        assert shared.facts["file_bytes"] == 32 << 20 and shared.facts["overflow_margin"] == "unlimited"
+        assert f"({os.geteuid()})" in shared.facts["made_by_user"]
+        assert not report.all_problems()
+        assert main(["inspect", str(memory)]) == 0
+        assert "hps_et.m.t" in capsys.readouterr().out
+        assert main(["inspect", str(memory), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["tables"][0]["rows"] == len(KEYS)
+        after = memory.stat()
+        assert (after.st_blocks, after.st_mtime_ns) == (before.st_blocks, before.st_mtime_ns)
+        path.write_text(json.dumps(config(name, str(tmp_path / "t"), num_partitions=2, overflow_margin=5)))
+        (problem,) = inspect(path).all_problems()
+        assert "num_partitions is 16 there and 2 in" in problem and "overflow_margin is unlimited there" in problem
+        other.kill()
+        assert inspect(memory).facts["attached_processes"] == [os.getpid()]
+    assert not memory.exists()
+
+
+def test_an_inspection_of_memory_that_nobody_uses_or_that_is_broken(tmp_path, name, capsys):
+    memory = pathlib.Path("/dev/shm", name)
+    hps.ParameterServer(config(name, write_table(tmp_path / "t"), shared_memory_auto_remove=False)).close()
+    report = inspect(memory)
+    assert report.tables[0].rows == len(KEYS) and not report.all_problems()
+    assert report.facts["attached_processes"] == []
+    assert any("no process uses it" in note for note in report.notes)
+    whole = memory.read_bytes()[: 1 << 20]
+    for cut in (100, 5000, 1 << 20):
+        os.truncate(memory, cut)
+        assert any("is damaged" in problem for problem in inspect(memory).all_problems())
+    memory.write_bytes(whole[:8] + (2).to_bytes(4, "little") + whole[12:])
+    assert "has format 2" in inspect(memory).all_problems()[0]
+    memory.write_bytes(b"\0" * 4096)
+    assert any("making has not ended" in note for note in inspect(memory).notes)
+    memory.write_bytes(b"somebody's")
+    with pytest.raises(errors.InvalidArgumentError, match="is not shared memory of multi_process_hash_map"):
+        inspect(memory)
+    assert main(["inspect", str(memory)]) == 1
+    assert "JSON" not in capsys.readouterr().err
+    rng = random.Random(5)
+    for _ in range(200):  # whatever stands there: a report, and no crash
+        garbled = bytearray(whole)
+        for _ in range(rng.randrange(1, 40)):
+            garbled[rng.randrange(64, len(garbled))] = rng.randrange(256)
+        header = rng.randrange(64, 8192) // 8 * 8
+        garbled[header : header + 8] = rng.randbytes(8)
+        memory.write_bytes(garbled)
+        os.truncate(memory, 32 << 20)
+        inspect(memory).to_text()
+    memory.unlink()
+    memory.mkdir()
+    try:
+        path = tmp_path / "ps.json"
+        path.write_text(json.dumps(config(name, str(tmp_path / "t"))))
+        assert any(f"{memory} is a folder" in problem for problem in inspect(path).all_problems())
+        with pytest.raises(errors.FailedPreconditionError, match="is a folder"):
+            hps.ParameterServer(path)
+    finally:
+        memory.rmdir()
+
+
+def test_a_configuration_may_lie_in_shared_memory_too(tmp_path, name):
+    path = pathlib.Path("/dev/shm", name)
+    path.write_text(json.dumps(config("other_" + name, write_table(tmp_path / "t"))))
+    assert inspect(path).kind == "config"
 
 
 def test_tables_that_do_not_fit_are_refused_and_say_what_to_raise(tmp_path, name):

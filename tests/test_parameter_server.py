@@ -95,6 +95,54 @@ def test_other_forms_are_refused():
         hps.ParameterServer([1])
 
 
+def test_a_dict_may_hold_paths_and_scalars_of_numpy(tmp_path):
+    write_table(tmp_path / "a")
+    entry = model("m", tmp_path / "a", widths=(np.int64(WIDTH),), gpucache=np.bool_(False), max_batch_size=np.int32(64))
+    entry["default_value_for_each_table"] = np.array([DEFAULT], np.float32)
+    settings = config(entry, database=tmp_path / "db", supportlonglong=np.True_)
+    settings["persistent_db"]["path"] = tmp_path / "db"
+    settings["volatile_db"]["initial_cache_rate"] = np.float64(0.5)
+    with hps.ParameterServer(settings) as server:
+        np.testing.assert_array_equal(server.lookup([1, 500], "m"), [rows_of([1], 1)[0], [DEFAULT] * WIDTH])
+        server.replace_model(entry)
+        server.load_model({**entry, "model": "n"})
+    assert hps.memory_plan(settings).fits
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "place"),
+    [
+        (
+            lambda s: s["volatile_db"].update(initial_cache_rate=float("nan")),
+            ValueError,
+            "/volatile_db/initial_cache_rate",
+        ),
+        (lambda s: s["models"][0].update(hit_rate_threshold=np.float32("inf")), ValueError, "/models/0/hit_rate_thres"),
+        (lambda s: s["models"][0].update(sparse_files=[b"x"]), TypeError, "/models/0/sparse_files/0.*bytes"),
+        (lambda s: s["volatile_db"].update(address=object()), TypeError, "/volatile_db/address.*object"),
+        (lambda s: s["models"][0].update({7: 1}), ValueError, "/models/0: the key 7"),
+    ],
+)
+def test_what_json_cannot_hold_is_named(tmp_path, change, error, place):
+    settings = config(model("m", write_table(tmp_path / "a")))
+    change(settings)
+    for takes in (hps.ParameterServer, hps.memory_plan):
+        with pytest.raises(error, match=f"^{place}"):
+            takes(settings)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"volatile_db": {"password": "secret"}}', '\n  {"password": "secret"', "{" + "secret" * 999]
+)
+def test_json_text_in_place_of_a_path_is_not_shown(text):
+    for takes in (hps.ParameterServer, hps.memory_plan, hps.inspect, lambda t: hps.Init(t, 1)):
+        with pytest.raises(errors.InvalidArgumentError, match="JSON text") as error:
+            takes(text)
+        assert "secret" not in str(error.value)
+    with pytest.raises(errors.InvalidArgumentError, match=r"json.loads\(text\)"):
+        hps.ParameterServer(text)
+
+
 # ---- lookups --------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +226,25 @@ def test_unknown_models_and_tables(server):
             server.lookup([1], "m", table)
     with pytest.raises(errors.NotFoundError):
         server.tables("x")
+
+
+def test_arguments_of_another_type_are_refused_by_name(server):
+    for call in (
+        lambda: server.lookup(KEYS, None),
+        lambda: server.lookup_report(KEYS, 3),
+        lambda: server.tables(None),
+        lambda: server.unload_model(None),
+    ):
+        with pytest.raises(TypeError, match="^model must be the name of a model"):
+            call()
+    for table in (None, 1.0, True, ["t0"]):
+        with pytest.raises(TypeError, match="^table must be the name of a table"):
+            server.lookup(KEYS, "m", table)
+    with pytest.raises(errors.InvalidArgumentError, match="^keys must be integers"):
+        server.lookup(None, "m")
+    for wrong in ("a", "8", b"8", [8]):
+        with pytest.raises(TypeError, match="^global_batch_size must be a number of samples"):
+            hps.Init(ps_config_file="ps.json", global_batch_size=wrong)
 
 
 def test_keys_beyond_32_bits_are_refused_where_configured(tmp_path):

@@ -68,6 +68,7 @@ LAYERS = (
             "cc/cache/cache_writer.h",
             "cc/cache/device_cache.h",
             "cc/core/host_memory.h",
+            "cc/storage/shared_inspection.h",
             "cc/storage/table_memory.h",
         ),
         ("pybind11/", "Python.h"),

@@ -91,6 +91,13 @@ Result<ServerConfig> LoadConfig(const std::string& path) {
   try {
     std::error_code error;
     fs::path file = fs::absolute(path, error);
+    const size_t begin = path.find_first_not_of("\xEF\xBB\xBF \t\r\n");
+    const bool text_like = begin != std::string::npos && path[begin] == '{';
+    if (text_like && !fs::exists(file, error)) {  // not shown: there may be a password in it
+      return InvalidArgument(
+          "the configuration is JSON text where the path of a ps.json file is expected; write it into a file, or, in "
+          "Python, pass a dict: hps.ParameterServer(json.loads(text))");
+    }
     if (path.empty() || error || !fs::exists(file, error)) {
       std::string looked_for = file.string() == path ? "" : " (looked for " + file.string() + ")";
       return NotFound("there is no configuration file \"" + path + "\"" + looked_for + "; give the path of a ps.json");

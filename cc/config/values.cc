@@ -67,7 +67,7 @@ bool IsHost(std::string_view text) {
     if (error != std::errc() || end != port.data() + port.size() || number < 1 || number > 65535) return false;
     text = text.substr(0, colon);
   }
-  return !text.empty() && text.find_first_of(" \t\r\n") == std::string_view::npos;
+  return !text.empty() && text.find_first_of(" \t\r\n/@") == std::string_view::npos;
 }
 
 bool IsHostList(std::string_view text) {
@@ -90,7 +90,11 @@ const char* FormatProblem(StringFormat format, const std::string& text) {
     case StringFormat::kNotEmpty: return text.empty() ? "a string that is not empty" : nullptr;
     case StringFormat::kName: return IsName(text) ? nullptr : "a name of 1 to 120 letters, digits, \"_\" and \"-\"";
     case StringFormat::kHosts:
-      return IsHostList(text) ? nullptr : "host[:port], several separated by commas, ports from 1 to 65535";
+      if (IsHostList(text)) return nullptr;
+      return text.find_first_of("/@") == std::string::npos
+                 ? "host[:port], several separated by commas, ports from 1 to 65535"
+                 : "host:port, several separated by commas, without a scheme such as redis://, a login or a path "
+                   "(logins and TLS have keys of their own)";
     case StringFormat::kRegularExpression:
       // The length limit keeps the recursive compiler of std::regex off the end of the stack.
       if (text.empty() || text.size() > 1000) return "a regular expression of 1 to 1000 bytes";
@@ -276,7 +280,9 @@ Status ReadValue(const JsonValue& value, const Place& place, const Limits& limit
   const auto* text = value.get_if<std::string>();
   if (text == nullptr) return Mismatch(place, "a string", value, limits.secret);
   if (const char* expected = FormatProblem(limits.format, *text)) {
-    return Mismatch(place, expected, value, limits.secret);
+    // What is no plain list of hosts may hold a password: redis://user:password@host.
+    const bool login = limits.format == StringFormat::kHosts && text->find('@') != std::string::npos;
+    return Mismatch(place, expected, value, limits.secret || login);
   }
   *out = *text;
   return OkStatus();

@@ -37,6 +37,7 @@ class CircuitBreaker {
 
   // kUnavailable while open. After OK exactly one of the following three is called.
   Status Admit() { return closed() ? OkStatus() : AdmitOpen(); }
+  // Also to be called, without Admit, by whoever has seen otherwise that the store answers: a load.
   void Succeeded() {
     if (disturbed_.load(std::memory_order_relaxed)) SucceededAfterFailures();
   }

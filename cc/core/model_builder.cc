@@ -307,7 +307,7 @@ class Builder {
     bool fill_volatile = false;
     if (volatile_) HPS_RETURN_IF_ERROR(OpenVolatile(table, cache_rows, &stack, &fill_volatile));
     if (volatile_ && !persistent_ && !options_.load_volatile) {
-      HPS_RETURN_IF_ERROR(CheckFilledByOthers(*stack.volatile_tier.table));
+      HPS_RETURN_IF_ERROR(CheckFilledByOthers(table.name, *stack.volatile_tier.table));
     }
 
     model_table.source = from_folder ? "folder" : "persistent";
@@ -506,10 +506,12 @@ class Builder {
   }
 
   // Of the only tier of a model, into which nothing is to be loaded.
-  Status CheckFilledByOthers(const Table& table) const {
+  Status CheckFilledByOthers(const std::string& name, const Table& table) const {
     HPS_ASSIGN_OR_RETURN(const TableStats stats, table.Stats());
     if (stats.rows > 0) return OkStatus();
+    const std::string absent = shared_ ? shared_->WhyAbsent(name) : "";
     return FailedPrecondition(
+        (absent.empty() ? "" : absent + "; ") +
         std::string("the volatile tier holds no row of this table, volatile_db.initialize_after_startup is false and "
                     "there is no persistent_db: every key would be answered with the default value; ") +
         (shared_ ? "load the model with another node first, or set initialize_after_startup to true here"

@@ -201,6 +201,10 @@ class ParameterServer::Impl {
       const Status answered = any ? ProbeTier(any->tables.front().stack.*tier_of, kLongestProbe) : OkStatus();
       state.reachable = answered.ok();
       state.error = answered.message();
+      if (const Status place = store->CheckPlace(); !place.ok()) {
+        if (!readiness.reason.empty()) readiness.reason += "; ";
+        readiness.reason += std::string("the ") + name + " tier has lost its place: " + place.message();
+      }
       if (!state.reachable) {
         readiness.ready &= !state.needed;
         if (!readiness.reason.empty()) readiness.reason += "; ";
@@ -333,6 +337,10 @@ class ParameterServer::Impl {
     }
     if (model->caches) model->caches->Start(*resources_->devices);
     if (old) LetGo(std::move(old));
+    // Last of all: what lookups of the old version find (tables that a store has lost) says nothing about the new one.
+    std::vector<const TierStack*> stacks;
+    for (const ModelTable& table : model->tables) stacks.push_back(&table.stack);
+    TakeBackTiers(stacks, kLongestProbe);
     return OkStatus();
   }
 

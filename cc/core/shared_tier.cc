@@ -191,6 +191,7 @@ Result<std::shared_ptr<Table>> SharedTier::Open(const std::string& table, const 
     spec.name = StoredTableName(model_, table, recorded ? found->second.generation : 0);
     auto opened = store_.OpenTable(spec);
     if (opened.ok() || opened.status().code() != StatusCode::kNotFound) return opened;
+    absent_[table] = opened.status().message();
     // The record outlived its table (the store was emptied), or there is none yet: make it.
   }
   for (uint64_t generation = recorded ? found->second.generation + 1 : 0;; ++generation) {
@@ -203,6 +204,11 @@ Result<std::shared_ptr<Table>> SharedTier::Open(const std::string& table, const 
     }
     if (created.status().code() != StatusCode::kAlreadyExists) return created;
   }
+}
+
+std::string SharedTier::WhyAbsent(const std::string& table) const {
+  const auto found = absent_.find(table);
+  return found == absent_.end() ? "" : found->second;
 }
 
 Status SharedTier::Publish(const std::map<std::string, Contents>& contents) {

@@ -76,6 +76,9 @@ class SharedTier {
   Result<std::shared_ptr<Table>> Open(const std::string& table, const TableSpec& spec, const std::string& fingerprint,
                                       bool load, bool* fill);
 
+  // Of a table that Open made: what the store said of the one that was not there, such as a name that nearly fits.
+  std::string WhyAbsent(const std::string& table) const;
+
   // Says that the load goes on; call it now and then.
   void KeepClaim();
 
@@ -118,6 +121,7 @@ class SharedTier {
   ModelRecord record_;
   std::map<std::string, Shortage> short_;  // recorded tables without rows that they must have, by table name
   std::map<std::string, Made> made_;       // by table name
+  std::map<std::string, std::string> absent_;
 };
 
 }  // namespace hps

@@ -16,6 +16,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr const char* kLookupTime = "the lookup's time (lookup_timeout_ms, or the caller's deadline)";
+
 class Stopwatch {
  public:
   Clock::time_point start() const { return start_; }
@@ -69,15 +71,26 @@ Status AskTable(const Tier& tier, const FetchRequest& request, const LookupLimit
   return status;
 }
 
-// What the lookup is told where it may not go on without the tier.
+// What the lookup, or a probe, is told of a tier that it did not get an answer from. Limits of time are named by their
+// keys, and only those that were at work.
 Status Explain(const Tier& tier, const Status& error, const LookupLimits& limits) {
-  if (!IsUnavailable(tier, error, limits)) return error;
+  const bool too_late = limits.deadline != kNoDeadline && Clock::now() >= limits.deadline;
+  if (!IsUnavailable(tier, error, limits)) {
+    if (error.code() != StatusCode::kDeadlineExceeded) return error;
+    return Status(error.code(), error.message() + "; " + kLookupTime + " was not enough");
+  }
   const std::string name = tier.breaker != nullptr ? tier.breaker->name() : std::string(tier.option);
   const std::string option(tier.option);
-  return Status(error.code(), "the " + name + " cannot be asked: " + error.message() + "; repair it, raise " + option +
-                                  ".timeout_ms if it is only slow, or let lookups do "
-                                  "without it by " +
-                                  option + ".when_unavailable");
+  std::string text = "the " + name + " cannot be asked: " + error.message();
+  if (too_late) text += std::string("; ") + kLookupTime + " was over";
+  if (!too_late && error.code() == StatusCode::kDeadlineExceeded) {
+    if (tier.timeout.count() > 0) text += "; raise " + option + ".timeout_ms if it is only slow";
+    if (limits.deadline != kNoDeadline) text += std::string("; it had a part of ") + kLookupTime;
+  }
+  if (tier.when_unavailable == WhenUnavailable::kFail) {
+    text += "; lookups can do without it by " + option + ".when_unavailable";
+  }
+  return Status(error.code(), text);
 }
 
 // Of a tier that failed with `error`: what becomes of the positions [first, last) of a walk. With kNextTier they go
@@ -292,7 +305,7 @@ Status CheckLimits(const LookupLimits& limits) {
     return Cancelled("the caller gave the lookup up");
   }
   if (limits.deadline != kNoDeadline && Clock::now() >= limits.deadline) {
-    return DeadlineExceeded("the lookup's deadline (lookup_timeout_ms, or the caller's) has passed");
+    return DeadlineExceeded(std::string(kLookupTime) + " is over");
   }
   return OkStatus();
 }
@@ -306,9 +319,12 @@ bool IsUnavailable(const Tier& tier, const Status& error, const LookupLimits& li
   }
 }
 
-Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest) {
+namespace {
+
+// Runs ask(request) for so many keys that every node and partition of a store is asked, and files here and there.
+template <typename Ask>
+Status AskForSomeKeys(const Tier& tier, std::chrono::milliseconds longest, Ask&& ask) {
   const auto timeout = tier.timeout.count() > 0 ? std::min(tier.timeout, longest) : longest;
-  // So many that every node and partition of a store is asked, and files here and there.
   std::array<Key, 256> keys;
   std::iota(keys.begin(), keys.end(), Key{0});
   const size_t row_bytes = tier.table->spec().row_bytes;
@@ -319,7 +335,33 @@ Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest) {
   request.rows = {rows.data(), row_bytes};
   request.output_bytes = rows.size();
   request.deadline = Clock::now() + timeout;
-  return Explain(tier, AskTable(tier, request, {}, &misses, /*probe=*/true), {});
+  return ask(request, &misses);
+}
+
+}  // namespace
+
+Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest) {
+  return AskForSomeKeys(tier, longest, [&](const FetchRequest& request, std::vector<uint32_t>* misses) {
+    return Explain(tier, AskTable(tier, request, {}, misses, /*probe=*/true), {});
+  });
+}
+
+void TakeBackTiers(std::span<const TierStack* const> stacks, std::chrono::milliseconds longest) {
+  if (stacks.empty()) return;
+  for (Tier TierStack::*const of : {&TierStack::volatile_tier, &TierStack::persistent_tier}) {
+    CircuitBreaker* const breaker = (stacks.front()->*of).breaker;
+    if (breaker == nullptr || breaker->closed()) continue;
+    const bool answers = std::all_of(stacks.begin(), stacks.end(), [&](const TierStack* stack) {
+      const Tier& tier = stack->*of;
+      if (!tier.table) return true;
+      return AskForSomeKeys(tier, longest,
+                            [&](const FetchRequest& request, std::vector<uint32_t>* misses) {
+                              return tier.table->Fetch(request, misses);
+                            })
+          .ok();
+    });
+    if (answers) breaker->Succeeded();
+  }
 }
 
 Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, const LookupLimits& limits,

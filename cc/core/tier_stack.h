@@ -98,6 +98,10 @@ bool IsUnavailable(const Tier& tier, const Status& error, const LookupLimits& li
 // Asks the tier for some keys, as a lookup would; 256, so that every node of a store is asked.
 Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest);
 
+// For a model that has just been loaded. Where a circuit breaker keeps lookups from a tier all its tables are asked at
+// once, without waiting until the breaker tries again; if each answers, lookups use the tier from now on.
+void TakeBackTiers(std::span<const TierStack* const> stacks, std::chrono::milliseconds longest);
+
 // Keys in one piece of parallel work: below this everything is done inline on the caller's thread.
 inline constexpr size_t kKeysPerPiece = 2048;
 

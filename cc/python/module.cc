@@ -25,6 +25,7 @@
 #include "cc/cache/cache_writer.h"
 #include "cc/cache/device_cache.h"
 #include "cc/core/host_memory.h"
+#include "cc/storage/shared_inspection.h"
 #include "cc/storage/table_memory.h"
 #include "hps/config.h"
 #include "hps/log.h"
@@ -229,6 +230,34 @@ py::tuple Lookup(const hps::ParameterServer& server, const py::array& key_array,
   return py::make_tuple(rows, found, ReportDict(report));
 }
 
+py::dict SharedMemoryDict(const std::string& path) {
+  const hps::SharedMemoryFound found = Unwrap(Unlocked([&] { return hps::InspectSharedMemory(path); }));
+  py::list tables;
+  for (const hps::SharedTableFound& table : found.tables) {
+    tables.append(py::make_tuple(py::bytes(table.name), table.row_bytes, table.rows, table.evicted_rows, table.bytes));
+  }
+  py::list records;
+  for (const auto& [name, value] : found.records) records.append(py::make_tuple(py::bytes(name), py::bytes(value)));
+  py::dict dict;
+  dict["file_bytes"] = found.file_bytes;
+  dict["taken_bytes"] = found.taken_bytes;
+  dict["user"] = found.user;
+  dict["finished"] = found.finished;
+  dict["format"] = found.layout.format;
+  dict["known_format"] = found.known_format;
+  dict["num_partitions"] = found.layout.num_partitions;
+  dict["key_bytes"] = found.layout.key_bytes;
+  dict["overflow_margin"] = found.layout.overflow_margin;
+  dict["auto_remove"] = found.auto_remove;
+  dict["attachments"] = found.attachments;
+  dict["used_bytes"] = found.used_bytes;
+  dict["processes"] = found.processes;
+  dict["tables"] = tables;
+  dict["records"] = records;
+  dict["damage"] = found.damage;
+  return dict;
+}
+
 py::dict ReadinessDict(const hps::ParameterServer& server) {
   const hps::Readiness readiness = Unlocked([&] { return server.CheckReadiness(); });
   py::dict tiers;
@@ -323,6 +352,7 @@ PYBIND11_MODULE(_hps, m) {
   m.def("fingerprint_table_folder", [](const std::string& path, uint32_t width) {
     return Unwrap(Unlocked([&] { return hps::FingerprintTableFolder(path, width); }));
   });
+  m.def("inspect_shared_memory", &SharedMemoryDict);
   m.def("available_memory_bytes", &hps::AvailableMemoryBytes, py::arg("root") = "");
   m.def(
       "count_dense_keys",

@@ -133,6 +133,12 @@ class MultiProcessStore final : public TableStore {
     return heap_.MemberIsGone(name);
   }
 
+  Status CheckPlace() const override {
+    const EpochGuard guard;
+    HPS_RETURN_IF_ERROR(state_->CheckOpen());
+    return In(heap_.CheckNamed());
+  }
+
   Status Flush() override { return state_->CheckOpen(); }
 
   Status Close() override {
@@ -176,7 +182,7 @@ class MultiProcessStore final : public TableStore {
 
  private:
   static Status NoSuchTable(std::string_view name) {
-    return NotFound("multi_process_hash_map: there is no table '" + std::string(name) + "'; create it first");
+    return NotFound("multi_process_hash_map: there is no table '" + std::string(name) + "'");
   }
 
   Status CheckSpec(const TableSpec& spec) const {

@@ -77,18 +77,18 @@ Result<std::shared_ptr<RedisCluster>> RedisCluster::Open(RedisClusterOptions opt
   auto empty = std::make_shared<RedisTopology>();
   empty->owner.fill(RedisTopology::kNobody);
   cluster->topology_ = std::move(empty);
-  Status status;
+  std::string problems;
   const Deadline end = steady_clock::now() + cluster->options_.patience;
   for (const RedisEndpoint& seed : cluster->options_.seeds) {
     const Deadline until = std::min(end, steady_clock::now() + kFirstAskTime);
-    status = cluster->Ask(std::span(&seed, 1), until);
+    const Status status = cluster->Ask(std::span(&seed, 1), until);
     if (status.ok()) return cluster;
-    if (status.code() == StatusCode::kDeadlineExceeded) status = Unavailable(status.message());
-    if (status.code() != StatusCode::kUnavailable) return status;
+    if (status.code() != StatusCode::kUnavailable && status.code() != StatusCode::kDeadlineExceeded) return status;
+    problems += (problems.empty() ? "" : "; ") + status.message();
   }
   const bool several = cluster->options_.seeds.size() > 1;
-  return Unavailable(std::string("cannot reach ") + (several ? "any of the addresses; the last: " : "the server: ") +
-                     status.message());
+  return Unavailable(std::string("cannot reach ") + (several ? "any of the addresses" : "the server") + " (" +
+                     problems + "); start Redis, or correct volatile_db.address");
 }
 
 Status RedisCluster::Run(std::span<RedisTask* const> tasks, Deadline deadline, const std::atomic<bool>* cancelled,
@@ -282,9 +282,12 @@ Status RedisCluster::Ask(std::span<const RedisEndpoint> endpoints, Deadline dead
         Publish(std::move(single));
         return OkStatus();
       }
-      if (task.error.starts_with("NOPERM") || task.error.starts_with("NOAUTH")) {
-        return FailedPrecondition(where + task.error + " (while sending CLUSTER " + task.words[1] +
-                                  "); set user_name and password, and allow the user +cluster|slots");
+      const bool unknown_user = task.error.starts_with("NOAUTH");
+      if (unknown_user || task.error.starts_with("NOPERM")) {
+        return FailedPrecondition(where + task.error + " (while sending CLUSTER " + task.words[1] + "); " +
+                                  (unknown_user ? "set password (or password_env, password_file), and user_name for "
+                                                  "another user than \"default\""
+                                                : "allow the user +cluster|slots"));
       }
       if (!task.error.empty()) {
         unknown = task.error.starts_with("ERR");
@@ -339,7 +342,7 @@ Status RedisCluster::Ask(std::span<const RedisEndpoint> endpoints, Deadline dead
     }
     if (!unknown) break;
   }
-  return status.ok() ? Unavailable("redis_cluster: no node answers") : status;
+  return status.ok() ? Unavailable("no node answers") : status;
 }
 
 Status RedisCluster::Adopt(const std::vector<SlotRange>& ranges, std::vector<RedisEndpoint> replicas,

@@ -524,8 +524,9 @@ class Connection final : public RedisConnection {
     phase_ = Phase::kReady;
     if (task.error.empty()) return OkStatus();
     if (task.error.starts_with("LOADING")) return Lost(task.error);
+    if (task.error.ends_with('.')) task.error.pop_back();
     return Refused("user \"" + login_->user_name + "\" could not log in: " + task.error +
-                   "; check user_name and password");
+                   "; check user_name and password (or password_env, password_file)");
   }
 
   // hiredis' object functions. What they return is never looked at but for being no nullptr.

@@ -85,7 +85,9 @@ Status ErrorOf(const RedisTask& task, const std::string& node) {
                               "versions, ~hctr*");
   }
   if (error.starts_with("NOAUTH")) {
-    return FailedPrecondition(where + error + " (while sending " + task.command + "); set user_name and password");
+    return FailedPrecondition(where + error + " (while sending " + task.command +
+                              "); set password (or password_env, password_file), "
+                              "and user_name for another user than \"default\"");
   }
   if (error.starts_with("OOM")) {
     return ResourceExhausted(where + error + "; raise maxmemory, add nodes, or set an overflow_margin");
@@ -157,7 +159,7 @@ Status RedisExchange::Loop() {
 }
 
 Status RedisExchange::OutOfTime(bool cancelled) const {
-  if (cancelled) return Cancelled("redis_cluster: the caller gave up");
+  if (cancelled) return Cancelled("the caller gave up");
   if (!problem_.empty()) return Unavailable(problem_ + "; tried again until the time was up");
   std::string nodes;
   for (const auto& route : routes_) {
@@ -165,8 +167,8 @@ Status RedisExchange::OutOfTime(bool cancelled) const {
                                      [](const Lane& lane) { return lane.connection->outstanding() > 0; });
     if (waiting) nodes += (nodes.empty() ? "" : ", ") + route->node->name;
   }
-  if (nodes.empty()) return DeadlineExceeded("redis_cluster: no connection became free or ready in time");
-  return DeadlineExceeded("redis_cluster: no answer in time from " + nodes);
+  if (nodes.empty()) return DeadlineExceeded("no connection became free or ready in time");
+  return DeadlineExceeded("no answer in time from " + nodes);
 }
 
 RedisExchange::Route& RedisExchange::RouteTo(const std::shared_ptr<RedisNode>& node) {
@@ -189,7 +191,7 @@ void RedisExchange::Send(RedisTask* task) {
   }
   const uint16_t owner = topology_->owner[task->slot];
   if (owner == RedisTopology::kNobody) {
-    problem_ = "redis_cluster: no node serves slot " + std::to_string(task->slot);
+    problem_ = "no node serves slot " + std::to_string(task->slot) + " of the cluster";
     refresh_ = true;
     delayed_.push_back({now_ + BackOff(task->attempts++), task});
     return;
@@ -219,7 +221,7 @@ Status RedisExchange::Fill(Route& route) {
       if (!probing_ || !route.lanes.empty()) break;
       remaining_ -= route.queue.size();
       route.queue.clear();
-      return remaining_ > 0 ? OkStatus() : Unavailable(problem_.empty() ? "redis_cluster: no node answers" : problem_);
+      return remaining_ > 0 ? OkStatus() : Unavailable(problem_.empty() ? "no node answers" : problem_);
     }
     const bool reached = loan.connection->ready();
     route.lanes.push_back({std::move(loan.connection), now_, reached});

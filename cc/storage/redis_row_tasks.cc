@@ -31,7 +31,7 @@ void FetchRowsTask::Write(RedisWriter& out) {
 
 Status FetchRowsTask::OnArray(size_t elements) {
   if (elements == members_.size()) return OkStatus();
-  return DataLoss(*target_->where + ": HMGET of " + std::to_string(members_.size()) + " keys was answered with " +
+  return DataLoss("HMGET of " + std::to_string(members_.size()) + " keys was answered with " +
                   std::to_string(elements) + " rows");
 }
 
@@ -43,8 +43,8 @@ Status FetchRowsTask::OnElement(size_t index, const char* data, size_t size) {
     return OkStatus();
   }
   if (size != target_->row_bytes) {
-    return DataLoss(*target_->where + ": key " + std::to_string(target_->keys[position]) + " has a row of " +
-                    std::to_string(size) + " bytes instead of " + std::to_string(target_->row_bytes) +
+    return DataLoss("key " + std::to_string(target_->keys[position]) + " has a row of " + std::to_string(size) +
+                    " bytes instead of " + std::to_string(target_->row_bytes) +
                     "; write that row again, or drop the table and load the model again");
   }
   std::memcpy(target_->rows.data + position * target_->rows.stride_bytes, data, size);

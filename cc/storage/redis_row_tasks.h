@@ -54,7 +54,6 @@ void ForEachPiece(size_t count, size_t most, Body&& body) {
 class FetchRowsTask final : public RedisTask {
  public:
   struct Target {
-    const std::string* where;  // for messages
     std::span<const Key> keys;
     const uint32_t* positions;  // nullptr: members are indices of keys
     RowBuffer rows;

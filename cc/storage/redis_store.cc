@@ -66,7 +66,7 @@ class RedisStore final : public TableStore {
     HPS_RETURN_IF_ERROR(Check(spec));
     auto description = Find(spec);
     if (!description.ok()) return description.status().WithContext(where);
-    if (!description->has_value()) return NotFound(where + ": no such table; create it first" + Hint(spec));
+    if (!description->has_value()) return NotFound(where + ": no such table" + Hint(spec));
     HPS_RETURN_IF_ERROR(Agree(where, **description, spec));
     return MakeRedisTable(session_, StateOf(spec.name, **description), spec);
   }
@@ -369,7 +369,7 @@ class RedisStore final : public TableStore {
         there = partitions.ok() && std::find(partitions->begin(), partitions->end(), true) != partitions->end();
       }
       if (!there) continue;
-      return ". But there is \"" + name + "\": " +
+      return ", but there is \"" + name + "\": " +
              (name.starts_with(kPrefix)
                   ? "tables without names are counted from 0 here, and from 1 by other versions; write its name into "
                     "embedding_table_names"
@@ -420,8 +420,13 @@ Result<std::vector<RedisEndpoint>> ParseAddresses(const std::string& address) {
     std::string text = address.substr(first, end - first);
     text.erase(0, text.find_first_not_of(' '));
     text.erase(text.find_last_not_of(' ') + 1);
+    if (text.find_first_of("/@") != std::string::npos) {  // not shown: there may be a password in it
+      return InvalidArgument(
+          "an address is host:port, several parted by commas, without redis://, a login or a path; user_name, password "
+          "and enable_tls are options of their own");
+    }
     if (!ParseRedisEndpoint(text, kRedisDefaultPort, "", &endpoints.emplace_back())) {
-      return InvalidArgument("address: \"" + address + "\" is not host[:port], several parted by commas");
+      return InvalidArgument("\"" + text + "\" is not host[:port], several parted by commas, ports from 1 to 65535");
     }
     first = end + 1;
   }
@@ -454,7 +459,8 @@ RedisStoreOptions RedisOptionsOf(const VolatileConfig& config) {
 }
 
 Result<std::unique_ptr<TableStore>> OpenRedisStore(const RedisStoreOptions& options) {
-  const std::string where = std::string(kKind) + " \"" + options.address + "\"";
+  const bool plain = options.address.find('@') == std::string::npos;
+  const std::string where = std::string(kKind) + (plain ? " \"" + options.address + "\"" : "");
   auto opened = [&]() -> Result<std::unique_ptr<TableStore>> {
     if (options.num_partitions == 0 || options.num_partitions > kMostPartitions) {
       return InvalidArgument("num_partitions is " + std::to_string(options.num_partitions) + "; use 1 to 65536");

@@ -56,7 +56,8 @@ class RedisTable final : public Table {
       if (std::find(found.begin(), found.end(), 0) == found.end()) break;
       if (!state_->IsCurrent(place)) continue;  // the rows were moved meanwhile
       if (!place->dropped) {
-        HPS_RETURN_IF_ERROR(CheckThere(request.deadline, request.cancelled, RedisWhenAllRefuse::kFail));
+        const Status there = CheckThere(request.deadline, request.cancelled, RedisWhenAllRefuse::kFail);
+        if (!there.ok()) return there.WithContext(where_);
       }
       break;
     }
@@ -91,7 +92,9 @@ class RedisTable final : public Table {
     HPS_RETURN_IF_ERROR(session_->CheckOpen());
     for (const Key key : keys) HPS_RETURN_IF_ERROR(CheckKey(key));
     if (erased != nullptr) *erased = 0;
-    HPS_ASSIGN_OR_RETURN(const std::shared_ptr<const RedisTablePlace> place, PlaceToWrite());
+    const auto found = PlaceToWrite();
+    if (!found.ok()) return found.status().WithContext(where_);
+    const std::shared_ptr<const RedisTablePlace>& place = *found;
     const RedisGroups groups(state_->layout(), keys, std::nullopt);
     std::vector<std::unique_ptr<RemoveKeysTask>> rows;
     std::vector<std::unique_ptr<RemoveKeysTask>> metadata;
@@ -123,7 +126,7 @@ class RedisTable final : public Table {
     HPS_RETURN_IF_ERROR(session_->CheckOpen());
     for (uint32_t i = 0; i < state_->layout().num_partitions(); ++i) HPS_RETURN_IF_ERROR(ScanPartition(i, visitor));
     if (state_->place()->dropped) return OkStatus();
-    return CheckThere(kNoDeadline, nullptr);
+    return CheckThere(kNoDeadline, nullptr).WithContext(where_);
   }
 
   Result<TableStats> Stats() const override {
@@ -137,7 +140,7 @@ class RedisTable final : public Table {
       const Status status = session_->Run(tasks);
       if (!status.ok()) return status.WithContext(where_);
       if (!state_->IsCurrent(place)) continue;
-      if (!place->dropped) HPS_RETURN_IF_ERROR(CheckThere(kNoDeadline, nullptr));
+      if (!place->dropped) HPS_RETURN_IF_ERROR(CheckThere(kNoDeadline, nullptr).WithContext(where_));
       TableStats stats;
       for (const RedisCommandTask& task : tasks) stats.rows += static_cast<uint64_t>(task.reply.integer);
       stats.evicted_rows = state_->evicted_rows;
@@ -167,37 +170,37 @@ class RedisTable final : public Table {
   }
 
   // The table's description is gone when another process dropped the table, and when Redis lost its contents; and it is
-  // another one's when somebody has made the table anew. Missing rows say nothing then.
+  // another one's when somebody has made the table anew. Missing rows say nothing then. Callers name the table.
   Status CheckThere(Deadline deadline, const std::atomic<bool>* cancelled,
                     RedisWhenAllRefuse when_all_refuse = RedisWhenAllRefuse::kWait) const {
     const std::string key = RedisDescriptionKey(spec_.name);
     RedisCommandTask task(RedisSlot(key), {"HMGET", key, "num_partitions", "dropping", "id"});
     RedisTask* const pointer = &task;
     const Status status = session_->cluster->Run(std::span(&pointer, 1), deadline, cancelled, when_all_refuse);
-    if (!status.ok()) return status.WithContext(where_);
+    HPS_RETURN_IF_ERROR(status);
     const std::vector<RedisReply>& fields = task.reply.elements;
     if (fields.size() == 3 && fields[0].kind == RedisReply::Kind::kString && fields[1].kind == RedisReply::Kind::kNil) {
       if (fields[2].text == state_->id()) return OkStatus();
-      return Unavailable(where_ +
-                         ": the table was replaced by another one of the same name: another process dropped it, or the "
-                         "servers lost their contents, and it was loaded anew; load the model again to use that one");
+      return Unavailable(
+          "the table was replaced by another one of the same name: another process dropped it, or the servers lost "
+          "their "
+          "contents, and it was loaded anew; load the model again to use that one");
     }
-    return Unavailable(where_ +
-                       ": the table has vanished from Redis: another process dropped it, or the servers lost their "
-                       "contents or evict (set maxmemory-policy to noeviction); load the model again");
+    return Unavailable(
+        "the table has vanished from Redis: another process dropped it, or the servers lost their contents or evict "
+        "(set maxmemory-policy to noeviction); load the model again");
   }
 
   Result<std::shared_ptr<const RedisTablePlace>> PlaceToWrite() const {
     std::shared_ptr<const RedisTablePlace> place = state_->place();
-    if (place->dropped) return FailedPrecondition(where_ + ": the table was dropped");
+    if (place->dropped) return FailedPrecondition("the table was dropped");
     HPS_RETURN_IF_ERROR(CheckThere(kNoDeadline, nullptr));
     return place;
   }
 
   Status FetchFrom(const RedisTablePlace& place, const FetchRequest& request, const RedisGroups& groups,
                    std::vector<uint8_t>& found) const {
-    const FetchRowsTask::Target target = {.where = &where_,
-                                          .keys = request.keys,
+    const FetchRowsTask::Target target = {.keys = request.keys,
                                           .positions = request.positions ? request.positions->data() : nullptr,
                                           .rows = request.rows,
                                           .row_bytes = spec_.row_bytes,

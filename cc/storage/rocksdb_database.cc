@@ -207,7 +207,8 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
   ~Database() override;
   Status Start(const RocksDbOptions& options);
 
-  Status CheckFolder() const override { return folder_ ? folder_->Check(Where()) : OkStatus(); }
+  Status CheckFolder() const override { return read_only_ ? OkStatus() : CheckPlace(); }
+  Status CheckPlace() const override { return folder_ ? folder_->Check(Where()) : OkStatus(); }
   std::shared_ptr<RocksDbFamily> Find(std::string_view name) override;
   Result<std::shared_ptr<RocksDbFamily>> Create(const std::string& name) override;
   Status Drop(std::string_view name) override;
@@ -259,7 +260,7 @@ class Database final : public RocksDbDatabase, public std::enable_shared_from_th
 
   const std::shared_ptr<WriteErrors> write_errors_ = std::make_shared<WriteErrors>();
   std::unique_ptr<rocksdb::DB> db_;
-  std::unique_ptr<OpenRocksDbFolder> folder_;  // once it is open for writing
+  std::unique_ptr<OpenRocksDbFolder> folder_;  // once it is open
   std::shared_mutex log_mutex_;                // held shared to write, exclusively while the log is synced
   std::atomic<bool> unlogged_{false};          // rows were written past the log since the last flush
   size_t threads_ = 1;                         // that write sorted files
@@ -342,8 +343,8 @@ Status Database::TryStart(const RocksDbOptions& options, bool* changed) {
   }
   // Twice the cores: a thread waits while its file is synced.
   threads_ = std::clamp<size_t>(options.num_threads, 1, std::max(2 * std::thread::hardware_concurrency(), 1u));
+  HPS_ASSIGN_OR_RETURN(folder_, OpenRocksDbFolder::Open(path_, Where()));
   if (!read_only_) {
-    HPS_ASSIGN_OR_RETURN(folder_, OpenRocksDbFolder::Open(path_, Where()));
     std::error_code error;
     fs::remove_all(BulkFolder(), error);  // what a load that was cut short has left
     if (error) return MapFileError(error, Where() + ": cannot remove \"" + BulkFolder().string() + "\"");

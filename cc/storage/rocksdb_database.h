@@ -89,6 +89,8 @@ class RocksDbDatabase {
   // kDataLoss where the folder has been deleted or replaced, so that what is written would not be found again. Of a
   // database that only reads nothing is asked. All that makes families, and that stores for good, looks itself.
   virtual Status CheckFolder() const = 0;
+  // The same, also of a database that only reads.
+  virtual Status CheckPlace() const = 0;
 
   // Families, without the one named "default". Find: nullptr if there is none.
   virtual std::shared_ptr<RocksDbFamily> Find(std::string_view name) = 0;

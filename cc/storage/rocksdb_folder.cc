@@ -111,7 +111,7 @@ Status OpenRocksDbFolder::Check(const std::string& where) const {
   if (!gone) return OkStatus();
   return DataLoss(where +
                   ": the folder was deleted or replaced while it was in use, so nothing can be stored there any "
-                  "more; rows that were loaded before go on being served. Restore the folder if you need it, "
+                  "more, and rows are served out of files that are still open. Restore the folder if you need it, "
                   "then start again");
 }
 

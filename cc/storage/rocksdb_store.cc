@@ -403,7 +403,12 @@ class RocksDbStore final : public TableStore {
       HPS_RETURN_IF_ERROR(CheckSpec(where, spec));
       HPS_RETURN_IF_ERROR(database->CheckFolder());
       std::shared_ptr<RocksDbFamily> family = database->Find(spec.name);
-      if (family == nullptr) return NotFound(where + ": no such table; create it first");
+      if (family == nullptr) {
+        return NotFound(where + ": no such table" +
+                        (session_->options.read_only ? "; load the model once with a server that may write (read_only "
+                                                       "false)"
+                                                     : ""));
+      }
       HPS_RETURN_IF_ERROR(database->FinishBulk(*family));
       auto table = std::make_shared<RocksDbTable>(session_, std::move(family), spec);
       HPS_RETURN_IF_ERROR(table->CheckStoredSizes(*database));
@@ -438,6 +443,11 @@ class RocksDbStore final : public TableStore {
   Status WriteRecord(std::string_view name, std::string_view value) override { return ChangeRecord(name, value); }
 
   Status EraseRecord(std::string_view name) override { return ChangeRecord(name, std::nullopt); }
+
+  Status CheckPlace() const override {
+    HPS_ASSIGN_OR_RETURN(std::shared_ptr<RocksDbDatabase> database, session_->Pin());
+    return database->CheckPlace();
+  }
 
   Status Flush() override {
     return OnDatabase([](RocksDbDatabase& database) { return database.Flush(); });

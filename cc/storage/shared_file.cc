@@ -120,6 +120,12 @@ Result<std::unique_ptr<SharedFile>> SharedFile::OpenLocked(const std::string& na
         return FailedPrecondition("this user may not use " + path + owner +
                                   "; choose another shared_memory_name, or have its owner remove it");
       }
+      struct stat there;
+      if (::stat(path.c_str(), &there) == 0 && S_ISDIR(there.st_mode)) {
+        return FailedPrecondition(path +
+                                  " is a folder, and shared memory is a file; choose another "
+                                  "shared_memory_name, or remove the folder");
+      }
       if (error == ENOSPC) return ResourceExhausted(path + " cannot be made: /dev/shm is full; give it more memory");
       const std::string text = path + " cannot be opened (" + Error(error) + ")";
       return LimitReached(error, text)
@@ -240,6 +246,17 @@ Status SharedFile::Remove() {
   const bool same = own.st_ino == named.st_ino && own.st_dev == named.st_dev;
   if (same && ::shm_unlink(name_.c_str()) != 0 && errno != ENOENT) return NameError(errno, "cannot be removed");
   return OkStatus();
+}
+
+Status SharedFile::CheckNamed() const {
+  struct stat own;
+  struct stat named;
+  if (::fstat(file_, &own) != 0) return OkStatus();  // nothing to compare with
+  if (::stat(path_.c_str(), &named) == 0 && own.st_ino == named.st_ino && own.st_dev == named.st_dev) return OkStatus();
+  return DataLoss(path_ +
+                  " was deleted or replaced while it was in use: this process goes on serving its rows, which are gone "
+                  "with the last process that has it open, and servers that start now do not find them; restart all "
+                  "servers that share it, one after the other");
 }
 
 Status SharedFile::NotFree(uint64_t bytes, const std::string& why) const {

@@ -55,6 +55,9 @@ class SharedFile {
   // Removes the name, unless it is another file's by now.
   Status Remove();
 
+  // kDataLoss if the name was removed, or is another file's by now: nobody will attach to this one any more.
+  Status CheckNamed() const;
+
   bool MemberLives(uint32_t member) const;  // of others; this one's own number is not seen
 
   // kResourceExhausted if the system has not so many bytes free now.

@@ -43,6 +43,9 @@ std::string PolicyName(uint32_t policy) {
   return std::to_string(policy);
 }
 
+// SharedLayout has 0 where ps.json has no margin.
+std::string MarginText(uint64_t margin) { return margin == 0 ? "unlimited (not given)" : std::to_string(margin); }
+
 bool ParseNumber(std::string_view text, uint32_t* value) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
   return error == std::errc() && end == text.data() + text.size();
@@ -64,13 +67,13 @@ std::string Differences(const SharedLayout& there, const SharedLayout& here) {
     compare("shared_memory_size", there.bytes, here.bytes);
     compare("num_partitions", there.num_partitions, here.num_partitions);
     compare("the bytes of a key (supportlonglong)", there.key_bytes, here.key_bytes);
-    compare("overflow_margin", there.overflow_margin, here.overflow_margin);
-    if ((there.overflow_margin == 0) == (here.overflow_margin == 0)) {  // without a margin there is no policy
+    compare_texts("overflow_margin", MarginText(there.overflow_margin), MarginText(here.overflow_margin));
+    if ((there.overflow_margin == 0) == (here.overflow_margin == 0)) {  // without a margin the others say nothing
       compare_texts("overflow_policy", PolicyName(there.overflow_policy), PolicyName(here.overflow_policy));
+      compare("overflow_margin * overflow_resolution_target", there.overflow_target_rows, here.overflow_target_rows);
+      compare_texts("refresh_time_after_fetch", there.refresh_time_after_fetch != 0 ? "true" : "false",
+                    here.refresh_time_after_fetch != 0 ? "true" : "false");
     }
-    compare("overflow_margin * overflow_resolution_target", there.overflow_target_rows, here.overflow_target_rows);
-    compare_texts("refresh_time_after_fetch", there.refresh_time_after_fetch != 0 ? "true" : "false",
-                  here.refresh_time_after_fetch != 0 ? "true" : "false");
   }
   return text;
 }

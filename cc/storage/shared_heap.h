@@ -54,6 +54,9 @@ class SharedHeap {
     return RobustLock(header().mutex, [this] { FindUsedUnits(); });
   }
 
+  // As SharedFile::CheckNamed.
+  Status CheckNamed() const { return file_->CheckNamed(); }
+
   // Locked from here on -------------------------------------------------------------------------------------------
 
   // A block of at least so many bytes, with any contents; REQUIRES that it is linked to something before the lock is

@@ -42,7 +42,7 @@ struct SharedLayout {
   uint64_t bytes = 0;
   uint32_t num_partitions = 0;
   uint32_t key_bytes = 0;
-  uint64_t overflow_margin = 0;
+  uint64_t overflow_margin = 0;  // 0: unlimited; the next three are 0, too
   uint64_t overflow_target_rows = 0;
   uint32_t overflow_policy = 0;
   uint32_t refresh_time_after_fetch = 0;

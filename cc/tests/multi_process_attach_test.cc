@@ -8,10 +8,14 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
+#include <fstream>
 #include <map>
+#include <random>
 #include <thread>
 
 #include "cc/core/shared_tier.h"
+#include "cc/storage/shared_inspection.h"
 #include "cc/tests/multi_process_fixture.h"
 
 namespace hps::testing {
@@ -85,6 +89,66 @@ TEST_F(MultiProcessTest, MembersThatAreGoneAreKnownByName) {
   for (const char* text : {"", "0", "0.", ".1", "0.0", "x.1", "0.1x", "999.1", "-1.1", "0.99999999999"}) {
     EXPECT_FALSE(store->MemberIsGone(text)) << text;
   }
+}
+
+// tests/test_multi_process.py looks at the report; this is for the sanitizers.
+TEST_F(MultiProcessTest, AnInspectionTrustsNothing) {
+  const fs::path path = "/dev/shm/" + name;
+  EXPECT_EQ(InspectSharedMemory(path).status().code(), StatusCode::kNotFound);
+  std::vector<char> whole(1 << 20);
+  {
+    const auto store = Open(name);
+    const auto table = Create(*store, 100);
+    ASSERT_OK(Put(*table, Keys(0, 100, true), 1));
+    ASSERT_OK(store->WriteRecord("r", "value"));
+    const SharedMemoryFound found = Value(InspectSharedMemory(path));
+    EXPECT_EQ(found.damage, "");
+    EXPECT_EQ(found.processes, (std::vector<uint32_t>{static_cast<uint32_t>(::getpid())}));
+    ASSERT_EQ(found.tables.size(), 1u);
+    EXPECT_EQ(found.tables[0].name, kTableName);
+    EXPECT_EQ(found.tables[0].rows, 100u);
+    EXPECT_EQ(found.tables[0].row_bytes, kRowBytes);
+    EXPECT_EQ(found.records, (std::vector<std::pair<std::string, std::string>>{{"r", "value"}}));
+    ASSERT_OK(store->DropTable(kTableName));
+    EXPECT_TRUE(Value(InspectSharedMemory(path)).tables.empty());
+    const auto kept = Create(*store, 100);
+    ASSERT_OK(Put(*kept, Keys(0, 100, true), 1));
+    std::ifstream(path, std::ios::binary).read(whole.data(), static_cast<std::streamsize>(whole.size()));
+  }
+  EXPECT_FALSE(Exists(name));
+  std::mt19937_64 random(7);
+  for (int round = 0; round < 500; ++round) {
+    std::vector<char> garbled = whole;
+    for (uint64_t n = random() % 40; n > 0; --n) garbled[64 + random() % (64 << 10)] = static_cast<char>(random());
+    const uint64_t value = random() % 4 == 0 ? random() : random() % (2 << 20) / 8 * 8;
+    std::memcpy(garbled.data() + 56 + random() % 512 * 8, &value, sizeof(value));
+    std::ofstream(path, std::ios::binary).write(garbled.data(), static_cast<std::streamsize>(garbled.size()));
+    fs::resize_file(path, 16 << 20);
+    EXPECT_TRUE(InspectSharedMemory(path).ok());
+  }
+}
+
+TEST_F(MultiProcessTest, ReadinessRemarksThatTheSharedMemoryIsGone) {
+  WriteTable(folder / "t", KeyRange(0, 100), 4, 1);
+  ServerConfig config = MakeServer(Tiers::kVolatile, "", {MakeModel("m", {MakeTable("t", folder / "t", 4)})});
+  config.volatile_db.type = VolatileType::kMultiProcessHashMap;
+  config.volatile_db.shared_memory_name = name;
+  config.volatile_db.shared_memory_bytes = 16 << 20;
+  const auto server = Value(ParameterServer::Open(config, {.show_progress = false}));
+  EXPECT_EQ(server->CheckReadiness().reason, "ready");
+  const auto expect_remark = [&] {
+    const Readiness readiness = server->CheckReadiness();
+    EXPECT_TRUE(readiness.ready) << readiness.reason;  // lookups are answered
+    for (const std::string& part : {std::string("the volatile tier"), "/dev/shm/" + name, std::string("restart")}) {
+      EXPECT_NE(readiness.reason.find(part), std::string::npos) << readiness.reason;
+    }
+  };
+  fs::remove("/dev/shm/" + name);
+  expect_remark();
+  const auto other = Value(ParameterServer::Open(config, {.show_progress = false}));  // makes memory of its own
+  expect_remark();
+  EXPECT_EQ(other->CheckReadiness().reason, "ready");
+  ExpectRows(Lookup(*server, "m", 0, 4, KeyRange(0, 100)), KeyRange(0, 100), 1);
 }
 
 const TableSpec kLoaded = {.row_bytes = kRowBytes, .expected_rows = 120'000};  // more than half of the memory

@@ -78,7 +78,8 @@ TEST_F(MultiProcessTest, AnotherLayoutIsRefusedAndSaysWhatDiffers) {
   refused([](auto& options) { options.bytes /= 2; }, "shared_memory_size is 16777216 there and 8388608 here");
   refused([](auto& options) { options.key_bytes = 4; }, "supportlonglong) is 8 there and 4 here");
   refused([](auto& options) { options.overflow.margin = 999; }, "overflow_margin is 1000 there and 999 here");
-  refused([](auto& options) { options.overflow = {}; }, "overflow_margin is 1000 there and 0 here");
+  refused([](auto& options) { options.overflow = {}; },
+          "overflow_margin is 1000 there and unlimited (not given) here;");
   refused([](auto& options) { options.overflow.policy = OverflowPolicy::kEvictRandom; },
           "overflow_policy is evict_oldest there and evict_random here");
   refused([](auto& options) { options.overflow.resolution_target = 0.5; }, "is 800 there and 500 here");
@@ -86,6 +87,23 @@ TEST_F(MultiProcessTest, AnotherLayoutIsRefusedAndSaysWhatDiffers) {
           "refresh_time_after_fetch is false there and true here");
   bounded.auto_remove = false;  // no part of the layout
   EXPECT_TRUE(OpenMultiProcessStore(bounded).ok());
+}
+
+TEST_F(MultiProcessTest, AnUnlimitedMarginIsCalledSo) {
+  MultiProcessOptions options = Options(name);
+  const auto store = Open(options);
+  options.overflow = {.margin = 1000, .policy = OverflowPolicy::kEvictOldest};
+  ExpectError(OpenMultiProcessStore(options).status(), StatusCode::kFailedPrecondition,
+              {"another layout: overflow_margin is unlimited (not given) there and 1000 here;"});
+}
+
+TEST_F(MultiProcessTest, AFolderOfThatNameIsRefused) {
+  const fs::path path = "/dev/shm/" + name;
+  fs::create_directory(path);
+  ExpectError(OpenMultiProcessStore(Options(name)).status(), StatusCode::kFailedPrecondition,
+              {path.string() + " is a folder", "shared_memory_name"});
+  EXPECT_TRUE(fs::is_directory(path));
+  fs::remove(path);
 }
 
 // What is in the file of a store, as another format or a crash would have left it.

@@ -555,6 +555,18 @@ TEST_F(ParameterServerTest, ClosingEndsALoadThatRuns) {
   }
 }
 
+TEST_F(ParameterServerTest, ReadinessRemarksThatTheDatabasesFolderIsGone) {
+  auto server = Open(Config(Tiers::kBoth, {OneTable()}));
+  EXPECT_EQ(server->CheckReadiness().reason, "ready");
+  fs::remove_all(database());
+  const Readiness readiness = server->CheckReadiness();
+  EXPECT_TRUE(readiness.ready) << readiness.reason;  // lookups are answered
+  for (const std::string& part : {std::string("the persistent tier"), database().string(), std::string("deleted")}) {
+    EXPECT_NE(readiness.reason.find(part), std::string::npos) << readiness.reason;
+  }
+  EXPECT_EQ(server->Close().code(), StatusCode::kDataLoss);
+}
+
 // ---- crashes ----------------------------------------------------------------------------------------------------
 
 // Passes everything on until the call named `hold_at`: there it says so on standard output and waits to be killed.

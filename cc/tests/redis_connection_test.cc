@@ -83,7 +83,7 @@ class RedisConnectionTest : public ::testing::Test {
     const std::vector<uint32_t> members = {0, 1};
     rows_ = RowBlock(keys.size(), kRowBytes);
     found_ = {2, 2};
-    const FetchRowsTask::Target target{&where_, keys, nullptr, rows_.buffer(), kRowBytes, found_.data()};
+    const FetchRowsTask::Target target{keys, nullptr, rows_.buffer(), kRowBytes, found_.data()};
     FetchRowsTask task(RedisHash{&name_, 0, 8}, &target, members);
     connection_->Submit(&task, false);
     Say(reply);
@@ -99,7 +99,6 @@ class RedisConnectionTest : public ::testing::Test {
   }
 
   const std::string name_ = "hps_et{t/p0}v";
-  const std::string where_ = "test";
   const RedisLogin login_{"default", "", nullptr};
   RedisServerNotes notes_;
   RedisEndpoint endpoint_;

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "cc/storage/redis_layout.h"
@@ -236,6 +237,80 @@ TEST(RedisFaults, ScanGoesOnAfterARestart) {
   }));
   std::sort(seen.begin(), seen.end());
   EXPECT_EQ(seen, KeyRange(0, 20'000)) << "each row once, though cursors of the old process mean nothing";
+}
+
+// The circuit breaker, whose wait has grown, must not keep out what has just been loaded again: neither on the node
+// that loads it nor on one that opens it.
+TEST(RedisFaults, AReplacementServesFromAServerThatCameBackEmptyAtOnce) {
+  constexpr uint32_t kWidth = 4;
+  const std::vector<Key> keys = KeyRange(0, 1000);
+  for (const Tiers tiers : {Tiers::kBoth, Tiers::kVolatile}) {
+    TempFolder folder;
+    WriteTable(folder / "t", keys, kWidth, 1);
+    const auto redis = Value(RedisService::Start());
+    const ModelConfig model = MakeModel("m", {MakeTable("t", folder / "t", kWidth)});
+    const auto open = [&](const char* database) {
+      ServerConfig config = MakeServer(tiers, folder / database, {model});
+      config.volatile_db.type = VolatileType::kRedisCluster;
+      config.volatile_db.address = redis->address_list();
+      return Value(ParameterServer::Open(config, {.show_progress = false}));
+    };
+    const std::shared_ptr<ParameterServer> servers[] = {open("database"), open("other")};
+    const auto stats = [](const auto& server) { return nlohmann::json::parse(server->StatsJson()); };
+    const auto tier = [&](const auto& server) { return stats(server)["tier_states"]["volatile"]; };
+    std::atomic<bool> stop{false};
+    std::vector<std::thread> traffic;
+    for (const auto& server : servers) {
+      traffic.emplace_back([&] {
+        const LookupSession session = Value(server->NewSession("m"));
+        while (!stop) {
+          const Rows rows = Lookup(session, 0, kWidth, keys);
+          if (tiers == Tiers::kBoth) ExpectRows(rows, keys, 1);
+        }
+      });
+    }
+    Ask(*redis, {"FLUSHALL"});
+    for (const auto& server : servers) {
+      const auto failed = [&] { return stats(server)["models"][0]["tables"][0]["volatile"]["fetches_failed"]; };
+      WaitUntil([&] { return failed() >= 9; }, "four tries of the open breaker");  // the next comes after 0.8 to 1.6 s
+    }
+    for (const auto& server : servers) {
+      EXPECT_NE(tier(server)["breaker"], "closed");
+      EXPECT_NE(server->CheckReadiness().reason, "ready");
+      ASSERT_OK(server->ReplaceModel(model));
+      EXPECT_EQ(tier(server)["breaker"], "closed");
+      EXPECT_EQ(server->CheckReadiness().reason, "ready");
+      const Rows rows = Lookup(*server, "m", 0, kWidth, keys);
+      ExpectRows(rows, keys, 1);
+      EXPECT_EQ(rows.report.rows_from_volatile, keys.size());
+    }
+    EXPECT_EQ(stats(servers[1])["models"][0]["tables"][0]["load"]["rows_read"], 0) << "it was to open what is there";
+    stop = true;
+    for (std::thread& thread : traffic) thread.join();
+    for (const auto& server : servers) {
+      EXPECT_EQ(tier(server)["breaker"], "closed");
+      EXPECT_EQ(tier(server)["openings"], 1);
+    }
+  }
+}
+
+// Two ways of counting tables without names.
+TEST(RedisFaults, AServerThatLoadsNothingSaysWhichTableNearlyFits) {
+  constexpr uint32_t kWidth = 4;
+  TempFolder folder;
+  WriteTable(folder / "t", KeyRange(0, 10), kWidth, 1);
+  const auto redis = Value(RedisService::Start());
+  const auto config_for = [&](const std::string& table) {
+    ServerConfig config = MakeServer(Tiers::kVolatile, "", {MakeModel("m", {MakeTable(table, folder / "t", kWidth)})});
+    config.volatile_db.type = VolatileType::kRedisCluster;
+    config.volatile_db.address = redis->address_list();
+    return config;
+  };
+  ASSERT_OK(Value(ParameterServer::Open(config_for("sparse_embedding1"), {.show_progress = false}))->Close());
+  ServerConfig config = config_for("sparse_embedding0");
+  config.volatile_db.initialize_after_startup = false;
+  ExpectError(ParameterServer::Open(config).status(), StatusCode::kFailedPrecondition,
+              {"there is \"hps_et.m.sparse_embedding1\"", "embedding_table_names", "initialize_after_startup"});
 }
 
 // A partition that is gone, with nothing below that could serve its rows.

@@ -150,6 +150,39 @@ TEST_F(RedisStore, InterruptedDropIsFinished) {
   ExpectAll(*table, KeyRange(0, 100), 0);
 }
 
+// The store, its address and the table are in a message once.
+void ExpectNamedOnce(const Status& status) {
+  for (const std::string_view part : {"redis_cluster", "table \"hps_et.m.t\""}) {
+    const size_t at = status.message().find(part);
+    ASSERT_NE(at, std::string::npos) << status.ToString();
+    EXPECT_EQ(status.message().find(part, at + 1), std::string::npos) << status.ToString();
+  }
+}
+
+TEST_F(RedisStore, MessagesNameTheTableOnce) {
+  const auto store = Open();
+  const auto table = Value(store->CreateTable(kTable));
+  ASSERT_OK(Put(*table, {1}, 1));
+  const auto other = Open();
+  const RedisLayout layout(RedisLayout::Version::kCurrent, "hps_et.m.t", 8, 8);
+  Ask(server(), {"HSET", layout.ValuesKey(layout.PartitionOf(KeyOf("ABCDEFGH"))), "ABCDEFGH", "short"});
+  ExpectNamedOnce(Get(*table, {KeyOf("ABCDEFGH")}).status);
+  ASSERT_OK(other->DropTable("hps_et.m.t"));
+  const auto expect_all = [&] {
+    ExpectNamedOnce(Get(*table, {1}).status);
+    ExpectNamedOnce(Put(*table, {1}, 1));
+    ExpectNamedOnce(table->Erase(std::vector<Key>{1}));
+    ExpectNamedOnce(table->Scan([](auto, auto) { return OkStatus(); }));
+    ExpectNamedOnce(table->Stats().status());
+    ExpectNamedOnce(Get(*table, {1}, std::chrono::steady_clock::now()).status);
+  };
+  expect_all();
+  ExpectNamedOnce(store->OpenTable(kTable).status());
+  const auto anew = Value(other->CreateTable(kTable));
+  ExpectNamedOnce(store->CreateTable(kTable).status());
+  expect_all();
+}
+
 TEST_F(RedisStore, VanishedTableIsAnErrorAndNoMiss) {
   const auto store = Open();
   const auto table = Value(store->CreateTable(kTable));
@@ -310,7 +343,7 @@ TEST_F(RedisStore, TableOfNearlyThatNameIsNamed) {
     ExpectError(open_error("hps_et.m.sparse_embedding" + number), StatusCode::kNotFound,
                 {"\"hps_et.m.sparse_embedding2\"", "embedding_table_names"});
   }
-  EXPECT_EQ(open_error("hps_et.m.sparse_embedding0").message().find("But there is"), std::string::npos);
+  EXPECT_EQ(open_error("hps_et.m.sparse_embedding0").message().find("there is \""), std::string::npos);
   Ask(server(), {"HSET", "hctr_et.m.films/p2/v", "ABCDEFGH", "0123456789abcdef"});
   ExpectError(open_error("hps_et.m.films"), StatusCode::kNotFound, {"\"hctr_et.m.films\"", "prefix"});
 }
@@ -577,6 +610,18 @@ TEST(RedisAddress, OneOfSeveralIsEnough) {
   ExpectError(OpenRedisStore(options).status(), StatusCode::kUnavailable, {options.address, "refused"});
   options.address = "no-such-host.invalid:7000";
   ExpectError(OpenRedisStore(options).status(), StatusCode::kUnavailable, {"no-such-host.invalid:7000"});
+  const FreePort nobody_else = Value(FreePort::Choose());
+  options.address =
+      "127.0.0.1:" + std::to_string(nobody.number()) + ",127.0.0.1:" + std::to_string(nobody_else.number());
+  ExpectError(OpenRedisStore(options).status(), StatusCode::kUnavailable,
+              {"any of the addresses (redis node 127.0.0.1:" + std::to_string(nobody.number()) + ": cannot connect",
+               "; redis node 127.0.0.1:" + std::to_string(nobody_else.number()) + ": cannot connect", "start Redis"});
+  for (const char* address : {"redis://127.0.0.1:7000", "me:secret@127.0.0.1:7000", "127.0.0.1:7000/0"}) {
+    options.address = address;
+    const Status refused = OpenRedisStore(options).status();
+    ExpectError(refused, StatusCode::kInvalidArgument, {"host:port", "enable_tls"});
+    EXPECT_EQ(refused.message().find("secret"), std::string::npos) << refused.ToString();
+  }
 }
 
 TEST(RedisRestart, RowsComeBackFromFiles) {

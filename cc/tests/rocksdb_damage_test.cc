@@ -208,6 +208,7 @@ TEST_F(RocksDbStore, AFolderThatWasDeletedOrReplacedTakesNothingMore) {
       const fs::path copy = directory_ / "copy";
       fs::copy(path_, copy, fs::copy_options::recursive);
       auto store = MustOpen();
+      ASSERT_OK(store->CheckPlace());
       const auto table = *store->OpenTable(kSpec);
       const auto fresh = *store->CreateTable({.name = "fresh", .row_bytes = kRowBytes});
       ASSERT_OK(store->Flush());
@@ -220,6 +221,7 @@ TEST_F(RocksDbStore, AFolderThatWasDeletedOrReplacedTakesNothingMore) {
       }
       if (what == "replaced" || what == "contents replaced") fs::copy(copy, path_, fs::copy_options::recursive);
       const std::vector<std::string> parts = {path_.string(), "deleted or replaced", "start again"};
+      ExpectError(store->CheckPlace(), StatusCode::kDataLoss, parts);
       ExpectError(store->Flush(), StatusCode::kDataLoss, parts);
       ExpectError(store->WriteRecord("r", "after"), StatusCode::kDataLoss, parts);
       ExpectError(store->CreateTable({.name = "other", .row_bytes = kRowBytes}).status(), StatusCode::kDataLoss, parts);
@@ -229,12 +231,14 @@ TEST_F(RocksDbStore, AFolderThatWasDeletedOrReplacedTakesNothingMore) {
       fs::remove_all(copy);
     }
   }
-  // Whoever only reads is not concerned, and a lock that somebody took away harms nothing.
+  // Whoever only reads goes on, and can be asked; and a lock that somebody took away harms nothing.
   Make(KeyRange(0, 100));
   {
     auto reading = MustOpen(/*read_only=*/true);
     const auto table = *reading->OpenTable(kSpec);
+    ASSERT_OK(reading->CheckPlace());
     fs::rename(path_, directory_ / "moved");
+    ExpectError(reading->CheckPlace(), StatusCode::kDataLoss, {path_.string(), "deleted or replaced"});
     EXPECT_EQ(CountRows(*table, KeyRange(0, 100), 1), 100u);
     ASSERT_OK(reading->Flush());
     ASSERT_OK(reading->Close());

@@ -197,6 +197,27 @@ TEST_F(TierFaultsTest, ASlowTierTakesItsOwnTimeAndNoMore) {
   ExpectError(Fetch(stack_, keys_).status, StatusCode::kDeadlineExceeded, {"volatile_db.timeout_ms"});
 }
 
+TEST_F(TierFaultsTest, OnlyLimitsThatWereAtWorkAreNamed) {
+  const auto error = [&](const LookupLimits& limits) { return Fetch(stack_, keys_, InlineExecutor(), limits).status; };
+  const auto has = [](const Status& status, const char* part) {
+    return status.message().find(part) != std::string::npos;
+  };
+  // Refused at once, or slow by the store's own measure: no time of ours to raise.
+  for (const Status& given : {Unavailable("refused"), DeadlineExceeded("no answer in 15 s")}) {
+    volatile_->Fail(given);
+    EXPECT_FALSE(has(error({}), "timeout_ms")) << error({}).ToString();
+  }
+  stack_.volatile_tier.timeout = milliseconds(20);
+  EXPECT_TRUE(has(error({}), "raise volatile_db.timeout_ms"));
+  EXPECT_FALSE(has(error({}), "lookup_timeout_ms"));
+  EXPECT_TRUE(has(error({.deadline = In(hours(1))}), "raise volatile_db.timeout_ms"));
+  // The lookup's own time, whatever the store makes of it.
+  volatile_->Fail(Unavailable("tried again until the time was up"));
+  const Status late = error({.deadline = In(-milliseconds(1))});
+  EXPECT_TRUE(has(late, "lookup_timeout_ms")) << late.ToString();
+  EXPECT_FALSE(has(late, "volatile_db.timeout_ms")) << late.ToString();
+}
+
 TEST_F(TierFaultsTest, ATierWithoutOwnLimitLeavesTimeForTheNext) {
   Policies(WhenUnavailable::kNextTier);
   volatile_->Hang(true);
@@ -211,7 +232,7 @@ TEST_F(TierFaultsTest, TheLookupsDeadlineIsNoFaultOfATier) {
   Policies(WhenUnavailable::kNextTier);
   persistent_->Hang(true);
   ExpectError(Fetch(stack_, keys_, InlineExecutor(), {.deadline = In(milliseconds(20))}).status,
-              StatusCode::kDeadlineExceeded, {"too slow"});
+              StatusCode::kDeadlineExceeded, {"too slow", "lookup_timeout_ms"});
   EXPECT_TRUE(breaker.closed());
 }
 
@@ -465,7 +486,8 @@ TEST_F(FaultyServerTest, TheConfiguredTimeOfALookup) {
     config->volatile_db.initial_cache_rate = 0.5;
   });
   persistent_->Hang();
-  ExpectError(Lookup(*server, "m", 0, kServerWidth, keys_).status, StatusCode::kDeadlineExceeded);
+  ExpectError(Lookup(*server, "m", 0, kServerWidth, keys_).status, StatusCode::kDeadlineExceeded,
+              {"lookup_timeout_ms"});
   // A caller's own deadline counts instead.
   const LookupSession session = Value(server->NewSession("m"));
   std::vector<float> rows(keys_.size() * kServerWidth);
@@ -496,6 +518,13 @@ TEST_F(FaultyServerTest, ReadinessNamesWhatLookupsNeed) {
   EXPECT_FALSE(readiness.ready);
   EXPECT_NE(readiness.reason.find("the persistent tier (rocks_db) cannot be asked"), std::string::npos);
   EXPECT_FALSE(readiness.tiers[1].reachable);
+  // What lookups do without already need not be said how they could do without it.
+  EXPECT_NE(readiness.reason.find("persistent_db.when_unavailable"), std::string::npos) << readiness.reason;
+  volatile_->Fail(Unavailable("gone"));
+  readiness = server->CheckReadiness();
+  EXPECT_NE(readiness.reason.find("lookups do without a tier: the volatile tier"), std::string::npos);
+  EXPECT_EQ(readiness.reason.find("volatile_db.when_unavailable"), std::string::npos) << readiness.reason;
+  volatile_->Heal();
   // No lookup comes, because the server is not ready, and yet its recovery is noticed.
   for (int i = 0; i < 10; ++i) (void)server->CheckReadiness();
   EXPECT_NE(Stats(*server)["tier_states"]["persistent"]["breaker"], "closed");

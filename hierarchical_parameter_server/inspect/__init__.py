@@ -1,4 +1,5 @@
-"""What a place holds: a table folder, a RocksDB database, a Redis server or cluster, or all that a ps.json names."""
+"""What a place holds: a table folder, a RocksDB database, a Redis server or cluster, shared memory of servers, or all
+that a ps.json names."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ def inspect(
     """Looks at a place and changes nothing; a server that uses it meanwhile is not disturbed.
 
     Args:
-        place: a table folder, a folder of table folders, a RocksDB folder, a ps.json, or a Redis address
-            (``redis://[user@]host:port``, ``rediss://`` for TLS, ``host:port``).
+        place: a table folder, a folder of table folders, a RocksDB folder, a ps.json, shared memory
+            (``/dev/shm/NAME``), or a Redis address (``redis://[user@]host:port``, ``rediss://`` for TLS,
+            ``host:port``).
         rows: how many rows of each table to show.
         exact: count all rows where a database would only estimate them.
         user: for Redis, where the address names none.
@@ -46,10 +48,12 @@ def inspect(
         raise InvalidArgumentError(f"rows must be at least 0, got {rows}")
     text = os.fspath(place)
     path = Path(text)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists false for names that are too long
         from .redis_keys import inspect_redis
         from .redis_nodes import PASSWORD_VARIABLE, parse_place
 
+        if text.lstrip().startswith("{"):  # not shown: there may be a password in it
+            raise InvalidArgumentError("the place is JSON text; write it into a file and give its path")
         options = parse_place(text)
         if options is None:
             raise NotFoundError(
@@ -63,7 +67,10 @@ def inspect(
         return inspect_redis(options, rows)
     if path.is_file():
         from .configuration import inspect_config
+        from .shared_memory import inspect_shared_memory, is_shared_memory
 
+        if is_shared_memory(path):
+            return inspect_shared_memory(path)
         return inspect_config(path, rows, exact, timeout_seconds)
     from . import folders, rocksdb
 

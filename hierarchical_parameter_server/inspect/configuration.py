@@ -14,6 +14,8 @@ from .redis_keys import inspect_redis
 from .redis_nodes import PASSWORD_VARIABLE, RedisOptions, parse_addresses
 from .report import CURRENT, Report, Table
 from .rocksdb import inspect_database
+from .shared_memory import FOLDER as SHARED_MEMORY
+from .shared_memory import compare_layout, inspect_shared_memory
 
 
 def redis_options(path: Path, section: dict[str, Any], timeout_seconds: float) -> RedisOptions:
@@ -28,6 +30,7 @@ def redis_options(path: Path, section: dict[str, Any], timeout_seconds: float) -
         tls_key=_if_there(section["tls_client_key"]),
         tls_server_name=section["tls_server_name_identification"],
         timeout_seconds=timeout_seconds,
+        config=str(path),
     )
 
 
@@ -85,6 +88,8 @@ def inspect_config(path: Path, shown: int, exact: bool, timeout_seconds: float) 
             lambda: inspect_redis(redis_options(path, section, timeout_seconds), shown),
             f"Redis {section['address']}",
         )
+    elif config["volatile_db"]["type"] == "multi_process_hash_map":
+        _add_shared_memory(SHARED_MEMORY / config["volatile_db"]["shared_memory_name"], folders, config, report)
     if persistent is not None:
         _compare_with_database(folders, persistent, config, report)
     if volatile is not None:
@@ -99,6 +104,20 @@ def _part(report: Report, inspect, title: str) -> Report | None:
     except (HpsError, OSError) as error:
         report.problems.append(f"{title}: {error}")
         return None
+
+
+def _add_shared_memory(file: Path, folders: Report, config: dict[str, Any], report: Report) -> None:
+    if not os.path.lexists(file):
+        report.notes.append(f"shared memory {file}: not there; the first server that starts makes it")
+        return
+    shared = _part(report, lambda: inspect_shared_memory(file), f"shared memory {file}")
+    if shared is None:
+        return
+    report.problems += compare_layout(shared, file, config)
+    stored = {(table.model, table.table): table for table in shared.tables if table.state == CURRENT}
+    for folder in folders.tables:
+        _check_width(folder, stored.get((folder.model, folder.table)), report)
+    _add_unnamed(folders, shared, report)
 
 
 def _compare_with_database(folders: Report, database: Report, config: dict[str, Any], report: Report) -> None:

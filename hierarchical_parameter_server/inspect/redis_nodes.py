@@ -44,6 +44,7 @@ class RedisOptions:
     # Asked for and checked at all nodes, as servers do; None: the host of the address that answers.
     tls_server_name: str | None = None
     timeout_seconds: float = 5.0
+    config: str | None = None  # the ps.json that says all this; remedies then name its keys
 
     @property
     def place(self) -> str:
@@ -146,10 +147,13 @@ def mapped(error: Exception, address: tuple[str, int], options: RedisOptions) ->
     causes = [error, error.__cause__, error.__context__]
     if isinstance(error, redis.AuthenticationError) or text.startswith(("WRONGPASS", "NOAUTH", "ERR invalid password")):
         given = "refuses the password of" if options.password else "wants a password for"
-        return FailedPreconditionError(
-            f"{where} {given} user {user}; set {PASSWORD_VARIABLE}, or --password-env, and redis://USER@host:port "
-            f"for another user"
+        remedy = (
+            f"correct user_name and password (or password_env, password_file) in {options.config}, or set "
+            f"{PASSWORD_VARIABLE}, which goes before them here"
+            if options.config
+            else f"set {PASSWORD_VARIABLE}, or --password-env, and redis://USER@host:port for another user"
         )
+        return FailedPreconditionError(f"{where} {given} user {user}; {remedy}")
     if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith("NOPERM"):
         return FailedPreconditionError(
             f"{where}: user {user} may not do what an inspection needs ({text}); allow +@read +ping +info "
@@ -158,15 +162,23 @@ def mapped(error: Exception, address: tuple[str, int], options: RedisOptions) ->
     if isinstance(error, redis.BusyLoadingError):
         return UnavailableError(f"{where} is still loading its data; try again")
     if any(isinstance(cause, ssl.SSLError) for cause in causes):
-        return UnavailableError(f"{where}: TLS failed ({text}); see --tls-ca, --tls-cert, --tls-key, --tls-server-name")
+        names = (
+            f"tls_ca_certificate, tls_client_certificate, tls_client_key, tls_server_name_identification in "
+            f"{options.config}"
+            if options.config
+            else "--tls-ca, --tls-cert, --tls-key, --tls-server-name"
+        )
+        return UnavailableError(f"{where}: TLS failed ({text}); see {names}")
+    tls_hint = "set enable_tls" if options.config else "write rediss://"
     if isinstance(error, redis.TimeoutError):
-        hint = "" if options.tls else "; if it speaks TLS only, write rediss://"
+        hint = "" if options.tls else f"; if it speaks TLS only, {tls_hint}"
         return DeadlineExceededError(f"{where} did not answer within {options.timeout_seconds:g} s{hint}")
     if isinstance(error, redis.exceptions.InvalidResponse):
         return UnavailableError(f"{where} answers, but not as a Redis server does")
     if isinstance(error, redis.ConnectionError):
-        hint = "" if options.tls or "refused" in text else "; if it speaks TLS only, write rediss://"
-        return UnavailableError(f"{where} cannot be reached ({text}){hint}")
+        hint = "" if options.tls or "refused" in text else f"; if it speaks TLS only, {tls_hint}"
+        reason = re.sub(r"^Error -?\d+ connecting to \S+\. (.+?)\.?$", r"\1", text)  # the address is said already
+        return UnavailableError(f"{where} cannot be reached ({reason}){hint}")
     if isinstance(error, redis.ResponseError) and "unknown command" in text.lower():
         return UnimplementedError(f"{where} lacks a command ({text})")
     return UnavailableError(f"{where}: {text}")
@@ -190,8 +202,9 @@ def find_nodes(options: RedisOptions) -> Nodes:
     """Connects to the first address that answers and to all nodes of its cluster that own slots.
 
     Raises:
-        HpsError: no address answers (the error of the last), or the user is refused.
+        HpsError: no address answers (each is named), or the user is refused.
     """
+    failures: list[HpsError] = []
     for address in options.addresses:
         client = connect(options, address)
         try:
@@ -202,9 +215,11 @@ def find_nodes(options: RedisOptions) -> Nodes:
             failure = mapped(error, address, options)
             if isinstance(failure, FailedPreconditionError):
                 raise failure from error
-            last = (failure, error)
+            failures.append(failure)
     else:
-        raise last[0] from last[1]
+        if len(failures) == 1:
+            raise failures[0]
+        raise UnavailableError(f"none of the {len(failures)} addresses answers: {'; '.join(map(str, failures))}")
     if not info.get("cluster_enabled"):
         return Nodes({address_text(address): client}, {}, info, False)
     nodes = Nodes({}, {}, info, True)

@@ -127,7 +127,7 @@ class Table:
 class Report:
     """What one place holds. `parts`: the places that a configuration names."""
 
-    kind: str  # "folder", "rocks_db", "redis", "config"
+    kind: str  # "folder", "rocks_db", "redis", "multi_process_hash_map", "config"
     place: str
     title: str
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # about the server or database as a whole

@@ -78,14 +78,27 @@ def inspect_database(folder: Path, shown: int, exact: bool = False) -> Report:
 
 def _manifest_problems(folder: Path) -> list[str]:
     """What a server refuses: a MANIFEST shorter than our note of it says. RocksDB opens it, without tables."""
+    note = folder / _MANIFEST_NOTE
     try:
-        noted = (folder / _MANIFEST_NOTE).read_text(encoding="utf-8").split()  # before the rest: a server may write
-        name, noted_bytes = noted[0], int(noted[1])
+        noted = note.read_bytes()  # before the rest: a server may write
+    except FileNotFoundError:
+        return []  # another program's database, or one that was never flushed
+    except OSError as error:
+        return [f"{note} cannot be read ({error.strerror}), so nobody can say whether the MANIFEST has lost its end"]
+    match = re.fullmatch(rb"(MANIFEST-\d+) (\d+)\n", noted)
+    if not match:
+        return [
+            f"{note} is damaged (it begins with {noted[:32]!r}), so nobody can say whether the MANIFEST has lost its "
+            f"end: look at the disk, and whether all tables are there; if they are, remove the file: a server writes "
+            f"it anew"
+        ]
+    name, noted_bytes = match[1].decode(), int(match[2])
+    try:
         if (folder / CURRENT_FILE).read_text(encoding="utf-8").strip() != name:
             return []
         there = (folder / name).stat().st_size
-    except (OSError, ValueError, IndexError):
-        return []  # no note, or one that says nothing; what else is missing shows when the database is opened
+    except (OSError, ValueError):
+        return []  # what is missing shows when the database is opened
     if there >= noted_bytes:
         return []
     return [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _native
-from ..config import ParameterServerConfig
+from ..config import ParameterServerConfig, plain_document
 from ..errors import HpsError
 from . import machine, sizes
 from .keys import look_at_keys
@@ -97,7 +97,7 @@ def _canonical(config) -> tuple[dict[str, Any], str]:
     if isinstance(config, (str, os.PathLike)):
         return json.loads(_native.load_config(os.fspath(config))), os.fspath(config)
     if isinstance(config, dict):
-        text = json.dumps(config)
+        text = json.dumps(plain_document(config))
     elif isinstance(config, ParameterServerConfig):
         text = config.to_json()
     else:

@@ -149,6 +149,10 @@ class TableStore {
   virtual std::string MemberName() const { return ""; }
   virtual bool MemberIsGone(std::string_view /*name*/) const { return false; }
 
+  // kDataLoss where the file or folder that holds the rows was deleted or replaced under the open store: it serves on,
+  // but what it holds is lost when it closes, and others do not find it. Quick. Stores without such a place: OK.
+  virtual Status CheckPlace() const { return OkStatus(); }
+
   // Makes all earlier upserts, bulk ones included, as durable as the store can.
   virtual Status Flush() = 0;
   // Idempotent. Later calls on the store and its tables return kFailedPrecondition.

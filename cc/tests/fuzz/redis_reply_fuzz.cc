@@ -145,11 +145,11 @@ void RunTarget(std::string_view input) {
   const int on = 1;
   ::setsockopt(server, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 
-  const std::string name = "hps_et{t/p0}v", where = "fuzz";
+  const std::string name = "hps_et{t/p0}v";
   const RedisHash hash{&name, 0, 8};
   testing::RowBlock rows(kKeys.size(), kRowBytes, kRowBytes + 4);
   std::array<uint8_t, 3> found{2, 2, 2};
-  const FetchRowsTask::Target target{&where, kKeys, kMembers.data(), rows.buffer(), kRowBytes, found.data()};
+  const FetchRowsTask::Target target{kKeys, kMembers.data(), rows.buffer(), kRowBytes, found.data()};
   const std::array<uint32_t, 3> members{0, 1, 2};
   FetchRowsTask fetch(hash, &target, members);
   RemoveKeysTask remove(hash, {1, 2, 3});
