@@ -267,6 +267,14 @@ def test_gpu(tmp_path):
         make_config(tmp_path, tables, model={**model, "embedding_cache_type": "static"}), gpu_memory=1 << 30
     )
     assert 10_000 <= static.tables[0].gpu_rows < 11_000
+    assert not any("pinned rows" in item for item in static.host.items)
+    pinned = memory_plan(
+        make_config(tmp_path, tables, model={**model, "embedding_cache_type": "static", "enable_pagelock": True}),
+        gpu_memory=1 << 30,
+    )
+    slots = [table.gpu_rows for table in pinned.tables]
+    assert [table.gpu_bytes for table in pinned.tables] == [rows // 7 * 64 + 16 for rows in slots]
+    assert pinned.host.items["pinned rows of caches, for each GPU its own"] == 2 * (slots[0] * 64 + slots[1] * 128)
     tight = memory_plan(make_config(tmp_path, tables, model=model), gpu_memory=8 << 20)
     assert not tight.fits
     uvm = memory_plan(make_config(tmp_path, tables, model={**model, "embedding_cache_type": "uvm"}), gpu_memory=1 << 30)

@@ -21,10 +21,10 @@ Status CheckModel(const ModelConfig& model, size_t num_tables, int num_devices) 
                          "not built yet: \"embedding_cache_type\": \"uvm\"; use \"dynamic\" with a smaller "
                          "gpucacheper, which keeps the often read rows on the GPU too");
   }
-  if (model.enable_pagelock) {
-    return Unimplemented(context +
-                         "not built yet: enable_pagelock; leave it out and let the table's rows lie in GPU "
-                         "memory, or use \"embedding_cache_type\": \"dynamic\"");
+  if (model.enable_pagelock && model.cache_type != CacheType::kStatic) {
+    return InvalidArgument(context +
+                           "enable_pagelock puts the rows of static caches into pinned host memory, but its "
+                           "embedding_cache_type is not \"static\"; set that, or leave enable_pagelock out");
   }
   if (model.fp8_quant) {
     return Unimplemented(context + "not built yet: fp8_quant; leave it out, rows are then kept as float32");
@@ -60,6 +60,7 @@ TableCachePlan PlanTable(const ModelConfig& model, size_t table, uint64_t rows) 
   plan.spec.row_bytes = config.width * sizeof(float);
   plan.spec.default_value = config.default_value;
   plan.spec.type = model.cache_type;
+  plan.spec.pinned_rows = model.enable_pagelock;
   const bool whole = model.cache_type == CacheType::kStatic || (model.init_ec && model.gpucacheper >= 1.0);
   if (whole) {
     plan.start = CacheStart::kWhole;
@@ -68,6 +69,7 @@ TableCachePlan PlanTable(const ModelConfig& model, size_t table, uint64_t rows) 
     plan.start = model.init_ec ? CacheStart::kPreload : CacheStart::kEmpty;
     plan.spec.capacity_rows = static_cast<uint64_t>(std::ceil(static_cast<double>(rows) * model.gpucacheper));
   }
+  plan.memory = DeviceCache::MemoryOf(plan.spec);
   return plan;
 }
 
@@ -92,7 +94,10 @@ std::chrono::milliseconds Milliseconds(double seconds) {
 }  // namespace
 
 uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes) {
-  return DeviceCache::DeviceBytes(StaticPlacement::BucketsFor(rows) * cuda::kCacheWays, row_bytes);
+  CacheSpec spec;
+  spec.row_bytes = row_bytes;
+  spec.capacity_rows = StaticPlacement::BucketsFor(rows) * cuda::kCacheWays;
+  return DeviceCache::MemoryOf(spec).device_bytes;
 }
 
 Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<const uint64_t> table_rows,
@@ -103,12 +108,13 @@ Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<c
   DevicePlan plan;
   for (size_t i = 0; i < table_rows.size(); ++i) {
     plan.tables.push_back(PlanTable(model, i, table_rows[i]));
-    plan.device_bytes += DeviceCache::DeviceBytes(plan.tables[i].spec.capacity_rows, plan.tables[i].spec.row_bytes);
+    plan.device_bytes += plan.tables[i].memory.device_bytes;
+    plan.pinned_bytes += plan.tables[i].memory.pinned_bytes;
   }
   plan.workspaces.reserved = std::max(model.worker_buffers, 1u);
   plan.workspaces.limit = std::max(4 * plan.workspaces.reserved, 16u);
   plan.workspaces.size = PlanWorkspace(model);
-  plan.pinned_bytes = plan.workspaces.reserved * LookupWorkspace::PinnedBytes(plan.workspaces.size);
+  plan.pinned_bytes += plan.workspaces.reserved * LookupWorkspace::PinnedBytes(plan.workspaces.size);
   plan.device_bytes += plan.workspaces.reserved * LookupWorkspace::DeviceBytes(plan.workspaces.size);
   plan.hit_rate_threshold = model.hit_rate_threshold;
   if (model.cache_type == CacheType::kDynamic) plan.refresh_fraction = model.cache_refresh_percentage_per_iteration;

@@ -3,7 +3,7 @@
 // Keys of ps.json that are read here: gpucache, deployed_device_list, embedding_cache_type, gpucacheper, init_ec,
 // hit_rate_threshold, num_of_worker_buffer_in_pool, max_batch_size, maxnum_catfeature_query_per_table_per_sample,
 // default_value_for_each_table, cache_refresh_percentage_per_iteration, refresh_delay, refresh_interval;
-// enable_pagelock and fp8_quant are refused.
+// enable_pagelock; fp8_quant is refused.
 //
 // Thread safety: plain values and functions.
 
@@ -31,6 +31,7 @@ enum class CacheStart {
 struct TableCachePlan {
   CacheSpec spec;
   CacheStart start = CacheStart::kEmpty;
+  CacheMemory memory;  // of the cache
 };
 
 // One for each device; equal but for the number.
@@ -45,10 +46,10 @@ struct DevicePlan {
   std::chrono::milliseconds refresh_interval{0};  // 0: only by call
   // Memory of the device for caches and workspaces; the writer's buffers, one pair a device, are not in it.
   uint64_t device_bytes = 0;
-  uint64_t pinned_bytes = 0;  // of the host, for the workspaces
+  uint64_t pinned_bytes = 0;  // likewise of the host; no two devices share any
 };
 
-// Memory of the device that a cache takes which holds all of a table.
+// Memory of the device that a cache takes which holds all of a table there.
 uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes);
 
 // table_rows[i] is how many rows table i has. No plans where gpucache is false. kInvalidArgument: a device that is not

@@ -1,6 +1,7 @@
 #include "cc/cache/device_cache.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cc/cache/static_placement.h"
 
@@ -12,9 +13,11 @@ uint64_t BucketsOf(uint64_t capacity_rows) {
                             cuda::kMinBuckets);
 }
 
-uint64_t BytesOf(uint64_t num_buckets, uint32_t row_bytes) {
-  return num_buckets * (sizeof(cuda::CacheBucket) + uint64_t{cuda::kCacheWays} * row_bytes) +
-         sizeof(cuda::CacheActivity);
+uint64_t IndexBytes(uint64_t num_buckets) {
+  return num_buckets * sizeof(cuda::CacheBucket) + sizeof(cuda::CacheActivity);
+}
+uint64_t RowBytes(uint64_t num_buckets, const CacheSpec& spec) {
+  return num_buckets * cuda::kCacheWays * uint64_t{spec.row_bytes};
 }
 
 std::span<const std::byte> BytesOf(const std::vector<cuda::CacheBucket>& buckets) {
@@ -34,8 +37,11 @@ Result<DeviceResources> DeviceResources::Open(std::shared_ptr<cuda::Device> devi
   return resources;
 }
 
-uint64_t DeviceCache::DeviceBytes(uint64_t capacity_rows, uint32_t row_bytes) {
-  return BytesOf(BucketsOf(capacity_rows), row_bytes);
+CacheMemory DeviceCache::MemoryOf(const CacheSpec& spec) {
+  const uint64_t num_buckets = BucketsOf(spec.capacity_rows);
+  CacheMemory memory{.device_bytes = IndexBytes(num_buckets)};
+  (spec.pinned_rows ? memory.pinned_bytes : memory.device_bytes) += RowBytes(num_buckets, spec);
+  return memory;
 }
 
 Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources& resources, const CacheSpec& spec,
@@ -51,19 +57,25 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources
   }
   std::shared_ptr<DeviceCache> cache(new DeviceCache(resources, spec));
   DeviceContext& context = *resources.context;
-  HPS_ASSIGN_OR_RETURN(
-      cache->buckets_,
-      DeviceMemory::Allocate(context, num_buckets * sizeof(cuda::CacheBucket) + sizeof(cuda::CacheActivity),
-                             "the keys of the cache of " + spec.name));
-  HPS_ASSIGN_OR_RETURN(cache->rows_,
-                       DeviceMemory::Allocate(context, num_buckets * cuda::kCacheWays * uint64_t{spec.row_bytes},
-                                              "the rows of the cache of " + spec.name +
-                                                  " (use a smaller gpucacheper, or fewer models on this device)"));
+  HPS_ASSIGN_OR_RETURN(cache->buckets_, DeviceMemory::Allocate(context, IndexBytes(num_buckets),
+                                                               "the keys of the cache of " + spec.name));
+  if (spec.pinned_rows) {
+    HPS_ASSIGN_OR_RETURN(cache->pinned_rows_,
+                         PinnedMemory::Allocate(context, RowBytes(num_buckets, spec),
+                                                "the rows of the cache of " + spec.name +
+                                                    " (enable_pagelock: they must fit the host's memory once for each "
+                                                    "device; use \"embedding_cache_type\": \"dynamic\")"));
+  } else {
+    HPS_ASSIGN_OR_RETURN(cache->rows_,
+                         DeviceMemory::Allocate(context, RowBytes(num_buckets, spec),
+                                                "the rows of the cache of " + spec.name +
+                                                    " (use a smaller gpucacheper, or fewer models on this device)"));
+  }
   cache->spec_.capacity_rows = num_buckets * cuda::kCacheWays;
   cuda::CacheTable& table = cache->cache_.table;
   table.buckets = reinterpret_cast<cuda::CacheBucket*>(cache->buckets_.get());
   table.num_buckets = num_buckets;
-  table.rows = cache->rows_.get();
+  table.rows = spec.pinned_rows ? cache->pinned_rows_.device() : cache->rows_.get();
   table.row_bytes = spec.row_bytes;
   table.activity = reinterpret_cast<cuda::CacheActivity*>(table.buckets + num_buckets);
   cache->cache_.number = context.NextCache();
@@ -93,6 +105,8 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   CacheWriter& writer = *resources.writer;
   HPS_RETURN_IF_ERROR(writer.Clear(cache->cache_.table));
   HPS_RETURN_IF_ERROR(writer.Upload(cache->buckets_.get(), BytesOf(placement.Finish())));
+  // The host writes pinned rows itself, when the device has done the above.
+  if (spec.pinned_rows) HPS_RETURN_IF_ERROR(writer.Flush());
   // Every key has its place now; rows follow as updates. Nobody else knows the cache yet, but tiers may change.
   std::vector<bool> written(placement.slots());
   std::vector<Key> placed;
@@ -100,6 +114,7 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   WriteCounters loading;
   HPS_RETURN_IF_ERROR(scan([&](std::span<const Key> chunk, ConstRowBuffer buffer) -> Status {
     size_t strangers = 0;
+    if (spec.pinned_rows) cache->PutPinned(placement, chunk, buffer);
     for (const Key key : chunk) {
       if (const auto slot = placement.SlotOf(key)) {
         written[*slot] = true;
@@ -107,6 +122,7 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
         ++strangers;
       }
     }
+    if (spec.pinned_rows) return OkStatus();
     if (strangers == 0) return writer.Update(cache->cache_, chunk, buffer, &loading);
     placed.clear();
     rows.clear();
@@ -126,6 +142,14 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   HPS_RETURN_IF_ERROR(writer.Flush());
   cache->cache_.table.whole = spec.type == CacheType::kStatic;
   return cache;
+}
+
+void DeviceCache::PutPinned(const StaticPlacement& placement, std::span<const Key> keys, ConstRowBuffer rows) {
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const auto slot = placement.SlotOf(keys[i]);
+    if (!slot) continue;
+    std::memcpy(pinned_rows_.get() + *slot * spec_.row_bytes, rows.data + i * rows.stride_bytes, spec_.row_bytes);
+  }
 }
 
 Status DeviceCache::Preload(const RowScan& scan) {
@@ -160,6 +184,7 @@ CacheStats DeviceCache::stats() const {
   stats.rows_erased = counters_.erased.load(std::memory_order_relaxed);
   stats.rows_outdated = counters_.outdated.load(std::memory_order_relaxed);
   stats.device_bytes = buckets_.bytes() + rows_.bytes();
+  stats.pinned_bytes = pinned_rows_.bytes();
   cuda::CacheActivity activity;
   if (whole() && resources_.writer->Download(&activity, cache_.table.activity, sizeof(activity)).ok()) {
     stats.rows_defaulted = activity.untold_missing;

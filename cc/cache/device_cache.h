@@ -1,6 +1,7 @@
 // DeviceCache: the EmbeddingCache of one table on one device (a GPU, or the host device).
 //
-// Memory: 64 bytes a bucket of seven rows, and the rows, packed; taken at Make and fixed.
+// Memory: 64 bytes a bucket of seven rows, and the rows, packed; taken at Make and fixed. The buckets are always memory of
+// the device.
 // Thread safety and errors: embedding_cache.h.
 
 #ifndef HPS_CACHE_DEVICE_CACHE_H_
@@ -46,8 +47,8 @@ class DeviceCache final : public EmbeddingCache {
                                                         const RowScan& scan);
   ~DeviceCache() override;
 
-  // Device memory that a cache of so many rows takes.
-  static uint64_t DeviceBytes(uint64_t capacity_rows, uint32_t row_bytes);
+  // What a cache of this spec takes, to the byte.
+  static CacheMemory MemoryOf(const CacheSpec& spec);
 
   const CacheSpec& spec() const override { return spec_; }
   uint64_t num_buckets() const override { return cache_.table.num_buckets; }
@@ -80,8 +81,12 @@ class DeviceCache final : public EmbeddingCache {
 
   DeviceResources resources_;
   CacheSpec spec_;
+  // Writes rows of a placed table where they belong, as the host: nothing on the device may use the cache yet.
+  void PutPinned(const class StaticPlacement& placement, std::span<const Key> keys, ConstRowBuffer rows);
+
   DeviceMemory buckets_;
   DeviceMemory rows_;
+  PinnedMemory pinned_rows_;
   WrittenCache cache_;
   WriteCounters counters_;
 };

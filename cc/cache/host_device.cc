@@ -137,6 +137,11 @@ uint64_t HostDevice::allocated_bytes() const {
   return device_bytes_;
 }
 
+uint64_t HostDevice::pinned_bytes() const {
+  std::lock_guard lock(mutex_);
+  return pinned_bytes_;
+}
+
 const char* HostDevice::ErrorText(int error) const {
   switch (error) {
     case 0: return "no error";
@@ -163,7 +168,7 @@ int HostDevice::TakeMemory(size_t bytes, bool on_device, void** memory) {
   if (*memory == nullptr) return cuda::kErrorOutOfMemory;
   std::memset(*memory, 0xCB, bytes);
   memory_[*memory] = {bytes, on_device};
-  if (on_device) device_bytes_ += bytes;
+  (on_device ? device_bytes_ : pinned_bytes_) += bytes;
   return 0;
 }
 
@@ -172,7 +177,7 @@ void HostDevice::GiveMemory(void* memory) {
   std::lock_guard lock(mutex_);
   const auto found = memory_.find(memory);
   if (found == memory_.end()) std::abort();  // a bug of ours: no memory of this device, or freed twice
-  if (found->second.second) device_bytes_ -= found->second.first;
+  (found->second.second ? device_bytes_ : pinned_bytes_) -= found->second.first;
   memory_.erase(found);
   std::free(memory);
 }

@@ -59,6 +59,7 @@ class HostDevice final : public cuda::Device {
   uint64_t launches(Launch kind) const { return launches_[kind].load(); }
   uint64_t allocations() const;      // alive
   uint64_t allocated_bytes() const;  // of the device, alive
+  uint64_t pinned_bytes() const;     // of the host, alive
 
   const cuda::DeviceInfo& info() const override { return info_; }
   const char* ErrorText(int error) const override;
@@ -120,6 +121,7 @@ class HostDevice final : public cuda::Device {
   mutable std::mutex mutex_;                         // guards the following members
   std::map<void*, std::pair<size_t, bool>> memory_;  // bytes; whether of the device
   uint64_t device_bytes_ = 0;
+  uint64_t pinned_bytes_ = 0;
   std::unique_ptr<Stream> default_stream_;
   std::map<Stream*, std::shared_ptr<Stream>> streams_;  // the others
 };

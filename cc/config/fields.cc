@@ -254,7 +254,9 @@ const Section<ModelConfig>& ModelSection() {
           Plain("embedding_cache_type", &M::cache_type, {},
                 "replaced as needed, or whole table on the GPU; shared between GPU and host is not built yet"),
           Plain("init_ec", &M::init_ec, {}, "fill the cache at start"),
-          Plain("enable_pagelock", &M::enable_pagelock, {}, "a static table lies in pinned host memory", kLater),
+          Plain("enable_pagelock", &M::enable_pagelock, {},
+                "the rows of static caches lie in pinned host memory, once for each GPU, and their index on the GPU; "
+                "needs `embedding_cache_type` `\"static\"`"),
           Plain("fp8_quant", &M::fp8_quant, {}, "a static table stores 8-bit rows", kLater),
           Plain("use_context_stream", &M::use_context_stream, {}, "lookups always work on the framework's GPU stream",
                 kNoEffect),

@@ -7,11 +7,14 @@
 #define HPS_CORE_DEVICES_H_
 
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "cc/core/host_memory.h"
 #include "cuda_kernels/device.h"
 #include "hps/embedding_cache.h"
 #include "hps/status.h"
@@ -30,6 +33,8 @@ struct DeviceSource {
   std::function<Result<std::shared_ptr<cuda::Device>>(int ordinal)> open = OpenDevice;
   // nullptr: memory comes from the device itself.
   std::function<std::shared_ptr<DeviceAllocator>(int ordinal)> allocator = [](int) { return nullptr; };
+  // Memory of the host that may still be pinned; absent where nobody knows.
+  std::function<std::optional<uint64_t>()> host_memory = [] { return AvailableMemoryBytes(); };
   std::chrono::milliseconds trim_interval{10'000};  // workspaces that were not needed for so long are given back
 };
 

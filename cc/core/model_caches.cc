@@ -51,7 +51,7 @@ Status ModelCaches::CheckPlans(std::span<const ModelConfig> models,
       table_rows.push_back(count);
     }
     HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
-    for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes});
+    for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
   }
   return devices.CheckFreeMemory(needs);
 }
@@ -66,7 +66,7 @@ Result<std::unique_ptr<ModelCaches>> ModelCaches::Build(const ModelConfig& model
   }
   HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
   std::vector<ServerDevices::Need> needs;
-  for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes});
+  for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
   HPS_RETURN_IF_ERROR(devices.CheckFreeMemory(needs));
 
   std::unique_ptr<ModelCaches> caches(new ModelCaches(model));
@@ -127,6 +127,7 @@ void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
       totals.emplace_back(metrics.FindCounter(std::string("hps_cache_rows_") + what + "_total", labels));
     }
     device.cache_bytes.push_back(metrics.FindGauge("hps_cache_memory_bytes", labels));
+    device.pinned_bytes.push_back(metrics.FindGauge("hps_cache_pinned_bytes", labels));
   }
   const MetricLabels labels = {{"model", model_}, {"device", number}};
   device.pool_totals.emplace_back(metrics.FindCounter("hps_workspaces_waited_total", labels));
@@ -245,6 +246,7 @@ void ModelCaches::PublishMetrics(bool last) const {
                                  stats.rows_erased,   stats.rows_outdated, stats.rows_defaulted};
       for (size_t t = 0; t < std::size(totals); ++t) device.cache_totals[i][t].Publish(totals[t]);
       set(device.cache_bytes[i], stats.device_bytes);
+      set(device.pinned_bytes[i], stats.pinned_bytes);
     }
     const WorkspacePool::Stats pool = device.resources.workspaces->stats();
     device.pool_totals[0].Publish(pool.waits);

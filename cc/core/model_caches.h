@@ -49,6 +49,7 @@ struct ModelDevice {
   mutable std::vector<std::vector<CountedTotal>> cache_totals;
   mutable std::vector<CountedTotal> pool_totals;
   std::vector<Gauge*> cache_bytes;
+  std::vector<Gauge*> pinned_bytes;
   std::array<Gauge*, 3> pool_gauges{};  // made, lent, bytes
 };
 

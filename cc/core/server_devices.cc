@@ -41,12 +41,14 @@ Status ServerDevices::CheckFreeMemory(const std::vector<Need>& needs) {
   std::map<int, std::vector<const Need*>> by_device;
   for (const Need& need : needs) by_device[need.device].push_back(&need);
   std::lock_guard lock(mutex_);
+  uint64_t buffers = 0;
   for (const auto& [device, wants] : by_device) {
     auto opened = Open(device);
     if (!opened.ok()) return opened.status().WithContext("model '" + wants.front()->model + "'");
     Shared* const shared = *opened;
     HPS_ASSIGN_OR_RETURN(const uint64_t free, shared->context->FreeMemory());
     uint64_t bytes = shared->writer == nullptr ? CacheWriter::kBufferBytes : 0;
+    buffers += bytes;  // as much is pinned
     for (const Need* want : wants) bytes += want->bytes;
     if (bytes <= free) continue;
     const Need& largest = **std::max_element(wants.begin(), wants.end(),
@@ -61,7 +63,25 @@ Status ServerDevices::CheckFreeMemory(const std::vector<Need>& needs) {
                              ") are free; use a smaller gpucacheper or max_batch_size, give the device fewer models "
                              "(deployed_device_list), unload models, or set \"gpucache\": false");
   }
-  return OkStatus();
+  return CheckHostMemory(needs, buffers);
+}
+
+Status ServerDevices::CheckHostMemory(const std::vector<Need>& needs, uint64_t buffers) const {
+  uint64_t bytes = buffers;
+  const Need* largest = nullptr;
+  for (const Need& need : needs) {
+    bytes += need.pinned_bytes;
+    if (largest == nullptr || need.pinned_bytes > largest->pinned_bytes) largest = &need;
+  }
+  const std::optional<uint64_t> available = needs.empty() ? std::nullopt : source_.host_memory();
+  if (!available || bytes <= *available) return OkStatus();
+  return ResourceExhausted("host memory: caches and workspaces pin " + std::to_string(bytes) + " bytes (" +
+                           Mebibytes(bytes) + "), most of all model '" + largest->model + "' with " +
+                           Mebibytes(largest->pinned_bytes) + " for device " + std::to_string(largest->device) +
+                           ", and " + std::to_string(*available) + " (" + Mebibytes(*available) +
+                           ") are available; leave enable_pagelock out where the GPU has room, use "
+                           "\"embedding_cache_type\": \"dynamic\", or name fewer GPUs in deployed_device_list (each "
+                           "pins rows of its own)");
 }
 
 CacheRefresher* ServerDevices::refresher() const {

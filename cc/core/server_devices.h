@@ -44,9 +44,10 @@ class ServerDevices {
     std::string model;
     int device = 0;
     uint64_t bytes = 0;
+    uint64_t pinned_bytes = 0;  // of the host
   };
-  // kResourceExhausted where a device has less free than all needs of it together; it names models, bytes and remedy.
-  // Takes no memory.
+  // kResourceExhausted where a device has less free than all needs of it together, or the host less than what they want
+  // to pin; it names models, bytes and remedy. Takes no memory.
   Status CheckFreeMemory(const std::vector<Need>& needs);
 
   // nullptr until a device is used.
@@ -59,6 +60,7 @@ class ServerDevices {
 
  private:
   Result<Shared*> Open(int device);  // REQUIRES: mutex_
+  Status CheckHostMemory(const std::vector<Need>& needs, uint64_t buffers) const;
 
   const DeviceSource source_;
   mutable std::once_flag counted_;

@@ -58,6 +58,7 @@ Json DevicesJson(const Model& model) {
       entry["caches"].push_back({{"table", model.tables[i].name},
                                  {"capacity_rows", device.caches[i]->spec().capacity_rows},
                                  {"memory_bytes", stats.device_bytes},
+                                 {"pinned_bytes", stats.pinned_bytes},
                                  {"rows_inserted", stats.rows_inserted},
                                  {"rows_evicted", stats.rows_evicted},
                                  {"rows_updated", stats.rows_updated},

@@ -80,6 +80,7 @@ constexpr std::pair<std::string_view, std::string_view> kHelp[] = {
     {"hps_cache_keys_queued_count", "Keys whose rows are to be inserted."},
     {"hps_cache_keys_repeated_total", "Keys of lookups that did not wait, which were in the queue already."},
     {"hps_cache_memory_bytes", "Memory of the device that the table's cache takes."},
+    {"hps_cache_pinned_bytes", "Pinned memory of the host that the rows of the table's cache take."},
     {"hps_cache_refreshes_done_total", "Refreshes of a whole cache in the background."},
     {"hps_cache_refreshes_failed_total", "Refreshes in the background that failed."},
     {"hps_cache_rows_defaulted_total", "Default values in lookups of static caches, which nobody waits for."},

@@ -199,13 +199,14 @@ py::dict PlanCaches(const std::string& json, const std::vector<uint64_t>& table_
   py::dict plans;
   for (const hps::DevicePlan& plan : Unwrap(hps::PlanCaches(model, table_rows, devices))) {
     py::list tables;
-    uint64_t workspaces = plan.device_bytes;
+    uint64_t workspaces = plan.device_bytes, pinned_workspaces = plan.pinned_bytes;
     for (const hps::TableCachePlan& table : plan.tables) {
-      const uint64_t bytes = hps::DeviceCache::DeviceBytes(table.spec.capacity_rows, table.spec.row_bytes);
-      tables.append(py::make_tuple(table.spec.capacity_rows, bytes));
-      workspaces -= bytes;
+      const auto [device_bytes, pinned_bytes] = table.memory;
+      tables.append(py::make_tuple(table.spec.capacity_rows, device_bytes, pinned_bytes));
+      workspaces -= device_bytes;
+      pinned_workspaces -= pinned_bytes;
     }
-    plans[py::int_(plan.device)] = py::make_tuple(tables, workspaces, plan.pinned_bytes);
+    plans[py::int_(plan.device)] = py::make_tuple(tables, workspaces, pinned_workspaces);
   }
   return plans;
 }

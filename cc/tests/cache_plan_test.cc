@@ -82,10 +82,26 @@ TEST(CachePlan, Refusals) {
   ExpectError(PlanCaches(twice, kRows, 2).status(), StatusCode::kInvalidArgument, {"gpucacheper"});
   const std::string device = "\"deployed_device_list\": [0], ";
   refuse(device + "\"embedding_cache_type\": \"uvm\"", StatusCode::kUnimplemented, {"uvm", "dynamic"});
-  refuse(device + "\"enable_pagelock\": true", StatusCode::kUnimplemented, {"enable_pagelock"});
+  refuse(device + "\"enable_pagelock\": true", StatusCode::kInvalidArgument, {"model 'm'", "enable_pagelock", "static"});
   refuse(device + "\"fp8_quant\": true", StatusCode::kUnimplemented, {"fp8_quant"});
   ExpectError(PlanCaches(Model(device + "\"gpucache\": true"), std::vector<uint64_t>{1}, 1).status(),
               StatusCode::kInternal, {"1 row counts for 2 tables"});
+}
+
+TEST(CachePlan, PinnedRowsCountAsTheHostsMemory) {
+  const std::string keys = "\"deployed_device_list\": [0, 1], \"embedding_cache_type\": \"static\"";
+  const DevicePlan there = Value(PlanCaches(Model(keys), kRows, 2))[1];
+  const DevicePlan pinned = Value(PlanCaches(Model(keys + ", \"enable_pagelock\": true"), kRows, 2))[1];
+  uint64_t rows = 0;
+  for (const TableCachePlan& table : pinned.tables) {
+    EXPECT_TRUE(table.spec.pinned_rows);
+    EXPECT_EQ(table.start, CacheStart::kWhole);
+    EXPECT_EQ(table.memory.pinned_bytes, table.spec.capacity_rows * table.spec.row_bytes);
+    rows += table.memory.pinned_bytes;
+  }
+  EXPECT_GE(rows, 10'000u * 64);
+  EXPECT_EQ(pinned.device_bytes + rows, there.device_bytes);
+  EXPECT_EQ(pinned.pinned_bytes, there.pinned_bytes + rows);
 }
 
 // Many models on one device take the memory that was planned, to the byte.
@@ -93,16 +109,19 @@ TEST(CachePlan, MemoryIsWhatWasPlanned) {
   auto device = std::make_shared<HostDevice>();
   const auto context = DeviceContext::Make(device);
   const std::shared_ptr<CacheWriter> writer = Value(CacheWriter::Open(context));
-  const uint64_t before = device->allocated_bytes();
-  uint64_t planned = 0;
+  const uint64_t before = device->allocated_bytes(), pinned_before = device->pinned_bytes();
+  uint64_t planned = 0, planned_pinned = 0;
   std::vector<std::shared_ptr<DeviceCache>> caches;
   std::vector<std::shared_ptr<WorkspacePool>> pools;
   for (int model = 0; model < 24; ++model) {
     const std::vector<uint64_t> rows = {1000, 2000u + static_cast<uint64_t>(model), 0, 7};
-    const std::string type = model % 3 == 0 ? "\"embedding_cache_type\": \"static\"" : "\"gpucacheper\": 0.5";
+    const std::string pagelock = model % 2 == 0 ? ", \"enable_pagelock\": true" : "";
+    const std::string type =
+        model % 3 == 0 ? "\"embedding_cache_type\": \"static\"" + pagelock : "\"gpucacheper\": 0.5";
     const auto plan = Value(PlanCaches(
         Model("\"deployed_device_list\": [0], \"num_of_worker_buffer_in_pool\": 2, " + type, 4), rows, 1))[0];
     planned += plan.device_bytes;
+    planned_pinned += plan.pinned_bytes;
     pools.emplace_back(Value(WorkspacePool::Open(context, plan.workspaces)));
     const DeviceResources resources{context, writer, pools.back()};
     for (size_t table = 0; table < plan.tables.size(); ++table) {
@@ -118,6 +137,7 @@ TEST(CachePlan, MemoryIsWhatWasPlanned) {
     }
   }
   EXPECT_EQ(device->allocated_bytes() - before, planned);
+  EXPECT_EQ(device->pinned_bytes() - pinned_before, planned_pinned);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "cc/tests/cache_conformance.h"
 #include "cc/tests/device_lookup_suite.h"
 #include "cc/tests/sparse_device_suite.h"
+#include "cc/tests/whole_cache_suite.h"
 #include "cuda_kernels/device.h"
 
 namespace hps::testing {
@@ -36,6 +37,10 @@ INSTANTIATE_TEST_SUITE_P(All, DeviceLookupSuite, ::testing::ValuesIn(Gpus()),
 
 INSTANTIATE_TEST_SUITE_P(All, SparseDeviceSuite, ::testing::ValuesIn(Gpus()),
                          [](const auto& info) { return info.param.name; });
+
+INSTANTIATE_TEST_SUITE_P(All, WholeCacheSuite,
+                         ::testing::Combine(::testing::ValuesIn(Gpus()), ::testing::ValuesIn(RowLayouts())),
+                         WholeCacheSuite::NameOf);
 
 }  // namespace
 }  // namespace hps::testing

@@ -194,31 +194,36 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
         plan.notes.append("this machine has no GPU: the CPU serves, and nothing is needed for one; to plan for a "
                           "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
         return
-    pinned = 0
+    pinned = pinned_rows = pinned_largest = 0
     for model in models:
         tables = [table for table in plan.tables if table.model == model["model"]]
         try:
-            caches = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
+            plans = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
         except HpsError as error:  # a server on a machine with GPUs says the same
             plan.notes.append(str(error))
             continue
-        for device, (table_caches, workspaces, pinned_bytes) in caches.items():
+        for device, (table_caches, workspaces, pinned_bytes) in plans.items():
             if device not in plan.gpus:
                 plan.gpus[device] = Resource(f"GPU {device}", available=free.get(device, gpu_memory))
                 plan.gpus[device].items["buffers of writes to caches"] = _native.cache_writer_bytes
                 pinned += _native.cache_writer_bytes
-            for table, (rows, size) in zip(tables, table_caches, strict=True):
+            for table, (rows, size, _) in zip(tables, table_caches, strict=True):
                 table.gpu_rows, table.gpu_bytes = rows, size
+            cached = sum(size for _, size, _ in table_caches)
             items = plan.gpus[device].items
-            items["cached rows and their index"] = items.get("cached rows and their index", 0) + sum(
-                size for _, size in table_caches
-            )
+            items["cached rows and their index"] = items.get("cached rows and their index", 0) + cached
             items["buffers of whole batches"] = items.get("buffers of whole batches", 0) + workspaces
             plan.gpus[device].temporary["a model's next version beside it"] = max(
                 plan.gpus[device].temporary.get("a model's next version beside it", 0),
-                sum(size for _, size in table_caches) + workspaces,
+                cached + workspaces,
             )
             pinned += pinned_bytes
+        model_pinned = sum(size for caches, _, _ in plans.values() for _, _, size in caches)
+        pinned_rows += model_pinned
+        pinned_largest = max(pinned_largest, model_pinned)
     if plan.gpus:
         plan.host.items["pinned buffers of whole batches, for the GPUs"] = pinned
+        if pinned_rows:
+            plan.host.items["pinned rows of caches, for each GPU its own"] = pinned_rows
+            plan.host.temporary["pinned rows of a model's next version beside it"] = pinned_largest
         plan.notes.append("GPUs hold caches for C++ servers; the layers and Python look up on the CPU for now")

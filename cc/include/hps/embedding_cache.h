@@ -61,6 +61,15 @@ struct CacheSpec {
   uint64_t capacity_rows = 0;  // rounded up to whole buckets of 7, at least 16 buckets
   float default_value = 0.0f;  // every element of the row of a missing key
   CacheType type = CacheType::kDynamic;
+  // The rows lie in pinned memory of the host, which the device reads through the link. For caches that hold a whole
+  // table.
+  bool pinned_rows = false;
+};
+
+// What a cache takes.
+struct CacheMemory {
+  uint64_t device_bytes = 0;
+  uint64_t pinned_bytes = 0;  // of the host
 };
 
 struct CacheMiss {
@@ -78,6 +87,7 @@ struct CacheStats {
   // Positions that lookups nobody waited for answered with the default value: whole static caches.
   uint64_t rows_defaulted = 0;
   uint64_t device_bytes = 0;  // buckets and rows
+  uint64_t pinned_bytes = 0;  // rows in pinned memory of the host
 };
 
 class EmbeddingCache {
