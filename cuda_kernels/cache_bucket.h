@@ -72,6 +72,31 @@ HPS_HOST_DEVICE int ChooseWay(uint64_t* state) {
   }
 }
 
+// What should change places where only the first device_ways ways have rows in device memory: a row of the others that
+// was read often, and a free way or a row that was never read among the first. One that was read once stays, else rows
+// that are read alike would change places for ever. Returns false where there is nothing to do.
+HPS_HOST_DEVICE bool ChooseExchange(uint64_t state, int device_ways, int* near, int* far) {
+  *near = *far = -1;
+  for (int way = 0; way < kCacheWays; ++way) {
+    const bool holds = (state & StateHolds(way)) != 0;
+    if (way < device_ways) {
+      const bool is_free = *near >= 0 && (state & StateHolds(*near)) == 0;
+      if (!holds || (StateRef(state, way) == 0 && !is_free)) *near = way;
+    } else if (holds && StateRef(state, way) == 2) {
+      *far = way;
+    }
+  }
+  return *near >= 0 && *far >= 0;
+}
+// The state when those two have changed places.
+HPS_HOST_DEVICE uint64_t StateExchanged(uint64_t state, int near, int far) {
+  const uint64_t near_refs = (state >> (2 * near)) & 3, far_refs = (state >> (2 * far)) & 3;
+  const bool near_holds = (state & StateHolds(near)) != 0, far_holds = (state & StateHolds(far)) != 0;
+  state &= ~(uint64_t{3} << (2 * near) | uint64_t{3} << (2 * far) | StateHolds(near) | StateHolds(far));
+  return state | far_refs << (2 * near) | near_refs << (2 * far) | (far_holds ? StateHolds(near) : 0) |
+         (near_holds ? StateHolds(far) : 0);
+}
+
 HPS_HOST_DEVICE uint64_t CacheHash(int64_t key) {
   uint64_t x = static_cast<uint64_t>(key);
   x ^= x >> 33;

@@ -141,6 +141,9 @@ class CudaDevice final : public Device {
   int Erase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) override {
     return Here([&] { return LaunchErase(table, keys, count, stream); });
   }
+  int Exchange(const CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream) override {
+    return Here([&] { return LaunchExchange(table, first, last, stream); });
+  }
   int Dump(const CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
            cudaStream_t stream) override {
     return Here([&] { return LaunchDump(table, first, last, keys, count, stream); });

@@ -90,6 +90,7 @@ class Device {
   virtual int Update(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count,
                      cudaStream_t stream) = 0;
   virtual int Erase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) = 0;
+  virtual int Exchange(const CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream) = 0;
   virtual int Dump(const CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
                    cudaStream_t stream) = 0;
 

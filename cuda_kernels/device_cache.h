@@ -1,7 +1,8 @@
 // Launch interface of the device cache: a set-associative cache of table rows in device memory.
 //
 // The layout of a bucket and the rules of placing and replacing are in cache_bucket.h; docs/gpu_cache.md tells the
-// whole story. Keys are 64-bit, every value is legal; rows are any positive multiple of 4 bytes and lie packed. A table
+// whole story. Keys are 64-bit, every value is legal; rows are any positive multiple of 4 bytes of float32, and lie
+// packed, all in one place and as they are unless the table says otherwise (device_ways, format). A table
 // of num_buckets buckets holds at most 7 * num_buckets rows.
 //
 // Concurrency: launches on different streams may overlap in any combination on one table. A query gets the whole old
@@ -17,6 +18,7 @@
 
 #include "cuda_kernels/cache_bucket.h"
 #include "cuda_kernels/gather.h"
+#include "cuda_kernels/row_format.h"
 
 namespace hps::cuda {
 
@@ -26,16 +28,34 @@ struct alignas(16) CacheActivity {
   uint32_t begun = 0;
   uint32_t ended = 0;
   uint64_t untold_missing = 0;  // positions that LaunchUntoldQuery answered with the default
+  uint64_t exchanged = 0;       // by LaunchExchange: rows that came to lie in device memory
 };
 
 struct CacheTable {
   CacheBucket* buckets = nullptr;  // (num_buckets) device memory
   uint64_t num_buckets = 0;        // at least kMinBuckets
-  void* rows = nullptr;            // (num_buckets, 7, row_bytes) device memory
-  uint32_t row_bytes = 0;
-  bool whole = false;                 // rows are never given up: readers leave no marks
+  void* rows = nullptr;            // (num_buckets, device_ways) rows in memory that the device can write
+  // (num_buckets, 7 - device_ways) rows of the other ways, in pinned memory of the host: the device's address of it.
+  void* pinned_rows = nullptr;
+  uint32_t device_ways = kCacheWays;  // at least 1; below 7 for tables that are held whole
+  RowFormat format = RowFormat::kFloat32;
+  uint32_t row_bytes = 0;             // of a row as queries give it
+  bool whole = false;                 // rows are never given up
   CacheActivity* activity = nullptr;  // device memory
 };
+
+// Of tables that never give a row up only those leave marks of use that exchange rows.
+HPS_HOST_DEVICE bool LeavesMarks(const CacheTable& table) {
+  return !table.whole || table.device_ways < uint32_t{kCacheWays};
+}
+
+// Where the row of a way lies. Rows of 4-byte values, at multiples of 4.
+HPS_HOST_DEVICE char* StoredRow(const CacheTable& table, uint64_t bucket, uint32_t way) {
+  const uint64_t bytes = StoredRowBytes(table.format, table.row_bytes);
+  if (way < table.device_ways) return static_cast<char*>(table.rows) + (bucket * table.device_ways + way) * bytes;
+  return static_cast<char*>(table.pinned_rows) +
+         (bucket * (kCacheWays - table.device_ways) + (way - table.device_ways)) * bytes;
+}
 
 // Empties a table. The rows need no initialisation.
 int LaunchClear(const CacheTable& table, cudaStream_t stream);
@@ -113,6 +133,9 @@ int LaunchInsert(const CacheTable& table, const int64_t* keys, const void* rows,
 // Overwrites rows that are there; others are left out.
 int LaunchUpdate(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, cudaStream_t stream);
 int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream);
+// In the buckets [first, last): rows in pinned memory that are often read change places with rows in device memory that
+// are never read (ChooseExchange); then all count as read one time less.
+int LaunchExchange(const CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream);
 // Writes the keys in the buckets [first, last) to keys[0 ..] in no order and adds their number to *count (device
 // memory). keys has room for 7 * (last - first).
 int LaunchDump(const CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,

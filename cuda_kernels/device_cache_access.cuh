@@ -131,15 +131,10 @@ __device__ __forceinline__ bool QuarterChanged(const BucketQuarter& before, cons
   return ((before.high ^ after.high) & ~kStateRefs) != 0 || (before.high & kStateLocked) != 0;
 }
 
-template <typename Word>
-__device__ __forceinline__ const Word* RowOf(const CacheTable& table, uint64_t bucket, int way) {
-  return reinterpret_cast<const Word*>(static_cast<const char*>(table.rows) +
-                                       (bucket * kCacheWays + way) * uint64_t{table.row_bytes});
-}
-
 inline bool IsValid(const CacheTable& table) {
   return table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= kMinBuckets &&
-         table.activity != nullptr;
+         table.activity != nullptr && table.device_ways > 0 && table.device_ways <= kCacheWays &&
+         (table.device_ways == kCacheWays || table.pinned_rows != nullptr);
 }
 
 }  // namespace hps::cuda

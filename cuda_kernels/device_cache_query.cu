@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda_kernels/cache_rows.cuh"
 #include "cuda_kernels/device_cache_access.cuh"
 
 namespace hps::cuda {
@@ -46,8 +47,9 @@ struct Shape {
   uint8_t word = 0;    // 0: 16 bytes, 1: 8, 2: 4
   uint8_t lanes = 0;   // a row takes 4 << lanes lanes; kWideRows: all lanes, more than once
   bool exact = false;  // has as many words as lanes; told apart for the widest words alone
+  bool plain = true;   // PlainRows, or AnyRows, which are never exact
   bool operator==(const Shape& other) const {
-    return word == other.word && lanes == other.lanes && exact == other.exact;
+    return word == other.word && lanes == other.lanes && exact == other.exact && plain == other.plain;
   }
 };
 
@@ -135,10 +137,12 @@ struct RareKeys {
   uint32_t entries[kWarpKeys];  // index in the part, and in the highest bit whether it is missing
 };
 
-template <typename Word>
-__device__ void CopyRow(const Word* from, Word* to, uint32_t words, int lane) {
+template <typename Rows, typename Word>
+__device__ void CopyRow(const CacheTable& table, uint32_t slot, Word* to, uint32_t words, int lane) {
 #pragma unroll 1
-  for (uint32_t word = lane; word < words; word += 32) __stcs(to + word, __ldcg(from + word));
+  for (uint32_t word = lane; word < words; word += 32) {
+    __stcs(to + word, Rows::template Load<Word>(table, slot, table.row_bytes, word));
+  }
 }
 
 // The key of this lane's pair; behind the end the last one.
@@ -147,7 +151,7 @@ __device__ __forceinline__ int64_t LoadKey(const Warp& warp, const QueryPart& pa
 }
 
 // One key by the whole warp, as often as it takes: the way of the query where a writer was about.
-template <typename Word>
+template <typename Rows, typename Word>
 __device__ bool QueryAgain(const Warp& warp, const CacheTable& table, int64_t key, Word* output) {
   const uint64_t hash = CacheHash(key);
 #pragma unroll 1
@@ -161,7 +165,8 @@ __device__ bool QueryAgain(const Warp& warp, const CacheTable& table, int64_t ke
       way = warp.WayOf(before, key);
     }
     if (way < 0) return false;
-    CopyRow(RowOf<Word>(table, bucket, way), output, table.row_bytes / sizeof(Word), warp.lane);
+    CopyRow<Rows>(table, static_cast<uint32_t>(bucket * kCacheWays + way), output, table.row_bytes / sizeof(Word),
+                  warp.lane);
     const BucketQuarter after = LoadQuarter(table.buckets + bucket, warp.quarter());
     if (!__any_sync(warp.mask, QuarterChanged(before, after, warp.quarter()))) return true;
     __nanosleep(100);
@@ -170,7 +175,7 @@ __device__ bool QueryAgain(const Warp& warp, const CacheTable& table, int64_t ke
 }
 
 // Returns whether the key is missing; then its row is the default and it is listed, or counted where nobody waits.
-template <typename Word>
+template <typename Rows, typename Word>
 __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing, const QueryWorkspace& workspace,
                              uint32_t stamp) {
   const QueryPart& part = plan.part;
@@ -178,7 +183,7 @@ __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing,
   const uint32_t words = part.table.row_bytes / sizeof(Word);
   const int64_t key = part.keys[index];
   Word* const output = static_cast<Word*>(part.output) + uint64_t{index} * words;
-  if (!missing && QueryAgain<Word>(warp, part.table, key, output)) return false;
+  if (!missing && QueryAgain<Rows, Word>(warp, part.table, key, output)) return false;
 #pragma unroll 1
   for (uint32_t word = warp.lane; word < words; word += 32) __stcs(output + word, Filled<Word>(part.default_value));
   if (warp.lane == 0) {
@@ -192,9 +197,8 @@ __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing,
 }
 
 // Copies the rows of the slots that the lanes 0, 2, 4, ... hold to the output rows from `base` on, as far as there are.
-template <typename Word, int kRowLanes, Fit kFit, bool kBusy>
+template <typename Rows, typename Word, int kRowLanes, Fit kFit, bool kBusy>
 __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part, uint32_t slot, uint32_t base) {
-  const char* const rows = static_cast<const char*>(part.table.rows);
   // Known to the compiler, a row's length costs no registers for addresses.
   const uint32_t row_bytes = kFit == Fit::kExact ? kRowLanes * sizeof(Word) : part.table.row_bytes;
   const uint32_t words = row_bytes / sizeof(Word);
@@ -203,8 +207,7 @@ __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part
     for (int row = 0; row < kStepKeys; ++row) {
       const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, row * 2);
       if (base + row >= part.count) continue;
-      CopyRow(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes),
-              static_cast<Word*>(part.output) + uint64_t{base + row} * words, words, warp.lane);
+      CopyRow<Rows>(part.table, from, static_cast<Word*>(part.output) + uint64_t{base + row} * words, words, warp.lane);
     }
     return;
   }
@@ -221,7 +224,7 @@ __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, ((first + i) * kRows + row) * 2);
-      if (copies) values[i] = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes) + word);
+      if (copies) values[i] = Rows::template Load<Word>(part.table, from, row_bytes, word);
     }
     if (base + kStepKeys <= part.count) {
 #pragma unroll
@@ -239,7 +242,7 @@ __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part
 }
 
 // All keys of a warp, from `first` on; returns how many of them are in `rare`. kRowLanes lanes copy a row.
-template <typename Word, int kRowLanes, Fit kFit, bool kBusy>
+template <typename Rows, typename Word, int kRowLanes, Fit kFit, bool kBusy>
 __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t first, int64_t key, RareKeys* rare) {
   const Warp warp;
   const CacheTable& table = plan.part.table;
@@ -268,13 +271,13 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t fir
       if (second) bucket = static_cast<uint32_t>(SecondBucket(hash, table.num_buckets));
       way = HalfWayOf(table.buckets + bucket, key, half, &state);
     }
-    if (half == 1 && way >= 0 && !table.whole) {
+    if (half == 1 && way >= 0 && Rows::LeavesMarks(table)) {
       const uint64_t bit = StateNextRef(state, way);
       if (bit != 0) atomicOr(StateAddress(table.buckets + bucket), bit);
     }
     add(base, way < 0, kIsMissing);
     // Missing keys copy row 0 at first, which is cheaper than leaving it out; their default comes later.
-    CopyRows<Word, kRowLanes, kFit, kBusy>(warp, plan.part, way < 0 ? 0 : bucket * kCacheWays + way, base);
+    CopyRows<Rows, Word, kRowLanes, kFit, kBusy>(warp, plan.part, way < 0 ? 0 : bucket * kCacheWays + way, base);
     if (kBusy) {
       const bool changed = HalfChanged(table.buckets + bucket, key, way, half, VersionOf(state));
       add(base, way >= 0 && changed, 0);
@@ -284,7 +287,7 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t fir
 }
 
 // Without looking twice where no writer is about.
-template <typename Word, int kRowLanes, Fit kFit>
+template <typename Rows, typename Word, int kRowLanes, Fit kFit>
 __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t block, RareKeys* rare) {
   const CacheActivity* const activity = plan.part.table.activity;
   const uint32_t first = (block * kThreads + threadIdx.x) / 32 * kStepKeys;
@@ -293,16 +296,16 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t blo
   // last one for the rows, whose stores went out.
   const uint64_t before = LoadActivity(activity);
   if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
-    const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit, false>(plan, first, key, rare);
+    const uint32_t num_rare = QueryKeys<Rows, Word, kRowLanes, kFit, false>(plan, first, key, rare);
     const uint64_t after = LoadActivity(activity);
     if (!__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before))) return num_rare;
   }
   __syncwarp();  // what the first round has put into `rare` counts no more
-  return QueryKeys<Word, kRowLanes, kFit, true>(plan, first, LoadKey(Warp(), plan.part, first), rare);
+  return QueryKeys<Rows, Word, kRowLanes, kFit, true>(plan, first, LoadKey(Warp(), plan.part, first), rare);
 }
 
 // What the warp could not do in its stride. Returns whether a key is missing.
-template <typename Word>
+template <typename Rows, typename Word>
 __device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t num_rare,
                            const QueryWorkspace& workspace, uint32_t stamp) {
   __syncwarp();
@@ -310,7 +313,7 @@ __device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t 
 #pragma unroll 1
   for (uint32_t i = 0; i < num_rare; ++i) {
     const uint32_t entry = rare.entries[i];
-    missed |= FinishRarely<Word>(plan, entry & ~kIsMissing, (entry & kIsMissing) != 0, workspace, stamp);
+    missed |= FinishRarely<Rows, Word>(plan, entry & ~kIsMissing, (entry & kIsMissing) != 0, workspace, stamp);
   }
   return missed;
 }
@@ -346,31 +349,38 @@ constexpr int MinBlocks(int row_lanes, Fit fit) {
   return row_lanes == 4 ? 5 : row_lanes == 32 ? 2 : 4;
 }
 
-template <typename Word, int kRowLanes, Fit kFit, typename Plan>
+template <typename Rows, typename Word, int kRowLanes, Fit kFit, typename Plan>
 __device__ __forceinline__ bool RunPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
   RareKeys* const mine = &rare[threadIdx.x / 32];
-  const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit>(part, blockIdx.x - part.first_block, mine);
-  return FinishRare<Word>(part, *mine, num_rare, plan.workspace, plan.stamp);
+  const uint32_t num_rare = QueryKeys<Rows, Word, kRowLanes, kFit>(part, blockIdx.x - part.first_block, mine);
+  return FinishRare<Rows, Word>(part, *mine, num_rare, plan.workspace, plan.stamp);
 }
 
 // All parts of one shape.
-template <typename Word, int kRowLanes, Fit kFit, int kMaxParts>
+template <typename Rows, typename Word, int kRowLanes, Fit kFit, int kMaxParts>
 __global__ void __launch_bounds__(kThreads, MinBlocks(kRowLanes, kFit))
     QueryKernel(const __grid_constant__ QueryPlan<kMaxParts> plan) {
   __shared__ RareKeys rare[kWarps];
-  const bool missed = RunPart<Word, kRowLanes, kFit>(plan.PartOfBlock(), plan, rare);
+  const bool missed = RunPart<Rows, Word, kRowLanes, kFit>(plan.PartOfBlock(), plan, rare);
   if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
 }
 
-template <typename Word, typename Plan>
+template <typename Rows, typename Word, typename Plan>
 __device__ bool RunAnyPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
   switch (part.shape.lanes) {  // a kernel for rare calls: no exact rows
-    case 0: return RunPart<Word, 4, Fit::kPartial>(part, plan, rare);
-    case 1: return RunPart<Word, 8, Fit::kPartial>(part, plan, rare);
-    case 2: return RunPart<Word, 16, Fit::kPartial>(part, plan, rare);
-    case 3: return RunPart<Word, 32, Fit::kPartial>(part, plan, rare);
-    default: return RunPart<Word, 32, Fit::kWide>(part, plan, rare);
+    case 0: return RunPart<Rows, Word, 4, Fit::kPartial>(part, plan, rare);
+    case 1: return RunPart<Rows, Word, 8, Fit::kPartial>(part, plan, rare);
+    case 2: return RunPart<Rows, Word, 16, Fit::kPartial>(part, plan, rare);
+    case 3: return RunPart<Rows, Word, 32, Fit::kPartial>(part, plan, rare);
+    default: return RunPart<Rows, Word, 32, Fit::kWide>(part, plan, rare);
   }
+}
+
+template <typename Rows, typename Plan>
+__device__ bool RunAnyPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
+  return part.shape.word == 0   ? RunAnyPart<Rows, float4>(part, plan, rare)
+         : part.shape.word == 1 ? RunAnyPart<Rows, float2>(part, plan, rare)
+                                : RunAnyPart<Rows, float>(part, plan, rare);
 }
 
 using AnyPlan = QueryPlan<kMaxQueryParts>;
@@ -378,36 +388,52 @@ using AnyPlan = QueryPlan<kMaxQueryParts>;
 __global__ void __launch_bounds__(kThreads) MixedQueryKernel(const __grid_constant__ AnyPlan plan) {
   __shared__ RareKeys rare[kWarps];
   const PartPlan& part = plan.PartOfBlock();
-  const bool missed = part.shape.word == 0   ? RunAnyPart<float4>(part, plan, rare)
-                      : part.shape.word == 1 ? RunAnyPart<float2>(part, plan, rare)
-                                             : RunAnyPart<float>(part, plan, rare);
+  const bool missed =
+      part.shape.plain ? RunAnyPart<PlainRows>(part, plan, rare) : RunAnyPart<AnyRows>(part, plan, rare);
   if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
 }
 
 template <int kMaxParts>
 using Kernel = void (*)(QueryPlan<kMaxParts>);
 
-template <typename Word, Fit kFit, int kMaxParts>
+template <typename Rows, typename Word, Fit kFit, int kMaxParts>
 Kernel<kMaxParts> KernelOf(int lanes) {
   switch (lanes) {
-    case 0: return QueryKernel<Word, 4, kFit, kMaxParts>;
-    case 1: return QueryKernel<Word, 8, kFit, kMaxParts>;
-    case 2: return QueryKernel<Word, 16, kFit, kMaxParts>;
-    case 3: return QueryKernel<Word, 32, kFit, kMaxParts>;
-    default: return QueryKernel<Word, 32, Fit::kWide, kMaxParts>;
+    case 0: return QueryKernel<Rows, Word, 4, kFit, kMaxParts>;
+    case 1: return QueryKernel<Rows, Word, 8, kFit, kMaxParts>;
+    case 2: return QueryKernel<Rows, Word, 16, kFit, kMaxParts>;
+    case 3: return QueryKernel<Rows, Word, 32, kFit, kMaxParts>;
+    default: return QueryKernel<Rows, Word, 32, Fit::kWide, kMaxParts>;
   }
 }
 
-template <int kMaxParts>
+template <typename Rows, int kMaxParts>
 Kernel<kMaxParts> KernelOf(Shape shape) {
-  return shape.exact       ? KernelOf<float4, Fit::kExact, kMaxParts>(shape.lanes)
-         : shape.word == 0 ? KernelOf<float4, Fit::kPartial, kMaxParts>(shape.lanes)
-         : shape.word == 1 ? KernelOf<float2, Fit::kPartial, kMaxParts>(shape.lanes)
-                           : KernelOf<float, Fit::kPartial, kMaxParts>(shape.lanes);
+  return shape.word == 0   ? KernelOf<Rows, float4, Fit::kPartial, kMaxParts>(shape.lanes)
+         : shape.word == 1 ? KernelOf<Rows, float2, Fit::kPartial, kMaxParts>(shape.lanes)
+                           : KernelOf<Rows, float, Fit::kPartial, kMaxParts>(shape.lanes);
+}
+
+// The kernel of one shape and its number. Several tables whose rows are not plain take the kernel of mixed calls.
+constexpr int kMixedKernel = 40;
+constexpr int kNumKernels = 56;
+template <int kMaxParts>
+Kernel<kMaxParts> KernelOf(Shape shape, bool uniform, int* number) {
+  if constexpr (kMaxParts > 1) {
+    if (!uniform || !shape.plain) {
+      *number = kMixedKernel;
+      return MixedQueryKernel;
+    }
+  } else if (!shape.plain) {
+    *number = kMixedKernel + 1 + shape.word * 5 + shape.lanes;
+    return KernelOf<AnyRows, kMaxParts>(shape);
+  }
+  *number = (kMaxParts == 1 ? 0 : 20) + (shape.exact ? 3 : shape.word) * 5 + shape.lanes;
+  return shape.exact ? KernelOf<PlainRows, float4, Fit::kExact, kMaxParts>(shape.lanes)
+                     : KernelOf<PlainRows, kMaxParts>(shape);
 }
 
 // Blocks of the kernel that this device holds at once. `number` tells the kernels apart.
-constexpr int kNumKernels = 41;
 uint32_t ResidentBlocks(const void* kernel, int number) {
   static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
   int device = 0;
@@ -425,13 +451,13 @@ uint32_t ResidentBlocks(const void* kernel, int number) {
 
 // The widest word that all addresses allow, and as many lanes as a row has such words.
 Shape ShapeOf(const QueryPart& part) {
-  const uintptr_t alignment =
-      reinterpret_cast<uintptr_t>(part.table.rows) | reinterpret_cast<uintptr_t>(part.output) | part.table.row_bytes;
+  const uintptr_t alignment = RowAlignment(part.table) | reinterpret_cast<uintptr_t>(part.output);
   Shape shape;
+  shape.plain = HasPlainRows(part.table);
   shape.word = alignment % 16 == 0 ? 0 : alignment % 8 == 0 ? 1 : 2;
   const uint32_t words = part.table.row_bytes / (16u >> shape.word);
   shape.lanes = words <= 4 ? 0 : words <= 8 ? 1 : words <= 16 ? 2 : words <= 32 ? 3 : kWideRows;
-  shape.exact = shape.word == 0 && shape.lanes < kWideRows && words == 4u << shape.lanes;
+  shape.exact = shape.plain && shape.word == 0 && shape.lanes < kWideRows && words == 4u << shape.lanes;
   return shape;
 }
 
@@ -457,12 +483,8 @@ int Launch(const QueryPart* parts, int num_parts, const QueryWorkspace& workspac
     positions += part.count;
   }
   if (plan.num_parts == 0) return stamp == 0 ? 0 : PublishNothing(workspace, stamp, stream);
-  const Shape shape = plan.parts[0].shape;
-  Kernel<kMaxParts> kernel = KernelOf<kMaxParts>(shape);
-  int number = (kMaxParts == 1 ? 0 : 20) + (shape.exact ? 3 : shape.word) * 5 + shape.lanes;
-  if constexpr (kMaxParts > 1) {
-    if (!uniform) kernel = MixedQueryKernel, number = kNumKernels - 1;
-  }
+  int number = 0;
+  const Kernel<kMaxParts> kernel = KernelOf<kMaxParts>(plan.parts[0].shape, uniform, &number);
   const uint64_t resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
   const bool enough = positions >= kEnoughRounds * resident * kWarps * kStepKeys;
   const uint64_t wanted = resident * (enough ? kManyWaves : 1);

@@ -103,11 +103,29 @@ __device__ void UnlockKey(const WriteTile& tile, const CacheTable& table, const 
   Unlock(locked.first, changed == locked.first);
 }
 
+__device__ void WriteInt8Row(const WriteTile& tile, const float* from, uint32_t width, uint32_t* to) {
+  uint32_t largest = 0;
+  for (uint32_t i = tile.lane; i < width; i += kLanes) largest = max(largest, MagnitudeBits(from[i]));
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    largest = max(largest, __shfl_xor_sync(tile.mask, largest, lanes));
+  }
+  const float scale = Int8Scale(largest);
+  if (tile.lane == 0) __stcg(to, FloatBits(scale));
+  for (uint32_t word = tile.lane; word < (width + 3) / 4; word += kLanes) {
+    uint32_t bytes = 0;
+    for (uint32_t e = 0; e < 4 && word * 4 + e < width; ++e) {
+      bytes |= uint32_t{static_cast<uint8_t>(Int8Of(from[word * 4 + e], scale))} << (8 * e);
+    }
+    __stcg(to + 1 + word, bytes);
+  }
+}
+
 // Rows are copied in 4-byte words: writing is bound by the link or by locks, not by this.
 __device__ void WriteRow(const WriteTile& tile, const CacheTable& table, const CacheBucket* bucket, int way,
                          const void* row) {
   const uint32_t words = table.row_bytes / 4;
-  auto* to = static_cast<uint32_t*>(table.rows) + ((bucket - table.buckets) * kCacheWays + way) * uint64_t{words};
+  auto* const to = reinterpret_cast<uint32_t*>(StoredRow(table, bucket - table.buckets, way));
+  if (table.format == RowFormat::kInt8) return WriteInt8Row(tile, static_cast<const float*>(row), words, to);
   const auto* from = static_cast<const uint32_t*>(row);
   for (uint32_t word = tile.lane; word < words; word += kLanes) __stcg(to + word, from[word]);
 }
@@ -206,12 +224,78 @@ __global__ void __launch_bounds__(kThreads) EraseKernel(CacheTable table, const 
   });
 }
 
+// Two ways of a bucket that is locked change places: rows, keys, and what the state says of them.
+__device__ void ExchangeWays(const WriteTile& tile, const CacheTable& table, CacheBucket* bucket, int near, int far,
+                             uint64_t state) {
+  auto* const a = reinterpret_cast<uint32_t*>(StoredRow(table, bucket - table.buckets, near));
+  auto* const b = reinterpret_cast<uint32_t*>(StoredRow(table, bucket - table.buckets, far));
+  const uint32_t words = StoredRowBytes(table.format, table.row_bytes) / 4;
+  for (uint32_t word = tile.lane; word < words; word += kLanes) {
+    const uint32_t from_a = __ldcg(a + word), from_b = __ldcg(b + word);
+    __stcg(a + word, from_b);
+    __stcg(b + word, from_a);
+  }
+  if (tile.lane != 0) return;
+  auto* const keys = reinterpret_cast<volatile int64_t*>(bucket->keys);
+  const int64_t key = keys[near];
+  keys[near] = keys[far];
+  keys[far] = key;
+  const uint64_t both =
+      uint64_t{3} << (2 * near) | uint64_t{3} << (2 * far) | StateHolds(near) | StateHolds(far);
+  atomicAnd(StateAddress(bucket), ~static_cast<unsigned long long>(both));
+  atomicOr(StateAddress(bucket), static_cast<unsigned long long>(StateExchanged(state, near, far) & both));
+}
+
+// What lane 0 has read decides for all: the state changes under marks.
+__global__ void __launch_bounds__(kThreads) ExchangeKernel(CacheTable table, uint64_t first, uint32_t count) {
+  const auto device_ways = static_cast<int>(table.device_ways);
+  ForEachTile(count, [&](const WriteTile& tile, uint32_t i) {
+    CacheBucket* const bucket = table.buckets + first + i;
+    const auto load_state = [&] {
+      return tile.Broadcast(static_cast<unsigned long long>(tile.lane == 0 ? LoadState(bucket) : 0), 0);
+    };
+    int near, far;
+    if (ChooseExchange(load_state(), device_ways, &near, &far)) {
+      if (tile.lane == 0) {
+        Lock(bucket);
+        BeginChange(table);
+        __threadfence();
+      }
+      tile.Sync();
+      uint32_t exchanged = 0;
+      for (uint64_t state = load_state(); ChooseExchange(state, device_ways, &near, &far); state = load_state()) {
+        ExchangeWays(tile, table, bucket, near, far, state);
+        __threadfence();
+        tile.Sync();
+        // Marks that come meanwhile could go on with this for ever.
+        if (++exchanged == kCacheWays) break;
+      }
+      __threadfence();
+      tile.Sync();
+      if (tile.lane == 0) {
+        EndChange(table);
+        Unlock(bucket, exchanged != 0);
+        if (exchanged != 0) {
+          atomicAdd(reinterpret_cast<unsigned long long*>(&table.activity->exchanged),
+                    static_cast<unsigned long long>(exchanged));
+        }
+      }
+    }
+    if (tile.lane == 0) {
+      const uint64_t state = LoadState(bucket);
+      const uint64_t gone = state & kStateRefs & ~StateAged(state);  // ageing only clears
+      if (gone != 0) atomicAnd(StateAddress(bucket), ~static_cast<unsigned long long>(gone));
+    }
+  });
+}
+
 __global__ void __launch_bounds__(kThreads) ClearKernel(CacheTable table) {
   const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
   if (blockIdx.x == 0) {
     if (threadIdx.x == 0) *table.activity = CacheActivity();
     // Queries read the first row in place of those that are missing.
-    for (uint32_t i = threadIdx.x; i < table.row_bytes / 4; i += blockDim.x) static_cast<uint32_t*>(table.rows)[i] = 0;
+    const uint32_t words = StoredRowBytes(table.format, table.row_bytes) / 4;
+    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) static_cast<uint32_t*>(table.rows)[i] = 0;
   }
   for (uint64_t b = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; b < table.num_buckets; b += step) {
     const int64_t filler = FillerOf(b, table.num_buckets);
@@ -325,6 +409,14 @@ int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cu
   if (!IsValid(table)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
   EraseKernel<<<BackgroundBlocks(count), kThreads, 0, stream>>>(table, keys, count);
+  return cudaGetLastError();
+}
+
+int LaunchExchange(const CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream) {
+  if (!IsValid(table) || first > last || last > table.num_buckets) return cudaErrorInvalidValue;
+  if (first == last || table.device_ways == kCacheWays) return cudaSuccess;
+  const auto count = static_cast<uint32_t>(last - first);
+  ExchangeKernel<<<BackgroundBlocks(count), kThreads, 0, stream>>>(table, first, count);
   return cudaGetLastError();
 }
 

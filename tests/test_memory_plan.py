@@ -253,7 +253,7 @@ def test_gpu(tmp_path):
     assert set(plan.gpus) == {0, 1}
     gpu = plan.gpus[0]
     buckets = -(-5_000 // 7)
-    caches = [buckets * (64 + 7 * width * 4) + 16 for width in (16, 32)]  # 16: what the kernels tell each other
+    caches = [buckets * (64 + 7 * width * 4) + 32 for width in (16, 32)]  # 32: what the kernels tell each other
     assert gpu.items["cached rows and their index"] == sum(caches)
     assert [table.gpu_bytes for table in plan.tables] == caches
     assert all(5_000 <= table.gpu_rows < 5_007 for table in plan.tables)
@@ -273,12 +273,27 @@ def test_gpu(tmp_path):
         gpu_memory=1 << 30,
     )
     slots = [table.gpu_rows for table in pinned.tables]
-    assert [table.gpu_bytes for table in pinned.tables] == [rows // 7 * 64 + 16 for rows in slots]
+    assert [table.gpu_bytes for table in pinned.tables] == [rows // 7 * 64 + 32 for rows in slots]
     assert pinned.host.items["pinned rows of caches, for each GPU its own"] == 2 * (slots[0] * 64 + slots[1] * 128)
     tight = memory_plan(make_config(tmp_path, tables, model=model), gpu_memory=8 << 20)
     assert not tight.fits
     uvm = memory_plan(make_config(tmp_path, tables, model={**model, "embedding_cache_type": "uvm"}), gpu_memory=1 << 30)
-    assert not uvm.gpus and "not built yet" in "".join(uvm.notes)
+    slots = [table.gpu_rows for table in uvm.tables]  # gpucacheper 0.5: four of seven rows are on the GPU
+    assert [table.gpu_bytes for table in uvm.tables] == [
+        rows // 7 * (64 + 4 * width * 4) + 32 for rows, width in zip(slots, (16, 32), strict=True)
+    ]
+    assert uvm.host.items["pinned rows of caches, for each GPU its own"] == 2 * (
+        slots[0] // 7 * 3 * 64 + slots[1] // 7 * 3 * 128
+    )
+    small = memory_plan(
+        make_config(tmp_path, tables, model={**model, "embedding_cache_type": "static", "fp8_quant": True}),
+        gpu_memory=1 << 30,
+    )
+    assert [table.gpu_bytes for table in small.tables] == [
+        rows // 7 * (64 + 7 * (4 + width)) + 32 for rows, width in zip(slots, (16, 32), strict=True)
+    ]
+    refused = memory_plan(make_config(tmp_path, tables, model={**model, "fp8_quant": True}), gpu_memory=1 << 30)
+    assert not refused.gpus and "fp8_quant" in "".join(refused.notes)
 
 
 def test_gpus_are_found_through_the_driver(tmp_path, monkeypatch):

@@ -16,18 +16,15 @@ Status CheckModel(const ModelConfig& model, size_t num_tables, int num_devices) 
     return Internal(context + std::to_string(num_tables) + " row counts for " + std::to_string(model.tables.size()) +
                     " tables");
   }
-  if (model.cache_type == CacheType::kUvm) {
-    return Unimplemented(context +
-                         "not built yet: \"embedding_cache_type\": \"uvm\"; use \"dynamic\" with a smaller "
-                         "gpucacheper, which keeps the often read rows on the GPU too");
-  }
   if (model.enable_pagelock && model.cache_type != CacheType::kStatic) {
     return InvalidArgument(context +
                            "enable_pagelock puts the rows of static caches into pinned host memory, but its "
                            "embedding_cache_type is not \"static\"; set that, or leave enable_pagelock out");
   }
-  if (model.fp8_quant) {
-    return Unimplemented(context + "not built yet: fp8_quant; leave it out, rows are then kept as float32");
+  if (model.fp8_quant && model.cache_type == CacheType::kDynamic) {
+    return InvalidArgument(context +
+                           "fp8_quant keeps the rows of caches that hold whole tables as 8-bit values, but its "
+                           "embedding_cache_type is \"dynamic\"; set \"static\" or \"uvm\", or leave fp8_quant out");
   }
   if (!(model.gpucacheper > 0.0 && model.gpucacheper <= 1.0)) {
     return InvalidArgument(context + "gpucacheper is " + std::to_string(model.gpucacheper) +
@@ -53,6 +50,12 @@ Status CheckModel(const ModelConfig& model, size_t num_tables, int num_devices) 
   return OkStatus();
 }
 
+// Of the seven rows of a bucket, for a part above 0; rounded up.
+uint32_t SeventhsOf(double part) {
+  const auto ways = static_cast<uint32_t>(std::ceil(part * cuda::kCacheWays - 1e-9));
+  return std::clamp<uint32_t>(ways, 1, cuda::kCacheWays);
+}
+
 TableCachePlan PlanTable(const ModelConfig& model, size_t table, uint64_t rows) {
   const TableConfig& config = model.tables[table];
   TableCachePlan plan;
@@ -60,8 +63,10 @@ TableCachePlan PlanTable(const ModelConfig& model, size_t table, uint64_t rows) 
   plan.spec.row_bytes = config.width * sizeof(float);
   plan.spec.default_value = config.default_value;
   plan.spec.type = model.cache_type;
-  plan.spec.pinned_rows = model.enable_pagelock;
-  const bool whole = model.cache_type == CacheType::kStatic || (model.init_ec && model.gpucacheper >= 1.0);
+  plan.spec.int8_rows = model.fp8_quant;
+  if (model.enable_pagelock) plan.spec.device_ways = 0;
+  if (model.cache_type == CacheType::kUvm) plan.spec.device_ways = SeventhsOf(model.gpucacheper);
+  const bool whole = model.cache_type != CacheType::kDynamic || (model.init_ec && model.gpucacheper >= 1.0);
   if (whole) {
     plan.start = CacheStart::kWhole;
     plan.spec.capacity_rows = StaticPlacement::BucketsFor(rows) * cuda::kCacheWays;
@@ -83,7 +88,7 @@ WorkspaceSize PlanWorkspace(const ModelConfig& model) {
   }
   WorkspaceSize size;
   size.positions = static_cast<uint32_t>(std::clamp<uint64_t>(positions, 1, LookupWorkspace::kMostPositions));
-  if (model.cache_type != CacheType::kStatic) size.staging_bytes = LookupWorkspace::StagingBytes(positions, staging);
+  if (model.cache_type == CacheType::kDynamic) size.staging_bytes = LookupWorkspace::StagingBytes(positions, staging);
   return size;
 }
 

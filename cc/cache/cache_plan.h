@@ -3,7 +3,7 @@
 // Keys of ps.json that are read here: gpucache, deployed_device_list, embedding_cache_type, gpucacheper, init_ec,
 // hit_rate_threshold, num_of_worker_buffer_in_pool, max_batch_size, maxnum_catfeature_query_per_table_per_sample,
 // default_value_for_each_table, cache_refresh_percentage_per_iteration, refresh_delay, refresh_interval;
-// enable_pagelock; fp8_quant is refused.
+// enable_pagelock, fp8_quant.
 //
 // Thread safety: plain values and functions.
 

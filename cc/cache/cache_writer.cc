@@ -193,6 +193,18 @@ Status CacheWriter::Erase(const WrittenCache& cache, std::span<const Key> keys, 
   return Run({Kind::kErase, &cache, keys, {}, 0, counters});
 }
 
+void CacheWriter::TryExchange(const WrittenCache& cache, uint64_t num_buckets, uint64_t* next) {
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock() || !context_->CheckAlive().ok()) return;
+  uint64_t left = std::min(num_buckets, cache.table.num_buckets);
+  while (left > 0) {
+    const uint64_t last = std::min(*next + left, cache.table.num_buckets);
+    (void)context_->Check(context_->device().Exchange(cache.table, *next, last, stream_.get()), "exchanging rows");
+    left -= last - *next;
+    *next = last == cache.table.num_buckets ? 0 : last;
+  }
+}
+
 Status CacheWriter::Dump(const cuda::CacheTable& table, uint64_t first, uint64_t last, std::vector<Key>* keys) {
   constexpr size_t kBucketBytes = cuda::kCacheWays * sizeof(Key);
   const uint64_t most = std::max<uint64_t>((piece_bytes_ - kKeysAt) / kBucketBytes, 1);

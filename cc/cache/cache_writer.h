@@ -55,11 +55,14 @@ class CacheWriter {
   Status Refresh(const WrittenCache& cache, std::span<const Key> keys, ConstRowBuffer rows, uint64_t read_at,
                  WriteCounters* counters);
   Status Erase(const WrittenCache& cache, std::span<const Key> keys, WriteCounters* counters);
+  // Exchanges rows (cuda::LaunchExchange) in so many buckets of the cache from *next on, which goes round, unless the
+  // writer is busy. A failure of the device is noted.
+  void TryExchange(const WrittenCache& cache, uint64_t num_buckets, uint64_t* next);
   Status Dump(const cuda::CacheTable& table, uint64_t first, uint64_t last, std::vector<Key>* keys);
   Status Clear(const cuda::CacheTable& table);
-  // Copies host memory into device memory.
   // Copies at most a piece from the device, behind the writes so far, and waits for it.
   Status Download(void* to, const void* from, size_t bytes);
+  // Copies host memory into device memory.
   Status Upload(std::byte* to, std::span<const std::byte> from);
   Status Flush();
   Status OrderAfterWrites(DeviceStream stream);

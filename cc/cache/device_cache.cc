@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cc/cache/row_codec.h"
 #include "cc/cache/static_placement.h"
 
 namespace hps {
@@ -16,9 +17,20 @@ uint64_t BucketsOf(uint64_t capacity_rows) {
 uint64_t IndexBytes(uint64_t num_buckets) {
   return num_buckets * sizeof(cuda::CacheBucket) + sizeof(cuda::CacheActivity);
 }
-uint64_t RowBytes(uint64_t num_buckets, const CacheSpec& spec) {
-  return num_buckets * cuda::kCacheWays * uint64_t{spec.row_bytes};
+cuda::RowFormat FormatOf(const CacheSpec& spec) {
+  return spec.int8_rows ? cuda::RowFormat::kInt8 : cuda::RowFormat::kFloat32;
 }
+// Of so many rows in each bucket.
+uint64_t RowBytes(uint64_t num_buckets, uint32_t ways, const CacheSpec& spec) {
+  return num_buckets * ways * cuda::StoredRowBytes(FormatOf(spec), spec.row_bytes);
+}
+bool Exchanges(const CacheSpec& spec) { return spec.device_ways > 0 && spec.device_ways < cuda::kCacheWays; }
+bool HoldsWhole(const CacheSpec& spec) { return spec.type == CacheType::kStatic || spec.type == CacheType::kUvm; }
+
+// An exchange visits a bucket when each of its rows has been asked for about once since it did so last; so what is read
+// often has its marks by then, and what is read seldom has none. Not fewer keys, for the launch's sake, and not more.
+constexpr uint64_t kFewestAsked = 4096, kMostAsked = 65'536;
+uint64_t KeysOfExchange(uint64_t slots) { return std::clamp(slots, kFewestAsked, kMostAsked); }
 
 std::span<const std::byte> BytesOf(const std::vector<cuda::CacheBucket>& buckets) {
   return std::as_bytes(std::span(buckets));
@@ -39,9 +51,8 @@ Result<DeviceResources> DeviceResources::Open(std::shared_ptr<cuda::Device> devi
 
 CacheMemory DeviceCache::MemoryOf(const CacheSpec& spec) {
   const uint64_t num_buckets = BucketsOf(spec.capacity_rows);
-  CacheMemory memory{.device_bytes = IndexBytes(num_buckets)};
-  (spec.pinned_rows ? memory.pinned_bytes : memory.device_bytes) += RowBytes(num_buckets, spec);
-  return memory;
+  return {.device_bytes = IndexBytes(num_buckets) + RowBytes(num_buckets, spec.device_ways, spec),
+          .pinned_bytes = RowBytes(num_buckets, cuda::kCacheWays - spec.device_ways, spec)};
 }
 
 Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources& resources, const CacheSpec& spec,
@@ -49,6 +60,12 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources
   if (spec.row_bytes == 0 || spec.row_bytes % 4 != 0) {
     return InvalidArgument(spec.name + ": rows of " + std::to_string(spec.row_bytes) +
                            " bytes; a cache needs a positive multiple of 4");
+  }
+  if (spec.device_ways > cuda::kCacheWays ||
+      (!HoldsWhole(spec) && (spec.device_ways < cuda::kCacheWays || spec.int8_rows))) {
+    return InvalidArgument(spec.name +
+                           ": rows in pinned memory (at most seven of a bucket) and 8-bit rows are for caches that "
+                           "hold whole tables; use \"embedding_cache_type\": \"static\"");
   }
   // The device numbers rows by 32 bits.
   if (num_buckets > 0xFFFFFFFE / cuda::kCacheWays) {
@@ -59,15 +76,17 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources
   DeviceContext& context = *resources.context;
   HPS_ASSIGN_OR_RETURN(cache->buckets_, DeviceMemory::Allocate(context, IndexBytes(num_buckets),
                                                                "the keys of the cache of " + spec.name));
-  if (spec.pinned_rows) {
+  const uint32_t pinned_ways = cuda::kCacheWays - spec.device_ways;
+  if (pinned_ways > 0) {
     HPS_ASSIGN_OR_RETURN(cache->pinned_rows_,
-                         PinnedMemory::Allocate(context, RowBytes(num_buckets, spec),
+                         PinnedMemory::Allocate(context, RowBytes(num_buckets, pinned_ways, spec),
                                                 "the rows of the cache of " + spec.name +
-                                                    " (enable_pagelock: they must fit the host's memory once for each "
-                                                    "device; use \"embedding_cache_type\": \"dynamic\")"));
-  } else {
+                                                    " (they must fit the host's memory once for each device; use "
+                                                    "\"embedding_cache_type\": \"dynamic\")"));
+  }
+  if (spec.device_ways > 0) {
     HPS_ASSIGN_OR_RETURN(cache->rows_,
-                         DeviceMemory::Allocate(context, RowBytes(num_buckets, spec),
+                         DeviceMemory::Allocate(context, RowBytes(num_buckets, spec.device_ways, spec),
                                                 "the rows of the cache of " + spec.name +
                                                     " (use a smaller gpucacheper, or fewer models on this device)"));
   }
@@ -75,7 +94,12 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::Allocate(const DeviceResources
   cuda::CacheTable& table = cache->cache_.table;
   table.buckets = reinterpret_cast<cuda::CacheBucket*>(cache->buckets_.get());
   table.num_buckets = num_buckets;
-  table.rows = spec.pinned_rows ? cache->pinned_rows_.device() : cache->rows_.get();
+  table.rows = spec.device_ways == 0 ? cache->pinned_rows_.device() : cache->rows_.get();
+  if (Exchanges(spec)) {
+    table.device_ways = spec.device_ways;
+    table.pinned_rows = cache->pinned_rows_.device();
+  }
+  table.format = FormatOf(spec);
   table.row_bytes = spec.row_bytes;
   table.activity = reinterpret_cast<cuda::CacheActivity*>(table.buckets + num_buckets);
   cache->cache_.number = context.NextCache();
@@ -106,50 +130,63 @@ Result<std::shared_ptr<DeviceCache>> DeviceCache::MakeWhole(const DeviceResource
   HPS_RETURN_IF_ERROR(writer.Clear(cache->cache_.table));
   HPS_RETURN_IF_ERROR(writer.Upload(cache->buckets_.get(), BytesOf(placement.Finish())));
   // The host writes pinned rows itself, when the device has done the above.
-  if (spec.pinned_rows) HPS_RETURN_IF_ERROR(writer.Flush());
-  // Every key has its place now; rows follow as updates. Nobody else knows the cache yet, but tiers may change.
+  if (spec.device_ways < cuda::kCacheWays) HPS_RETURN_IF_ERROR(writer.Flush());
+  HPS_RETURN_IF_ERROR(cache->FillWhole(placement, scan));
+  cache->cache_.table.whole = HoldsWhole(spec);
+  return cache;
+}
+
+// Every key has its place; rows follow, those of the device as updates. Nobody else knows the cache yet, but tiers may
+// change.
+Status DeviceCache::FillWhole(const StaticPlacement& placement, const RowScan& scan) {
+  CacheWriter& writer = *resources_.writer;
   std::vector<bool> written(placement.slots());
   std::vector<Key> placed;
   std::vector<std::byte> rows;
   WriteCounters loading;
   HPS_RETURN_IF_ERROR(scan([&](std::span<const Key> chunk, ConstRowBuffer buffer) -> Status {
-    size_t strangers = 0;
-    if (spec.pinned_rows) cache->PutPinned(placement, chunk, buffer);
-    for (const Key key : chunk) {
-      if (const auto slot = placement.SlotOf(key)) {
-        written[*slot] = true;
-      } else {
-        ++strangers;
-      }
+    const auto row_of = [&](size_t i) { return buffer.data + i * buffer.stride_bytes; };
+    size_t others = 0;
+    for (size_t i = 0; i < chunk.size(); ++i) {
+      const auto slot = placement.SlotOf(chunk[i]);
+      if (slot) written[*slot] = true;
+      std::byte* const pinned = slot ? PinnedRow(*slot) : nullptr;
+      if (pinned != nullptr) EncodeRow(cache_.table.format, spec_.row_bytes, row_of(i), pinned);
+      if (!slot || pinned != nullptr) ++others;
     }
-    if (spec.pinned_rows) return OkStatus();
-    if (strangers == 0) return writer.Update(cache->cache_, chunk, buffer, &loading);
+    if (others == chunk.size()) return OkStatus();
+    if (others == 0) return writer.Update(cache_, chunk, buffer, &loading);
     placed.clear();
     rows.clear();
     for (size_t i = 0; i < chunk.size(); ++i) {
-      if (!placement.Contains(chunk[i])) continue;
+      const auto slot = placement.SlotOf(chunk[i]);
+      if (!slot || PinnedRow(*slot) != nullptr) continue;
       placed.push_back(chunk[i]);
-      const std::byte* const row = buffer.data + i * buffer.stride_bytes;
-      rows.insert(rows.end(), row, row + spec.row_bytes);
+      rows.insert(rows.end(), row_of(i), row_of(i) + spec_.row_bytes);
     }
-    return writer.Update(cache->cache_, placed, {rows.data(), spec.row_bytes}, &loading);
+    return writer.Update(cache_, placed, {rows.data(), spec_.row_bytes}, &loading);
   }));
   std::vector<Key> gone;
   for (uint64_t slot = 0; slot < placement.slots(); ++slot) {
     if (const auto key = placement.KeyAt(slot); key && !written[slot]) gone.push_back(*key);
   }
-  HPS_RETURN_IF_ERROR(writer.Erase(cache->cache_, gone, &loading));
-  HPS_RETURN_IF_ERROR(writer.Flush());
-  cache->cache_.table.whole = spec.type == CacheType::kStatic;
-  return cache;
+  HPS_RETURN_IF_ERROR(writer.Erase(cache_, gone, &loading));
+  return writer.Flush();
 }
 
-void DeviceCache::PutPinned(const StaticPlacement& placement, std::span<const Key> keys, ConstRowBuffer rows) {
-  for (size_t i = 0; i < keys.size(); ++i) {
-    const auto slot = placement.SlotOf(keys[i]);
-    if (!slot) continue;
-    std::memcpy(pinned_rows_.get() + *slot * spec_.row_bytes, rows.data + i * rows.stride_bytes, spec_.row_bytes);
-  }
+std::byte* DeviceCache::PinnedRow(uint64_t slot) const {
+  const uint64_t bucket = slot / cuda::kCacheWays, way = slot % cuda::kCacheWays;
+  if (way < spec_.device_ways) return nullptr;
+  const uint64_t index = bucket * (cuda::kCacheWays - spec_.device_ways) + way - spec_.device_ways;
+  return pinned_rows_.get() + index * cuda::StoredRowBytes(cache_.table.format, spec_.row_bytes);
+}
+
+void DeviceCache::CountAsked(uint64_t keys) {
+  if (!Exchanges(spec_)) return;
+  const uint64_t step = KeysOfExchange(spec_.capacity_rows);
+  const uint64_t before = asked_.fetch_add(keys, std::memory_order_relaxed);
+  const uint64_t steps = (before + keys) / step - before / step;
+  if (steps > 0) resources_.writer->TryExchange(cache_, steps * (step / cuda::kCacheWays + 1), &next_exchanged_);
 }
 
 Status DeviceCache::Preload(const RowScan& scan) {
@@ -188,6 +225,7 @@ CacheStats DeviceCache::stats() const {
   cuda::CacheActivity activity;
   if (whole() && resources_.writer->Download(&activity, cache_.table.activity, sizeof(activity)).ok()) {
     stats.rows_defaulted = activity.untold_missing;
+    stats.rows_exchanged = activity.exchanged;
   }
   return stats;
 }
@@ -197,6 +235,7 @@ Status DeviceCache::Query(const Key* keys, uint32_t count, void* rows, DeviceStr
   misses->clear();
   HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
   if (count == 0) return OkStatus();
+  CountAsked(count);
   HPS_ASSIGN_OR_RETURN(WorkspacePool::Lease workspace, resources_.workspaces->Acquire(count, deadline));
   const cuda::QueryPart part{cache_.table, keys, count, spec_.default_value, rows};
   Status status = workspace->Query(std::span(&part, 1), stream);
@@ -209,9 +248,9 @@ Status DeviceCache::Query(const Key* keys, uint32_t count, void* rows, DeviceStr
 }
 
 Status DeviceCache::Insert(std::span<const Key> keys, ConstRowBuffer rows, Stamp read_at) {
-  if (spec_.type == CacheType::kStatic) {
+  if (HoldsWhole(spec_)) {
     return FailedPrecondition(spec_.name +
-                              ": the cache is static and holds the rows it was loaded with; use "
+                              ": the cache holds the whole table, with the rows it was loaded with; use "
                               "\"embedding_cache_type\": \"dynamic\" for one that takes new rows");
   }
   return resources_.writer->Insert(cache_, keys, rows, read_at, &counters_);

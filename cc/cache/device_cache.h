@@ -71,6 +71,9 @@ class DeviceCache final : public EmbeddingCache {
   uint32_t number() const { return cache_.number; }
   // Static, and every row of the table was placed: a missing key is one that no tier had then.
   bool whole() const { return cache_.table.whole; }
+  // Lookups tell how many keys they have asked for. From time to time one of them starts an exchange of rows, behind
+  // the writes of the device; it never waits.
+  void CountAsked(uint64_t keys);
   // Rows that a fill has put in place and that were taken out again, because they had been updated meanwhile.
   void CountOutdated(uint64_t rows) { counters_.outdated.fetch_add(rows, std::memory_order_relaxed); }
 
@@ -81,14 +84,17 @@ class DeviceCache final : public EmbeddingCache {
 
   DeviceResources resources_;
   CacheSpec spec_;
-  // Writes rows of a placed table where they belong, as the host: nothing on the device may use the cache yet.
-  void PutPinned(const class StaticPlacement& placement, std::span<const Key> keys, ConstRowBuffer rows);
+  // The host's own way to a slot's row, or nullptr where it lies in memory of the device.
+  std::byte* PinnedRow(uint64_t slot) const;
+  Status FillWhole(const class StaticPlacement& placement, const RowScan& scan);
 
   DeviceMemory buckets_;
   DeviceMemory rows_;
   PinnedMemory pinned_rows_;
   WrittenCache cache_;
   WriteCounters counters_;
+  std::atomic<uint64_t> asked_{0};
+  uint64_t next_exchanged_ = 0;  // bucket; guarded by the writer
 };
 
 }  // namespace hps

@@ -355,6 +355,11 @@ int HostDevice::Erase(const cuda::CacheTable& table, const int64_t* keys, uint32
   if (count == 0) return 0;
   return EnqueueLaunch(kErase, stream, [=, this] { HostErase(table, keys, count, locks_); });
 }
+int HostDevice::Exchange(const cuda::CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream) {
+  if (CheckTable(table) != 0 || first > last || last > table.num_buckets) return cuda::kErrorInvalidValue;
+  if (first == last || table.device_ways == cuda::kCacheWays) return 0;
+  return EnqueueLaunch(kExchange, stream, [=, this] { HostExchange(table, first, last, locks_); });
+}
 int HostDevice::Dump(const cuda::CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
                      cudaStream_t stream) {
   if (CheckTable(table) != 0 || first > last || last > table.num_buckets) return cuda::kErrorInvalidValue;

@@ -49,6 +49,7 @@ class HostDevice final : public cuda::Device {
     kInsert,
     kUpdate,
     kErase,
+    kExchange,
     kDump,
     kWiden,
     kSplits,
@@ -92,6 +93,7 @@ class HostDevice final : public cuda::Device {
   int Update(const cuda::CacheTable& table, const int64_t* keys, const void* rows, uint32_t count,
              cudaStream_t stream) override;
   int Erase(const cuda::CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream) override;
+  int Exchange(const cuda::CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream) override;
   int Dump(const cuda::CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
            cudaStream_t stream) override;
   int Widen(const cuda::WidenPart* parts, int num_parts, cudaStream_t stream) override;

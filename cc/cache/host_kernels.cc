@@ -8,6 +8,7 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "cc/cache/row_codec.h"
 #include "cuda_kernels/device.h"
 
 namespace hps {
@@ -19,9 +20,11 @@ using cuda::kCacheWays;
 
 constexpr uint64_t kFull = uint64_t{0x7F} << 14;
 
-std::byte* RowOf(const CacheTable& table, const CacheBucket* bucket, int way) {
-  return static_cast<std::byte*>(table.rows) +
-         (static_cast<uint64_t>(bucket - table.buckets) * kCacheWays + static_cast<uint64_t>(way)) * table.row_bytes;
+char* RowOf(const CacheTable& table, const CacheBucket* bucket, int way) {
+  return cuda::StoredRow(table, static_cast<uint64_t>(bucket - table.buckets), static_cast<uint32_t>(way));
+}
+void WriteRow(const CacheTable& table, const CacheBucket* bucket, int way, const void* row) {
+  EncodeRow(table.format, table.row_bytes, row, RowOf(table, bucket, way));
 }
 
 int WayOf(const CacheBucket& bucket, int64_t key) {
@@ -74,7 +77,7 @@ bool InsertKey(const CacheTable& table, int64_t key, const void* row, bool spill
     target->state = (state & ~(uint64_t{3} << (2 * way))) | cuda::StateHolds(way);
     target->state += cuda::kStateVersionOne;
     target->keys[way] = key;
-    std::memcpy(RowOf(table, target, way), row, table.row_bytes);
+    WriteRow(table, target, way, row);
     return evicts;
   });
 }
@@ -83,7 +86,8 @@ bool InsertKey(const CacheTable& table, int64_t key, const void* row, bool spill
 
 int CheckTable(const CacheTable& table) {
   const bool valid = table.row_bytes > 0 && table.row_bytes % 4 == 0 && table.num_buckets >= cuda::kMinBuckets &&
-                     table.activity != nullptr;
+                     table.activity != nullptr && table.device_ways > 0 && table.device_ways <= kCacheWays &&
+                     (table.device_ways == kCacheWays || table.pinned_rows != nullptr);
   return valid ? 0 : cuda::kErrorInvalidValue;
 }
 
@@ -103,8 +107,8 @@ bool HostReadRow(const CacheTable& table, int64_t key, void* output, BucketLocks
       if (bucket == nullptr) continue;
       const int way = WayOf(*bucket, key);
       if (way < 0) continue;
-      std::memcpy(output, RowOf(table, bucket, way), table.row_bytes);
-      if (!table.whole) bucket->state |= cuda::StateNextRef(bucket->state, way);
+      DecodeRow(table.format, table.row_bytes, RowOf(table, bucket, way), output);
+      if (cuda::LeavesMarks(table)) bucket->state |= cuda::StateNextRef(bucket->state, way);
       return true;
     }
     return false;
@@ -206,7 +210,7 @@ void HostUpdate(const CacheTable& table, const int64_t* keys, const void* rows, 
       for (CacheBucket* bucket : {first, second}) {
         const int way = bucket == nullptr ? -1 : WayOf(*bucket, keys[i]);
         if (way < 0) continue;
-        std::memcpy(RowOf(table, bucket, way), row, table.row_bytes);
+        WriteRow(table, bucket, way, row);
         bucket->state += cuda::kStateVersionOne;
       }
     });
@@ -224,6 +228,22 @@ void HostErase(const CacheTable& table, const int64_t* keys, uint32_t count, Buc
         bucket->state += cuda::kStateVersionOne;
       }
     });
+  }
+}
+
+void HostExchange(const CacheTable& table, uint64_t first, uint64_t last, BucketLocks& locks) {
+  const uint32_t bytes = cuda::StoredRowBytes(table.format, table.row_bytes);
+  for (uint64_t b = first; b < last; ++b) {
+    CacheBucket& bucket = table.buckets[b];
+    std::scoped_lock lock(locks.Of(&bucket));
+    int near = 0, far = 0;
+    while (cuda::ChooseExchange(bucket.state, static_cast<int>(table.device_ways), &near, &far)) {
+      std::swap_ranges(RowOf(table, &bucket, near), RowOf(table, &bucket, near) + bytes, RowOf(table, &bucket, far));
+      std::swap(bucket.keys[near], bucket.keys[far]);
+      bucket.state = cuda::StateExchanged(bucket.state, near, far) + cuda::kStateVersionOne;
+      std::atomic_ref(table.activity->exchanged).fetch_add(1, std::memory_order_relaxed);
+    }
+    bucket.state = cuda::StateAged(bucket.state);
   }
 }
 

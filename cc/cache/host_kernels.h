@@ -49,6 +49,7 @@ void HostInsert(const cuda::CacheTable& table, const int64_t* keys, const void* 
 void HostUpdate(const cuda::CacheTable& table, const int64_t* keys, const void* rows, uint32_t count,
                 BucketLocks& locks);
 void HostErase(const cuda::CacheTable& table, const int64_t* keys, uint32_t count, BucketLocks& locks);
+void HostExchange(const cuda::CacheTable& table, uint64_t first, uint64_t last, BucketLocks& locks);
 void HostDump(const cuda::CacheTable& table, uint64_t first, uint64_t last, int64_t* keys, uint32_t* count,
               BucketLocks& locks);
 

@@ -68,6 +68,7 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
                              std::to_string(LookupWorkspace::kMostPositions) + " is the most");
     }
     report->keys += asked.count;
+    lookups[i].cache->CountAsked(asked.count);
     cuda::PooledPart& part = storage[i];
     part.query = {cache.table(), lookups[i].keys, asked.count, cache.spec().default_value, nullptr};
     part.rows = asked.rows;

@@ -252,12 +252,15 @@ const Section<ModelConfig>& ModelSection() {
                           "exact: every lookup waits"),
           UseStaticTable(),
           Plain("embedding_cache_type", &M::cache_type, {},
-                "replaced as needed, or whole table on the GPU; shared between GPU and host is not built yet"),
+                "the rows that are read most, replaced as needed; the whole table on the GPU; or the whole table with the "
+                "part `gpucacheper` of it on the GPU, in steps of a seventh, and the rest in pinned host memory"),
           Plain("init_ec", &M::init_ec, {}, "fill the cache at start"),
           Plain("enable_pagelock", &M::enable_pagelock, {},
                 "the rows of static caches lie in pinned host memory, once for each GPU, and their index on the GPU; "
                 "needs `embedding_cache_type` `\"static\"`"),
-          Plain("fp8_quant", &M::fp8_quant, {}, "a static table stores 8-bit rows", kLater),
+          Plain("fp8_quant", &M::fp8_quant, {},
+                "caches that hold whole tables keep rows as 8-bit integers with a scale for each row; needs "
+                "`embedding_cache_type` `\"static\"` or `\"uvm\"`"),
           Plain("use_context_stream", &M::use_context_stream, {}, "lookups always work on the framework's GPU stream",
                 kNoEffect),
           Plain("cache_refresh_percentage_per_iteration", &M::cache_refresh_percentage_per_iteration, Between(0, 1),

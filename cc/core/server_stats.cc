@@ -65,7 +65,8 @@ Json DevicesJson(const Model& model) {
                                  {"rows_refreshed", stats.rows_refreshed},
                                  {"rows_erased", stats.rows_erased},
                                  {"rows_outdated", stats.rows_outdated},
-                                 {"rows_defaulted", stats.rows_defaulted}});
+                                 {"rows_defaulted", stats.rows_defaulted},
+                                 {"rows_exchanged", stats.rows_exchanged}});
     }
     devices.push_back(std::move(entry));
   }

@@ -87,6 +87,7 @@ constexpr std::pair<std::string_view, std::string_view> kHelp[] = {
     {"hps_cache_rows_deferred_total", "Default values of keys that are inserted later (hit_rate_threshold)."},
     {"hps_cache_rows_erased_total", "Keys that were to be taken out of the cache."},
     {"hps_cache_rows_evicted_total", "Rows pushed out by inserts, those of lookups not counted."},
+    {"hps_cache_rows_exchanged_total", "Rows that came from pinned memory to lie in the device's (uvm)."},
     {"hps_cache_rows_inserted_total", "Rows given to the cache, those of lookups that waited not counted."},
     {"hps_cache_rows_missed_total", "Keys that lookups on the device missed and fetched, each once a call."},
     {"hps_cache_rows_outdated_total", "Rows left out of the cache or taken out again: updated meanwhile."},

@@ -81,9 +81,10 @@ TEST(CachePlan, Refusals) {
   twice.gpucacheper = 0;
   ExpectError(PlanCaches(twice, kRows, 2).status(), StatusCode::kInvalidArgument, {"gpucacheper"});
   const std::string device = "\"deployed_device_list\": [0], ";
-  refuse(device + "\"embedding_cache_type\": \"uvm\"", StatusCode::kUnimplemented, {"uvm", "dynamic"});
   refuse(device + "\"enable_pagelock\": true", StatusCode::kInvalidArgument, {"model 'm'", "enable_pagelock", "static"});
-  refuse(device + "\"fp8_quant\": true", StatusCode::kUnimplemented, {"fp8_quant"});
+  refuse(device + "\"enable_pagelock\": true, \"embedding_cache_type\": \"uvm\"", StatusCode::kInvalidArgument,
+         {"enable_pagelock", "static"});
+  refuse(device + "\"fp8_quant\": true", StatusCode::kInvalidArgument, {"model 'm'", "fp8_quant", "static", "uvm"});
   ExpectError(PlanCaches(Model(device + "\"gpucache\": true"), std::vector<uint64_t>{1}, 1).status(),
               StatusCode::kInternal, {"1 row counts for 2 tables"});
 }
@@ -94,7 +95,7 @@ TEST(CachePlan, PinnedRowsCountAsTheHostsMemory) {
   const DevicePlan pinned = Value(PlanCaches(Model(keys + ", \"enable_pagelock\": true"), kRows, 2))[1];
   uint64_t rows = 0;
   for (const TableCachePlan& table : pinned.tables) {
-    EXPECT_TRUE(table.spec.pinned_rows);
+    EXPECT_EQ(table.spec.device_ways, 0u);
     EXPECT_EQ(table.start, CacheStart::kWhole);
     EXPECT_EQ(table.memory.pinned_bytes, table.spec.capacity_rows * table.spec.row_bytes);
     rows += table.memory.pinned_bytes;
@@ -102,6 +103,36 @@ TEST(CachePlan, PinnedRowsCountAsTheHostsMemory) {
   EXPECT_GE(rows, 10'000u * 64);
   EXPECT_EQ(pinned.device_bytes + rows, there.device_bytes);
   EXPECT_EQ(pinned.pinned_bytes, there.pinned_bytes + rows);
+}
+
+TEST(CachePlan, UvmSharesEachBucketBetweenDeviceAndHost) {
+  const auto plan_of = [](const std::string& part) {
+    return Value(PlanCaches(Model("\"deployed_device_list\": [0], \"embedding_cache_type\": \"uvm\", "
+                                  "\"gpucacheper\": " + part), kRows, 1))[0];
+  };
+  const std::vector<std::pair<std::string, uint32_t>> ways = {{"0.01", 1}, {"0.142857", 1}, {"0.15", 2},
+                                                              {"0.5", 4},  {"0.857142", 6}, {"0.9", 7}, {"1.0", 7}};
+  for (const auto& [part, expected] : ways) {
+    const DevicePlan plan = plan_of(part);
+    const TableCachePlan& table = plan.tables[0];
+    EXPECT_EQ(table.spec.device_ways, expected) << part;
+    EXPECT_EQ(table.start, CacheStart::kWhole);
+    EXPECT_EQ(table.memory.pinned_bytes, table.spec.capacity_rows / 7 * (7 - expected) * table.spec.row_bytes);
+    EXPECT_EQ(plan.workspaces.size.staging_bytes, 0u);
+    EXPECT_EQ(plan.refresh_fraction, 0.0);
+  }
+}
+
+TEST(CachePlan, EightBitRowsTakeAByteForEachValue) {
+  for (const std::string type : {"static", "uvm"}) {
+    const auto plan = Value(PlanCaches(Model("\"deployed_device_list\": [0], \"fp8_quant\": true, \"gpucacheper\": 1.0, "
+                                             "\"embedding_cache_type\": \"" + type + "\""), kRows, 1))[0];
+    EXPECT_TRUE(plan.tables[0].spec.int8_rows);
+    const uint64_t buckets = plan.tables[0].spec.capacity_rows / 7;
+    EXPECT_EQ(plan.tables[0].memory.device_bytes, buckets * (64 + 7 * (4 + 16)) + 32);
+    const uint64_t others = plan.tables[1].spec.capacity_rows / 7;  // 17 values: three bytes are left over
+    EXPECT_EQ(plan.tables[1].memory.device_bytes, others * (64 + 7 * (4 + 20)) + 32);
+  }
 }
 
 // Many models on one device take the memory that was planned, to the byte.
@@ -116,8 +147,10 @@ TEST(CachePlan, MemoryIsWhatWasPlanned) {
   for (int model = 0; model < 24; ++model) {
     const std::vector<uint64_t> rows = {1000, 2000u + static_cast<uint64_t>(model), 0, 7};
     const std::string pagelock = model % 2 == 0 ? ", \"enable_pagelock\": true" : "";
-    const std::string type =
-        model % 3 == 0 ? "\"embedding_cache_type\": \"static\"" + pagelock : "\"gpucacheper\": 0.5";
+    const std::string quant = model % 4 == 0 ? ", \"fp8_quant\": true" : "";
+    const std::string type = model % 3 == 0   ? "\"embedding_cache_type\": \"static\"" + pagelock + quant
+                             : model % 3 == 1 ? "\"embedding_cache_type\": \"uvm\", \"gpucacheper\": 0.4" + quant
+                                              : "\"gpucacheper\": 0.5";
     const auto plan = Value(PlanCaches(
         Model("\"deployed_device_list\": [0], \"num_of_worker_buffer_in_pool\": 2, " + type, 4), rows, 1))[0];
     planned += plan.device_bytes;

@@ -2,11 +2,14 @@
 
 #include "cc/tests/whole_cache_suite.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <random>
 #include <set>
 #include <thread>
+
+#include "cc/cache/row_codec.h"
 
 namespace hps::testing {
 namespace {
@@ -39,7 +42,10 @@ uint32_t WidthOf(const DeviceCache& cache) { return cache.spec().row_bytes / siz
 
 }  // namespace
 
-std::vector<RowLayout> RowLayouts() { return {{"Device"}, {"Pinned", true}}; }
+std::vector<RowLayout> RowLayouts() {
+  return {{"Device"},    {"Pinned", 0},  {"Int8", 7, true},      {"PinnedInt8", 0, true},
+          {"Shared1", 1}, {"Shared4", 4}, {"Shared6Int8", 6, true}};
+}
 
 void WholeCacheSuite::SetUp() {
   device_ = std::get<0>(GetParam()).open();
@@ -51,8 +57,9 @@ CacheSpec WholeCacheSuite::Spec(uint32_t width) const {
   return {.name = "model 'm', table 't'",
           .row_bytes = width * 4,
           .default_value = kCacheDefault,
-          .type = CacheType::kStatic,
-          .pinned_rows = layout().pinned};
+          .type = layout().device_ways % 7 == 0 ? CacheType::kStatic : CacheType::kUvm,
+          .device_ways = layout().device_ways,
+          .int8_rows = layout().int8};
 }
 
 Result<std::shared_ptr<DeviceCache>> WholeCacheSuite::TryMake(uint32_t width, const std::vector<Key>& keys,
@@ -72,10 +79,33 @@ Status WholeCacheSuite::Update(DeviceCache& cache, const std::vector<Key>& keys,
   return cache.Update(keys, Buffer(rows, WidthOf(cache)));
 }
 
+std::vector<float> WholeCacheSuite::Stored(Key key, uint32_t version, uint32_t width) const {
+  std::vector<float> row = Values(key, version, width);
+  if (!layout().int8) return row;
+  std::vector<char> stored(cuda::StoredRowBytes(cuda::RowFormat::kInt8, width * 4));
+  EncodeRow(cuda::RowFormat::kInt8, width * 4, row.data(), stored.data());
+  DecodeRow(cuda::RowFormat::kInt8, width * 4, stored.data(), row.data());
+  return row;
+}
+
+size_t WholeCacheSuite::OnDevice(const DeviceCache& cache, const std::vector<Key>& keys) const {
+  std::vector<cuda::CacheBucket> buckets(cache.num_buckets());
+  EXPECT_EQ(device_->Copy(buckets.data(), cache.table().buckets, buckets.size() * sizeof(buckets[0]), nullptr), 0);
+  EXPECT_EQ(device_->SynchronizeStream(nullptr), 0);
+  size_t there = 0;
+  const std::set<Key> wanted(keys.begin(), keys.end());
+  for (const cuda::CacheBucket& bucket : buckets) {
+    for (uint32_t way = 0; way < cache.table().device_ways; ++way) {
+      there += (bucket.state & cuda::StateHolds(static_cast<int>(way))) != 0 && wanted.contains(bucket.keys[way]);
+    }
+  }
+  return there;
+}
+
 int WholeCacheSuite::VersionOf(Key key, const float* row, uint32_t width, std::span<const uint32_t> versions) const {
   if (std::all_of(row, row + width, [](float x) { return x == kCacheDefault; })) return 0;
   for (const uint32_t version : versions) {
-    const std::vector<float> expected = Values(key, version, width);
+    const std::vector<float> expected = Stored(key, version, width);
     if (std::equal(expected.begin(), expected.end(), row)) return static_cast<int>(version);
   }
   return -1;
@@ -121,7 +151,7 @@ TEST_P(WholeCacheSuite, EveryKeyIsResidentInRowsOfAnyWidth) {
     const CacheMemory memory = DeviceCache::MemoryOf(cache->spec());
     EXPECT_EQ(cache->stats().device_bytes, memory.device_bytes);
     EXPECT_EQ(cache->stats().pinned_bytes, memory.pinned_bytes);
-    if (layout().pinned) EXPECT_LT(memory.device_bytes, cache->num_buckets() * 64 + 64);
+    if (layout().device_ways == 0) EXPECT_LT(memory.device_bytes, cache->num_buckets() * 64 + 64);
     const auto version = [](Key key) { return key < -500 || (key >= 1500 && key < 1'000'000) ? 0u : 1u; };
     std::vector<Key> asked = KeyRange(-520, 2100);
     asked.push_back(std::numeric_limits<Key>::max());
@@ -213,6 +243,7 @@ TEST_P(WholeCacheSuite, RowsAreWholeBesideUpdates) {
           for (size_t i = 0; i < asked.size(); ++i) {
             ASSERT_GT(VersionOf(asked[i], answer.data() + i * width, width, versions), 0) << "a torn row";
           }
+          cache->CountAsked(5000);  // rows change places meanwhile
           ++answers;
         }
       });
@@ -223,6 +254,112 @@ TEST_P(WholeCacheSuite, RowsAreWholeBesideUpdates) {
     done = true;
     for (std::thread& reader : readers) reader.join();
     Expect(*cache, keys, [](Key) { return 40u; });
+  }
+}
+
+// Rows that are read often come to lie in memory of the device, also when others become the ones that are.
+TEST_P(WholeCacheSuite, OftenReadRowsComeToTheDevice) {
+  if (layout().device_ways % 7 == 0) {  // nothing can change places
+    const auto cache = Make(16, KeyRange(0, 1000));
+    cache->CountAsked(1'000'000);
+    ASSERT_OK(cache->Flush());
+    EXPECT_EQ(cache->stats().rows_exchanged, 0u);
+    return;
+  }
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  const auto cache = Make(16, keys);
+  const DeviceLookup lookups(resources_, std::make_shared<MapSource>(std::vector<uint32_t>{16}), nullptr, {});
+  std::mt19937_64 random(7);
+  uint64_t exchanged = 0;
+  for (const Key first : {3000, 15'000}) {
+    const std::vector<Key> hot = KeyRange(first, 1000);
+    // So many find a place: a bucket has places for some, and whose hot rows are more keeps the others out.
+    const double places = layout().device_ways == 1 ? 0.75 : 0.97;
+    for (int round = 0; round < 60; ++round) {
+      std::vector<Key> some = hot;  // half of the reads go to a twentieth of the rows
+      for (int i = 0; i < 2000; ++i) some.push_back(hot[random() % hot.size()]);
+      for (int i = 0; i < 3000; ++i) some.push_back(keys[random() % keys.size()]);
+      const Asked asked(*device_, cache, 0, some);
+      const CachedLookup lookup = asked.lookup();
+      ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, nullptr));
+      (void)asked.rows.Get();
+      ASSERT_OK(cache->Flush());  // a writer that is busy starts no exchange
+    }
+    EXPECT_GT(OnDevice(*cache, hot), static_cast<size_t>(places * static_cast<double>(hot.size())));
+    EXPECT_GT(cache->stats().rows_exchanged, exchanged);
+    exchanged = cache->stats().rows_exchanged;
+  }
+  ASSERT_NO_FATAL_FAILURE(Expect(*cache, keys, [](Key) { return 1u; }));
+  // A place that is given up is taken by a row that is read often.
+  const size_t there = OnDevice(*cache, keys);
+  ASSERT_OK(cache->Erase(KeyRange(15'000, 500)));
+  const std::vector<Key> rest = KeyRange(0, 10'000);
+  const Asked asked(*device_, cache, 0, rest);
+  for (int round = 0; round < 40; ++round) {
+    const CachedLookup lookup = asked.lookup();
+    ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, nullptr));
+    (void)asked.rows.Get();
+    ASSERT_OK(cache->Flush());
+  }
+  EXPECT_GT(OnDevice(*cache, keys) + 500, there);
+  EXPECT_GT(OnDevice(*cache, keys), there - 100);
+  Expect(*cache, keys, [](Key key) -> uint32_t { return key >= 15'000 && key < 15'500 ? 0 : 1; });
+}
+
+TEST_P(WholeCacheSuite, PooledSumsAreTheRowsSumsToTheBit) {
+  const std::vector<Key> keys = KeyRange(0, 2000);
+  for (const uint32_t width : {5u, 16u, 128u, 200u}) {
+    const auto cache = Make(width, keys);
+    const DeviceLookup lookups(resources_, std::make_shared<MapSource>(std::vector<uint32_t>{width}), nullptr, {});
+    std::mt19937_64 random(width);
+    std::vector<Key> asked(700);
+    for (Key& key : asked) key = static_cast<Key>(random() % 2050);  // some are nowhere
+    std::vector<int64_t> splits = {0, 1, 1, 20, 33, 400, 700};
+    std::vector<float> weights(asked.size());
+    for (float& weight : weights) weight = static_cast<float>(random() % 100) / 16.0f;
+    const size_t rows = splits.size() - 1;
+    const DeviceArray<Key> device_keys(*device_, asked);
+    const DeviceArray<int64_t> device_splits(*device_, splits);
+    const DeviceArray<float> device_weights(*device_, weights), answer(*device_, rows * width);
+    for (const bool weighted : {false, true}) {
+      PooledLookup lookup;
+      lookup.cache = cache;
+      lookup.keys = device_keys.get();
+      lookup.part = {.width = width,
+                     .keys = device_keys.get(),
+                     .count = static_cast<uint32_t>(asked.size()),
+                     .rows = static_cast<uint32_t>(rows),
+                     .row_splits = device_splits.get(),
+                     .weights = weighted ? device_weights.get() : nullptr,
+                     .combiner = Combiner::kSum,
+                     .output = answer.get()};
+      ASSERT_OK(lookups.LookupPooled(std::span(&lookup, 1), nullptr, {}, nullptr));
+      const std::vector<float> sums = answer.Get();
+      for (size_t r = 0; r < rows; ++r) {
+        for (uint32_t j = 0; j < width; ++j) {
+          const auto n = static_cast<uint32_t>(splits[r + 1] - splits[r]);
+          std::vector<float> values;
+          double sum = 0;
+          for (int64_t i = splits[r]; i < splits[r + 1]; ++i) {
+            const Key key = asked[static_cast<size_t>(i)];
+            values.push_back(key < 2000 ? Stored(key, 1, width)[j] : kCacheDefault);
+            sum += double{weights[static_cast<size_t>(i)]} * double{values.back()};
+          }
+          float expected = n == 0 ? 0.0f : static_cast<float>(sum);
+          if (n > 0 && !weighted) {
+            const uint32_t head = cuda::PooledHead(n);
+            expected = values[0];
+            for (uint32_t i = 1; i < head; ++i) expected += values[i];
+            for (uint32_t i = head; i < n; i += 8) {
+              float block = values[i];
+              for (uint32_t k = 1; k < 8; ++k) block += values[i + k];
+              expected += block;
+            }
+          }
+          ASSERT_EQ(sums[r * width + j], expected) << "row " << r << ", column " << j << ", width " << width;
+        }
+      }
+    }
   }
 }
 

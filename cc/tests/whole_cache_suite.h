@@ -17,7 +17,8 @@ namespace hps::testing {
 
 struct RowLayout {
   std::string name;  // letters and digits
-  bool pinned = false;
+  uint32_t device_ways = 7;
+  bool int8 = false;
 };
 std::vector<RowLayout> RowLayouts();
 
@@ -40,8 +41,12 @@ class WholeCacheSuite : public ::testing::TestWithParam<std::tuple<CacheFixture,
   Status Update(DeviceCache& cache, const std::vector<Key>& keys, uint32_t version);
   // Each key in this version, 0: the default value; by a query that tells what is missing and by one that does not.
   void Expect(DeviceCache& cache, const std::vector<Key>& keys, const std::function<uint32_t(Key)>& version);
+  // What a query gives of a row.
+  std::vector<float> Stored(Key key, uint32_t version, uint32_t width) const;
   // The version of a row among `versions`, 0 for the default value, -1 for anything else.
   int VersionOf(Key key, const float* row, uint32_t width, std::span<const uint32_t> versions) const;
+  // How many of the keys have their rows in memory of the device.
+  size_t OnDevice(const DeviceCache& cache, const std::vector<Key>& keys) const;
 
   std::shared_ptr<cuda::Device> device_;
   DeviceResources resources_;

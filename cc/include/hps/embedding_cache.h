@@ -61,9 +61,11 @@ struct CacheSpec {
   uint64_t capacity_rows = 0;  // rounded up to whole buckets of 7, at least 16 buckets
   float default_value = 0.0f;  // every element of the row of a missing key
   CacheType type = CacheType::kDynamic;
-  // The rows lie in pinned memory of the host, which the device reads through the link. For caches that hold a whole
-  // table.
-  bool pinned_rows = false;
+  // For caches that hold a whole table (static, uvm):
+  // Of the seven rows of a bucket so many lie in memory of the device, the others in pinned memory of the host, which
+  // the device reads through the link. Between 1 and 6, rows change places as they are read.
+  uint32_t device_ways = 7;
+  bool int8_rows = false;  // rows are kept as 8-bit values with a scale (cuda_kernels/row_format.h)
 };
 
 // What a cache takes.
@@ -86,7 +88,8 @@ struct CacheStats {
   uint64_t rows_outdated = 0;  // left out of Insert or Refresh, or erased after a fill: updated meanwhile
   // Positions that lookups nobody waited for answered with the default value: whole static caches.
   uint64_t rows_defaulted = 0;
-  uint64_t device_bytes = 0;  // buckets and rows
+  uint64_t rows_exchanged = 0;  // came from pinned memory to lie in memory of the device
+  uint64_t device_bytes = 0;    // buckets and rows
   uint64_t pinned_bytes = 0;  // rows in pinned memory of the host
 };
 
