@@ -38,7 +38,8 @@ class TierRowSource final : public RowSource {
         io_executor_(&io_executor),
         long_keys_(long_keys) {}
 
-  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) override {
+  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, const RowsArrived& arrived,
+               LookupReport* report) override {
     std::vector<TierWalk> walks(requests.size());
     for (size_t i = 0; i < requests.size(); ++i) {
       if (requests[i].table >= stacks_.size()) {
@@ -51,10 +52,15 @@ class TierRowSource final : public RowSource {
       walks[i].rows = requests[i].rows;
       walks[i].found = requests[i].found;
     }
-    return FetchRows(walks, *executor_, *io_executor_, {limits.deadline, limits.cancelled}, report);
+    PieceOptions pieces;
+    if (arrived) pieces = {kKeysPerArrival, &arrived};
+    return FetchRows(walks, *executor_, *io_executor_, {limits.deadline, limits.cancelled}, report, pieces);
   }
 
  private:
+  // A lookup on a device waits for these rows: the more threads fetch them, and the earlier their copy begins, the better.
+  static constexpr size_t kKeysPerArrival = 256;
+
   const std::vector<const TierStack*> stacks_;
   const std::shared_ptr<const void> owner_;
   Executor* const executor_;
