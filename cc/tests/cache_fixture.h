@@ -4,12 +4,14 @@
 #define HPS_TESTS_CACHE_FIXTURE_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -24,28 +26,17 @@ class MapSource final : public RowSource {
  public:
   explicit MapSource(std::vector<uint32_t> widths) : widths_(std::move(widths)), tables_(widths_.size()) {}
 
-  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) override {
+  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, const RowsArrived& arrived,
+               LookupReport* report) override {
     {
       std::lock_guard lock(mutex_);
       ++fetches_;
       if (!failure_.ok()) return failure_;
-      for (const RowRequest& request : requests) {
-        const size_t row_bytes = widths_[request.table] * sizeof(float);
-        for (size_t i = 0; i < request.keys.size(); ++i) {
-          asked_.push_back(request.keys[i]);
-          const auto held = tables_[request.table].find(request.keys[i]);
-          request.found[i] = held != tables_[request.table].end();
-          std::memset(request.rows + i * row_bytes, 0x77, row_bytes);  // what a tier may leave there
-          if (!request.found[i]) {
-            ++report->rows_from_default;
-            report->rows_unavailable += unavailable_;
-            continue;
-          }
-          ++report->rows_from_volatile;
-          const std::vector<float> row = Row(request.keys[i], held->second, widths_[request.table]);
-          std::memcpy(request.rows + i * row_bytes, row.data(), row_bytes);
-        }
-      }
+    }
+    if (piece_ == 0 || !arrived) {
+      for (const RowRequest& request : requests) Read(request, 0, request.keys.size(), report);
+    } else {
+      HPS_RETURN_IF_ERROR(FetchPieces(requests, arrived, report));
     }
     // Rows have been read, but are not where they are going.
     if (after_read_) after_read_(limits);
@@ -75,6 +66,13 @@ class MapSource final : public RowSource {
     std::lock_guard lock(mutex_);
     unavailable_ = unavailable;
   }
+  // Rows arrive in pieces of so many, from the last one to the first but for every second one, by two threads; of
+  // every fifth piece nothing is told. After each `after_piece` is called with the number of pieces so far, and its
+  // error ends the fetch. Before threads use the source.
+  void ArriveInPieces(size_t piece, std::function<Status(int)> after_piece = {}) {
+    piece_ = piece;
+    after_piece_ = std::move(after_piece);
+  }
   // Before threads use the source.
   void AfterRead(std::function<void(const FetchLimits&)> hook) { after_read_ = std::move(hook); }
   std::vector<Key> TakeAsked() {
@@ -87,7 +85,63 @@ class MapSource final : public RowSource {
   }
 
  private:
+  void Read(const RowRequest& request, size_t first, size_t last, LookupReport* report) {
+    std::lock_guard lock(mutex_);
+    const size_t row_bytes = widths_[request.table] * sizeof(float);
+    for (size_t i = first; i < last; ++i) {
+      asked_.push_back(request.keys[i]);
+      const auto held = tables_[request.table].find(request.keys[i]);
+      request.found[i] = held != tables_[request.table].end();
+      std::memset(request.rows + i * row_bytes, 0x77, row_bytes);  // what a tier may leave there
+      if (!request.found[i]) {
+        ++report->rows_from_default;
+        report->rows_unavailable += unavailable_;
+        continue;
+      }
+      ++report->rows_from_volatile;
+      const std::vector<float> row = Row(request.keys[i], held->second, widths_[request.table]);
+      std::memcpy(request.rows + i * row_bytes, row.data(), row_bytes);
+    }
+  }
+
+  Status FetchPieces(std::span<const RowRequest> requests, const RowsArrived& arrived, LookupReport* report) {
+    struct Piece {
+      size_t request, first, last;
+    };
+    std::vector<Piece> pieces, late;
+    for (size_t r = 0; r < requests.size(); ++r) {
+      for (size_t first = 0; first < requests[r].keys.size(); first += piece_) {
+        auto& to = pieces.size() % 2 == late.size() % 2 ? pieces : late;
+        to.push_back({r, first, std::min(requests[r].keys.size(), first + piece_)});
+      }
+    }
+    pieces.insert(pieces.end(), late.rbegin(), late.rend());
+    std::atomic<int> done{0};
+    std::atomic<size_t> next{0};
+    Status status;  // guarded by mutex_, as is *report
+    const auto work = [&] {
+      for (size_t i = next++; i < pieces.size(); i = next++) {
+        const auto [request, first, last] = pieces[i];
+        {
+          std::lock_guard lock(mutex_);
+          if (!status.ok()) return;
+        }
+        Read(requests[request], first, last, report);
+        if (i % 5 != 4) arrived(request, first, last);
+        Status after = after_piece_ ? after_piece_(++done) : OkStatus();
+        std::lock_guard lock(mutex_);
+        if (status.ok()) status = std::move(after);
+      }
+    };
+    std::thread other(work);
+    work();
+    other.join();
+    return status;
+  }
+
   const std::vector<uint32_t> widths_;
+  size_t piece_ = 0;
+  std::function<Status(int)> after_piece_;
   std::function<void(const FetchLimits&)> after_read_;
   mutable std::mutex mutex_;
   std::vector<std::map<Key, uint32_t>> tables_;
