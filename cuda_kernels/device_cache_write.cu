@@ -277,33 +277,27 @@ __device__ __forceinline__ void CopyFilled(const WriteTile& tile, const char* fr
   }
 }
 
-// Each missing key by one warp: its row goes to its first position in the output and from there into the cache. Other
-// positions of the key, which are few, follow.
+// Each missing position by one warp: the row goes into the output and, where the position is the key's first one, from
+// there into the cache. What the query has left on the device tells all about a position; of the host's memory only
+// the staging may be read, each row once.
 template <int kMaxParts>
 __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ FillPlan<kMaxParts> plan) {
   const char* const staging = static_cast<const char*>(plan.request.staging);
-  const auto output_of = [&](const typename FillPlan<kMaxParts>::Part& part, uint32_t position) {
-    return static_cast<char*>(part.part.output) + uint64_t{position - part.first_position} * part.part.table.row_bytes;
-  };
-  ForEachTile(plan.request.missing_keys, [&](const WriteTile& tile, uint32_t i) {
-    const uint64_t offset = plan.request.row_offsets[i];
-    const MissingKey missing = plan.workspace.missing[i];
-    if (offset == kNoRow) return;
-    const auto& part = plan.PartOf(missing.position);
-    char* const output = output_of(part, missing.position);
-    CopyFilled(tile, staging + offset, output, part.part.table.row_bytes);
-    tile.Sync();
-    (void)InsertKey(tile, part.part.table, missing.key, output, plan.request.spill);
-  });
-  if (plan.request.missing_positions == plan.request.missing_keys) return;
   ForEachTile(plan.request.missing_positions, [&](const WriteTile& tile, uint32_t i) {
     const uint32_t position = plan.workspace.positions[i];
     const uint32_t leader = plan.workspace.leaders[i];
-    if (position == leader) return;
-    const uint64_t offset = plan.request.row_offsets[plan.workspace.unique_of[leader]];
-    if (offset == kNoRow) return;
+    const uint32_t unique = plan.workspace.unique_of[leader];
     const auto& part = plan.PartOf(position);
-    CopyFilled(tile, staging + offset, output_of(part, position), part.part.table.row_bytes);
+    const uint64_t offset = plan.request.row_offsets != nullptr ? plan.request.row_offsets[unique]
+                                                                : uint64_t{unique} * part.part.table.row_bytes;
+    if (offset == kNoRow) return;
+    const uint32_t index = position - part.first_position;
+    const CacheTable& table = part.part.table;
+    char* const output = static_cast<char*>(part.part.output) + uint64_t{index} * table.row_bytes;
+    CopyFilled(tile, staging + offset, output, table.row_bytes);
+    if (position != leader) return;
+    tile.Sync();
+    (void)InsertKey(tile, table, part.part.keys[index], output, plan.request.spill);
   });
 }
 
@@ -334,9 +328,8 @@ int StartFill(const QueryPart* parts, int num_parts, const QueryWorkspace& works
     if (parts[i].count > 0) plan.parts[plan.num_parts++] = {parts[i], positions};
     positions += parts[i].count;
   }
-  const uint32_t most = request.missing_positions == request.missing_keys ? request.missing_keys
-                                                                          : request.missing_positions;
-  FillKernel<kMaxParts><<<BlocksFor(most, kThreads / kLanes), kThreads, 0, stream>>>(plan);
+  FillKernel<kMaxParts>
+      <<<BlocksFor(request.missing_positions, kThreads / kLanes), kThreads, 0, stream>>>(plan);
   return cudaGetLastError();
 }
 
@@ -385,6 +378,7 @@ int LaunchFill(const QueryPart* parts, int num_parts, const QueryWorkspace& work
   if (request.missing_positions == 0) return cudaSuccess;
   int asked = 0;
   for (int i = 0; i < num_parts; ++i) asked += parts[i].count > 0;
+  if (asked != 1 && request.row_offsets == nullptr) return cudaErrorInvalidValue;
   return asked == 1 ? StartFill<1>(parts, num_parts, workspace, request, stream)
                     : StartFill<kMaxQueryParts>(parts, num_parts, workspace, request, stream);
 }

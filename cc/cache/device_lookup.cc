@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <vector>
 
 namespace hps {
@@ -98,17 +99,19 @@ Status DeviceLookup::SortMissing(std::span<const cuda::QueryPart> parts, LookupW
   const std::span<const cuda::MissingKey> missing = workspace.missing();
   LookupWorkspace::Scratch& scratch = workspace.scratch();
   scratch.keys.resize(missing.size());
-  scratch.index.resize(missing.size());
   const auto impossible = [&] {
     return resources_.context->Check(cuda::kErrorLaunchFailure, "a query of the cache has given an impossible key");
   };
   if (parts.size() == 1) {
+    // The device has written the list past this processor's caches.
+    constexpr size_t kAhead = 128;
     bool possible = true;
-    for (uint32_t i = 0; i < missing.size(); ++i) {
+    for (size_t i = 0; i < missing.size(); ++i) {
+      __builtin_prefetch(missing.data() + i + kAhead);
       possible &= missing[i].position < parts[0].count;
       scratch.keys[i] = missing[i].key;
-      scratch.index[i] = i;
     }
+    scratch.index.clear();
     missing_parts[0].count = static_cast<uint32_t>(missing.size());
     return possible ? OkStatus() : impossible();
   }
@@ -116,6 +119,7 @@ Status DeviceLookup::SortMissing(std::span<const cuda::QueryPart> parts, LookupW
   uint64_t positions = 0;
   for (size_t p = 0; p < parts.size(); ++p) ends[p] = positions += parts[p].count;
   scratch.parts.resize(missing.size());
+  scratch.index.resize(missing.size());
   for (uint32_t i = 0; i < missing.size(); ++i) {
     const uint64_t position = missing[i].position;
     if (position >= positions) return impossible();
@@ -200,8 +204,26 @@ Status DeviceLookup::FetchAndFill(std::span<const CachedLookup> lookups, std::sp
     scratch.requests.push_back({lookups[fetched[i]].table, std::span(scratch.keys).subspan(part.first, part.count),
                                 workspace.staging_rows() + begins[i], found + part.first});
   }
+  uint64_t* const offsets = workspace.row_offsets();
+  if (count < parts.size()) std::fill_n(offsets, scratch.keys.size(), cuda::kNoRow);
+  std::atomic<bool> all_there{true};
+  const auto write_offsets = [&](size_t request, size_t first, size_t last) {
+    const size_t row_bytes = parts[fetched[request]].table.row_bytes;
+    const size_t first_key = missing[fetched[request]].first;
+    uint64_t offset = begins[request] + first * row_bytes;
+    size_t absent = 0;
+    for (size_t k = first_key + first; k < first_key + last; ++k, offset += row_bytes) {
+      // A row that no tier holds is not kept: the answer has the default value already.
+      offsets[scratch.index.empty() ? k : scratch.index[k]] = found[k] ? offset : cuda::kNoRow;
+      absent += !found[k];
+    }
+    if (absent > 0) all_there.store(false, std::memory_order_relaxed);
+  };
+  std::atomic<size_t> told{0};
   const auto rows_arrived = [&](size_t request, size_t first, size_t last) {
     const size_t row_bytes = parts[fetched[request]].table.row_bytes;
+    write_offsets(request, first, last);
+    told.fetch_add(last - first, std::memory_order_relaxed);
     workspace.RowsArrived(begins[request] + first * row_bytes, begins[request] + last * row_bytes);
   };
   // By reference: a std::function that holds more than that allocates.
@@ -210,16 +232,9 @@ Status DeviceLookup::FetchAndFill(std::span<const CachedLookup> lookups, std::sp
   };
   HPS_RETURN_IF_ERROR(source_->Fetch(scratch.requests, limits, arrived, report));
 
-  uint64_t* const offsets = workspace.row_offsets();
-  if (count < parts.size()) std::fill_n(offsets, scratch.keys.size(), cuda::kNoRow);
-  for (size_t i = 0; i < count; ++i) {
-    const MissingPart& part = missing[fetched[i]];
-    uint64_t offset = begins[i];
-    for (uint32_t k = part.first; k < part.first + part.count; ++k, offset += parts[fetched[i]].table.row_bytes) {
-      // A row that no tier holds is not kept: the answer has the default value already.
-      offsets[scratch.index[k]] = found[k] ? offset : cuda::kNoRow;
-    }
-  }
+  size_t wanted = 0;
+  for (size_t i = 0; i < count; ++i) wanted += missing[fetched[i]].count;
+  for (size_t i = 0; i < count && told != wanted; ++i) write_offsets(i, 0, missing[fetched[i]].count);
 
   scratch.outdated.clear();
   UpdateGate& gate = resources_.context->gate();
@@ -235,7 +250,7 @@ Status DeviceLookup::FetchAndFill(std::span<const CachedLookup> lookups, std::sp
     lookups[p].cache->CountOutdated(scratch.outdated.size() - before);
   }
   Count(options_.metrics.rows_outdated, scratch.outdated.size());
-  return workspace.Fill(parts, scratch.outdated, stream);
+  return workspace.Fill(parts, parts.size() == 1 && all_there, scratch.outdated, stream);
 }
 
 }  // namespace hps

@@ -141,6 +141,7 @@ Status LookupWorkspace::Query(std::span<const cuda::QueryPart> parts, DeviceStre
   cuda::Device& device = context_->device();
   if (!idle()) HPS_RETURN_IF_ERROR(context_->Check(device.WaitEvent(stream, done_.get()), "ordering lookups"));
   in_use_ = true;
+  recorded_ = false;
   // The dedup table tells queries apart by their stamps, which must not come again.
   if (!zeroed_ || stamp_ == ~uint32_t{0}) {
     int error = device.Zero(workspace_.counters, 256, stream);
@@ -207,15 +208,15 @@ Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes, DeviceStream 
   return OkStatus();
 }
 
-Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, std::span<const Outdated> outdated,
-                             DeviceStream stream) {
+Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, bool all_in_order,
+                             std::span<const Outdated> outdated, DeviceStream stream) {
   cuda::Device& device = context_->device();
   auto* const keys = reinterpret_cast<Key*>(staging_.get() + outdated_at_);
   for (size_t i = 0; i < outdated.size(); ++i) keys[i] = outdated[i].key;
   if (copies_) HPS_RETURN_IF_ERROR(copier_.Finish(outdated_at_ + outdated.size() * sizeof(Key)));
   const std::byte* const staging = copies_ ? staging_device_.get() : staging_.device();
   cuda::FillRequest request;
-  request.row_offsets = reinterpret_cast<const uint64_t*>(staging + offsets_at_);
+  if (!all_in_order) request.row_offsets = reinterpret_cast<const uint64_t*>(staging + offsets_at_);
   request.staging = staging;
   request.missing_positions = missing_positions_;
   request.missing_keys = missing_keys_;
@@ -229,12 +230,13 @@ Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, std::span<c
         "taking outdated rows out of a cache"));
   }
   HPS_RETURN_IF_ERROR(context_->Check(device.RecordEvent(done_.get(), stream), "filling a cache"));
+  recorded_ = true;
   context_->gate().NoteFill(done_.get());
   return OkStatus();
 }
 
 Status LookupWorkspace::End(DeviceStream stream) {
-  if (!in_use_) return OkStatus();
+  if (!in_use_ || recorded_) return OkStatus();
   return context_->Check(context_->device().RecordEvent(done_.get(), stream), "ending a lookup");
 }
 

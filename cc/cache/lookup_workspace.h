@@ -72,17 +72,19 @@ class LookupWorkspace {
     if (copies_) copier_.Arrived(first, last);
   }
   // Brings to the device what is not there yet and launches the fill. Then of `outdated`, each a cache and a key, the
-  // rows are taken out again. REQUIRES: the gate is held; it is told of the fill.
+  // rows are taken out again. all_in_order: of one part alone keys were asked, and every missing key's row is there, in
+  // the order of missing(); row_offsets() are not looked at. REQUIRES: the gate is held; it is told of the fill.
   struct Outdated {
     cuda::CacheTable table;
     Key key;
   };
-  Status Fill(std::span<const cuda::QueryPart> parts, std::span<const Outdated> outdated, DeviceStream stream);
+  Status Fill(std::span<const cuda::QueryPart> parts, bool all_in_order, std::span<const Outdated> outdated,
+              DeviceStream stream);
 
   // Working space of who has the workspace: it keeps its memory, so that lookups need none of the heap's.
   struct Scratch {
     std::vector<Key> keys;        // that are missing, by part of the call
-    std::vector<uint32_t> index;  // of each in missing()
+    std::vector<uint32_t> index;  // of each in missing(); empty where that is their order
     std::vector<uint8_t> parts;   // of each in missing()
     std::unique_ptr<bool[]> found;  // of each of found_size keys, once fetched
     size_t found_size = 0;
@@ -98,8 +100,9 @@ class LookupWorkspace {
   void set_stamp(uint32_t stamp) { stamp_ = stamp; }
 
  private:
-  // Staging of at most so many bytes is not copied: the fill reads it where it is.
-  static constexpr size_t kReadInPlaceBytes = size_t{32} << 10;
+  // Staging of at most so many bytes is not copied: the fill reads it where it is, which takes longer than reading a
+  // copy, but no longer than copying.
+  static constexpr size_t kReadInPlaceBytes = size_t{512} << 10;
 
   explicit LookupWorkspace(std::shared_ptr<DeviceContext> context)
       : context_(std::move(context)), copier_(context_.get()) {}
@@ -109,7 +112,8 @@ class LookupWorkspace {
   const std::shared_ptr<DeviceContext> context_;
   WorkspaceSize size_;
   OwnedEvent done_;
-  bool in_use_ = false;  // done_ was recorded and may not have been reached
+  bool in_use_ = false;    // done_ was recorded and may not have been reached
+  bool recorded_ = false;  // done_, behind all of this use
   bool zeroed_ = false;
   uint32_t stamp_ = 0;
   DeviceMemory device_;

@@ -53,7 +53,7 @@ class TierRowSource final : public RowSource {
       walks[i].found = requests[i].found;
     }
     PieceOptions pieces;
-    if (arrived) pieces = {kKeysPerArrival, &arrived};
+    if (arrived) pieces = {.keys = kKeysPerArrival, .streams = true, .done = &arrived};
     return FetchRows(walks, *executor_, *io_executor_, {limits.deadline, limits.cancelled}, report, pieces);
   }
 

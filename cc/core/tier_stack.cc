@@ -108,8 +108,8 @@ void FillDefault(const TierWalk& walk, uint32_t position) {
 }
 
 // Asks the volatile table for keys [first, last) of one walk. *final: their rows and found marks will not change.
-Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits& limits, std::mutex& mutex,
-                  bool* final) {
+Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits& limits, bool streams,
+                  std::mutex& mutex, bool* final) {
   thread_local std::vector<uint32_t> misses;
   misses.clear();
   *final = false;
@@ -119,7 +119,7 @@ Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits&
   FetchRequest request;
   request.keys = walk.keys.subspan(first, last - first);
   request.rows = {walk.rows + first * row_bytes, row_bytes};
-  request.output_bytes = walk.keys.size() * row_bytes;
+  request.output_bytes = streams ? SIZE_MAX : walk.keys.size() * row_bytes;
   request.deadline = limits.deadline;
   request.cancelled = limits.cancelled;
   Status status = AskTable(walk.stack->volatile_tier, request, limits, &misses);
@@ -160,7 +160,7 @@ Status FetchPieces(std::span<TierWalk> walks, Executor& executor, const LookupLi
         const size_t begin_of_piece = std::max(first, base) - base;
         const size_t end_of_piece = std::min(last, end) - base;
         bool final = false;
-        error.Set(FetchPiece(walk, begin_of_piece, end_of_piece, limits, mutex, &final));
+        error.Set(FetchPiece(walk, begin_of_piece, end_of_piece, limits, pieces.streams, mutex, &final));
         if (final && pieces.done != nullptr) (*pieces.done)(w, begin_of_piece, end_of_piece);
       }
       base = end;

@@ -90,6 +90,8 @@ inline constexpr size_t kKeysPerPiece = 2048;
 // How tables in this process's memory are read.
 struct PieceOptions {
   size_t keys = kKeysPerPiece;
+  // Rows are written around this processor's caches: nobody here reads them.
+  bool streams = false;
   // If given: told, by whichever thread has read them, of positions [first, last) of a walk whose rows and found marks
   // are final. Not of all: what a lower tier may hold, or a tier that failed, comes at the end.
   const std::function<void(size_t walk, size_t first, size_t last)>* done = nullptr;

@@ -309,13 +309,13 @@ TEST_P(DeviceLookupSuite, RowsThatArriveInPieces) {
 
 // What is on its way when the lookup ends early does no harm, to this call's cache and to the next call.
 TEST_P(DeviceLookupSuite, AnEndInTheMiddleOfThePiecesLeavesNothingWrong) {
-  const std::vector<Key> keys = KeyRange(0, 6000);
-  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 20'000)));
+  const std::vector<Key> keys = KeyRange(0, 10'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 60'000)));
   source_->Put(1, keys, 1);
   std::atomic<bool> cancelled{false};
   for (const bool cancels : {false, true}) {
     for (const int last : {1, 7, 25}) {
-      source_->ArriveInPieces(200, [&](int pieces) {
+      source_->ArriveInPieces(300, [&](int pieces) {
         if (pieces < last) return OkStatus();
         cancelled = true;
         return cancels ? Cancelled("given up") : Unavailable("the tier is down");
@@ -345,14 +345,14 @@ TEST_P(DeviceLookupSuite, AnEndInTheMiddleOfThePiecesLeavesNothingWrong) {
 
 // Some rows were read before the update and are on the device already, others are read after it.
 TEST_P(DeviceLookupSuite, AnUpdateBetweenPiecesIsNotUndone) {
-  const std::vector<Key> keys = KeyRange(0, 6000);
-  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 20'000)));
+  const std::vector<Key> keys = KeyRange(0, 10'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 60'000)));
   source_->Put(1, keys, 1);
   const auto updated = [](Key key) { return key % 100 == 3; };
   std::vector<Key> some;
   std::copy_if(keys.begin(), keys.end(), std::back_inserter(some), updated);
-  source_->ArriveInPieces(200, [&](int pieces) {
-    if (pieces != 15) return OkStatus();
+  source_->ArriveInPieces(300, [&](int pieces) {
+    if (pieces != 16) return OkStatus();
     source_->Put(1, some, 2);
     return UpdateTo(*cache_, some, 2);
   });

@@ -150,7 +150,7 @@ TEST_F(TierStackTest, PiecesThatAreFinalAreTold) {
       }
     };
     LookupReport report;
-    ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report, {64, &done}));
+    ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report, {.keys = 64, .done = &done}));
     EXPECT_EQ(report.rows_from_volatile, 1750u);
     EXPECT_EQ(report.rows_from_default, 250u);
     for (size_t i = 0; i < 2 * keys.size(); ++i) {
@@ -171,7 +171,7 @@ TEST_F(TierStackTest, PiecesThatAreFinalAreTold) {
     part->Fail(Unavailable("gone"));
     stacks[0].volatile_tier.when_unavailable = WhenUnavailable::kDefault;
     std::fill(told.begin(), told.end(), 0);
-    ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report, {64, &done}));
+    ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report, {.keys = 64, .done = &done}));
     EXPECT_EQ(report.rows_unavailable, keys.size());
     EXPECT_EQ(std::count(told.begin(), told.end(), 1), 1000);
     EXPECT_EQ(std::count(found.get(), found.get() + 2 * keys.size(), true), 1000);
