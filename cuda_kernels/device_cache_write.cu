@@ -278,8 +278,8 @@ __device__ __forceinline__ void CopyFilled(const WriteTile& tile, const char* fr
 }
 
 // Each missing position by one warp: the row goes into the output and, where the position is the key's first one, from
-// there into the cache. What the query has left on the device tells all about a position; of the host's memory only
-// the staging may be read, each row once.
+// there into the cache. Reads of the host's memory, where the missing keys and maybe the staging are, take a microsecond
+// or more: each row is read once, and its key beside it.
 template <int kMaxParts>
 __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ FillPlan<kMaxParts> plan) {
   const char* const staging = static_cast<const char*>(plan.request.staging);
@@ -291,13 +291,14 @@ __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ F
     const uint64_t offset = plan.request.row_offsets != nullptr ? plan.request.row_offsets[unique]
                                                                 : uint64_t{unique} * part.part.table.row_bytes;
     if (offset == kNoRow) return;
+    const int64_t key = plan.workspace.missing[unique].key;
     const uint32_t index = position - part.first_position;
     const CacheTable& table = part.part.table;
     char* const output = static_cast<char*>(part.part.output) + uint64_t{index} * table.row_bytes;
     CopyFilled(tile, staging + offset, output, table.row_bytes);
     if (position != leader) return;
     tile.Sync();
-    (void)InsertKey(tile, table, part.part.keys[index], output, plan.request.spill);
+    (void)InsertKey(tile, table, key, output, plan.request.spill);
   });
 }
 

@@ -297,6 +297,7 @@ int HostDevice::WaitEvent(cudaStream_t stream, cudaEvent_t event) {
 }
 
 int HostDevice::Copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  copies_.fetch_add(1);
   return Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
 }
 int HostDevice::Zero(void* memory, size_t bytes, cudaStream_t stream) {

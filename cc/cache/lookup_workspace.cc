@@ -1,5 +1,6 @@
 // Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done.
-// Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false.
+// Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false;
+// staging also when the query of this use is done, which ran behind all of the last use.
 
 #include "cc/cache/lookup_workspace.h"
 

@@ -102,7 +102,7 @@ class LookupWorkspace {
  private:
   // Staging of at most so many bytes is not copied: the fill reads it where it is, which takes longer than reading a
   // copy, but no longer than copying.
-  static constexpr size_t kReadInPlaceBytes = size_t{512} << 10;
+  static constexpr size_t kReadInPlaceBytes = size_t{1} << 20;
 
   explicit LookupWorkspace(std::shared_ptr<DeviceContext> context)
       : context_(std::move(context)), copier_(context_.get()) {}

@@ -66,11 +66,12 @@ class MapSource final : public RowSource {
     std::lock_guard lock(mutex_);
     unavailable_ = unavailable;
   }
-  // Rows arrive in pieces of so many, from the last one to the first but for every second one, by two threads; of
-  // every fifth piece nothing is told. After each `after_piece` is called with the number of pieces so far, and its
-  // error ends the fetch. Before threads use the source.
-  void ArriveInPieces(size_t piece, std::function<Status(int)> after_piece = {}) {
+  // Rows arrive in pieces of so many, by so many threads, each second piece before the first one; of every fifth piece of
+  // the second half nothing is told. After each `after_piece` is called with the number of pieces so far, and its error
+  // ends the fetch. Before threads use the source.
+  void ArriveInPieces(size_t piece, int threads, std::function<Status(int)> after_piece = {}) {
     piece_ = piece;
+    threads_ = threads;
     after_piece_ = std::move(after_piece);
   }
   // Before threads use the source.
@@ -108,14 +109,13 @@ class MapSource final : public RowSource {
     struct Piece {
       size_t request, first, last;
     };
-    std::vector<Piece> pieces, late;
+    std::vector<Piece> pieces;
     for (size_t r = 0; r < requests.size(); ++r) {
       for (size_t first = 0; first < requests[r].keys.size(); first += piece_) {
-        auto& to = pieces.size() % 2 == late.size() % 2 ? pieces : late;
-        to.push_back({r, first, std::min(requests[r].keys.size(), first + piece_)});
+        pieces.push_back({r, first, std::min(requests[r].keys.size(), first + piece_)});
       }
     }
-    pieces.insert(pieces.end(), late.rbegin(), late.rend());
+    for (size_t i = 0; i + 1 < pieces.size(); i += 2) std::swap(pieces[i], pieces[i + 1]);
     std::atomic<int> done{0};
     std::atomic<size_t> next{0};
     Status status;  // guarded by mutex_, as is *report
@@ -127,20 +127,22 @@ class MapSource final : public RowSource {
           if (!status.ok()) return;
         }
         Read(requests[request], first, last, report);
-        if (i % 5 != 4) arrived(request, first, last);
+        if (i < pieces.size() / 2 || i % 5 != 4) arrived(request, first, last);
         Status after = after_piece_ ? after_piece_(++done) : OkStatus();
         std::lock_guard lock(mutex_);
         if (status.ok()) status = std::move(after);
       }
     };
-    std::thread other(work);
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads_; ++i) others.emplace_back(work);
     work();
-    other.join();
+    for (std::thread& other : others) other.join();
     return status;
   }
 
   const std::vector<uint32_t> widths_;
   size_t piece_ = 0;
+  int threads_ = 1;
   std::function<Status(int)> after_piece_;
   std::function<void(const FetchLimits&)> after_read_;
   mutable std::mutex mutex_;

@@ -266,10 +266,10 @@ TEST_P(DeviceLookupSuite, ADeferredInsertDoesNotUndoAnUpdate) {
 
 // Rows of several tables come in pieces and in any order, some of them nowhere to be had; more than one copy's worth.
 TEST_P(DeviceLookupSuite, RowsThatArriveInPieces) {
-  constexpr size_t kKeys = 6000;
-  const std::vector<std::shared_ptr<DeviceCache>> caches{Value(DeviceCache::Make(resources_, SpecOf(4, 20'000))),
-                                                         Value(DeviceCache::Make(resources_, SpecOf(16, 20'000))),
-                                                         Value(DeviceCache::Make(resources_, SpecOf(7, 20'000)))};
+  constexpr size_t kKeys = 11'000;  // staging of them is copied
+  const std::vector<std::shared_ptr<DeviceCache>> caches{Value(DeviceCache::Make(resources_, SpecOf(4, 40'000))),
+                                                         Value(DeviceCache::Make(resources_, SpecOf(16, 40'000))),
+                                                         Value(DeviceCache::Make(resources_, SpecOf(7, 40'000)))};
   const auto version = [](uint32_t table, Key key) { return key % 10 == 0 ? 0 : static_cast<int>(table) + 1; };
   for (uint32_t table = 0; table < 3; ++table) {
     std::vector<Key> there;
@@ -280,9 +280,9 @@ TEST_P(DeviceLookupSuite, RowsThatArriveInPieces) {
   }
   Key first = 0;
   // The last of it all at once, and in a call so small that nothing is copied.
-  for (const auto& [piece, keys] : {std::pair{size_t{100}, kKeys}, {size_t{2500}, kKeys}, {size_t{0}, kKeys},
+  for (const auto& [piece, keys] : {std::pair{size_t{100}, kKeys}, {size_t{4500}, kKeys}, {size_t{0}, kKeys},
                                     {size_t{16}, size_t{90}}}) {
-    source_->ArriveInPieces(piece);
+    source_->ArriveInPieces(piece, 2);
     for (int turn = 0; turn < 2; ++turn) {
       std::vector<std::unique_ptr<Asked>> asked;
       std::vector<CachedLookup> lookups;
@@ -309,13 +309,13 @@ TEST_P(DeviceLookupSuite, RowsThatArriveInPieces) {
 
 // What is on its way when the lookup ends early does no harm, to this call's cache and to the next call.
 TEST_P(DeviceLookupSuite, AnEndInTheMiddleOfThePiecesLeavesNothingWrong) {
-  const std::vector<Key> keys = KeyRange(0, 10'000);
-  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 60'000)));
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
   source_->Put(1, keys, 1);
   std::atomic<bool> cancelled{false};
   for (const bool cancels : {false, true}) {
     for (const int last : {1, 7, 25}) {
-      source_->ArriveInPieces(300, [&](int pieces) {
+      source_->ArriveInPieces(600, 2, [&](int pieces) {
         if (pieces < last) return OkStatus();
         cancelled = true;
         return cancels ? Cancelled("given up") : Unavailable("the tier is down");
@@ -331,7 +331,7 @@ TEST_P(DeviceLookupSuite, AnEndInTheMiddleOfThePiecesLeavesNothingWrong) {
   }
   // Other rows in the same staging.
   source_->Put(1, keys, 2);
-  source_->ArriveInPieces(300);
+  source_->ArriveInPieces(600, 2);
   const Asked asked(*device_, cache_, 1, keys);
   const CachedLookup lookup = asked.lookup();
   for (int turn = 0; turn < 2; ++turn) {
@@ -345,13 +345,13 @@ TEST_P(DeviceLookupSuite, AnEndInTheMiddleOfThePiecesLeavesNothingWrong) {
 
 // Some rows were read before the update and are on the device already, others are read after it.
 TEST_P(DeviceLookupSuite, AnUpdateBetweenPiecesIsNotUndone) {
-  const std::vector<Key> keys = KeyRange(0, 10'000);
-  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 60'000)));
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
   source_->Put(1, keys, 1);
   const auto updated = [](Key key) { return key % 100 == 3; };
   std::vector<Key> some;
   std::copy_if(keys.begin(), keys.end(), std::back_inserter(some), updated);
-  source_->ArriveInPieces(300, [&](int pieces) {
+  source_->ArriveInPieces(600, 1, [&](int pieces) {
     if (pieces != 16) return OkStatus();
     source_->Put(1, some, 2);
     return UpdateTo(*cache_, some, 2);
@@ -361,7 +361,7 @@ TEST_P(DeviceLookupSuite, AnUpdateBetweenPiecesIsNotUndone) {
   ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, nullptr));
   const std::vector<int> first = asked.Versions();
   EXPECT_GE(cache_->stats().rows_outdated, some.size());
-  source_->ArriveInPieces(0);
+  source_->ArriveInPieces(0, 1);
   LookupReport report;
   ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, &report));
   EXPECT_GE(report.rows_from_volatile, some.size());

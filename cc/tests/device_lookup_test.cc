@@ -250,6 +250,27 @@ TEST(DeviceMemory, ComesFromTheHostsAllocatorAndGoesBack) {
   EXPECT_EQ(allocator->left, size_t{32} << 20);
 }
 
+// The rows that are there are on their way before the last ones have been read.
+TEST_F(DeviceLookupTest, RowsGoToTheDeviceWhileOthersAreFetched) {
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
+  for (const auto& [keys, copies] : {std::pair{20'000, true}, {2'000, false}}) {  // the latter are read in place
+    const std::vector<Key> asked_keys = KeyRange(keys * 10, static_cast<size_t>(keys));
+    source_->Put(1, asked_keys, 1);
+    const Asked asked(*device_, cache_, 1, asked_keys);
+    const CachedLookup lookup = asked.lookup();
+    uint64_t before = 0, in_the_middle = 0;
+    source_->ArriveInPieces(asked_keys.size() / 40, 1, [&](int pieces) {
+      if (pieces == 1) before = device_->copies();
+      if (pieces == 30) in_the_middle = device_->copies();
+      return OkStatus();
+    });
+    ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, nullptr));
+    EXPECT_EQ(in_the_middle > before, copies);
+    EXPECT_EQ(device_->copies() > in_the_middle, copies);
+    EXPECT_EQ(asked.Versions(), std::vector<int>(asked_keys.size(), 1));
+  }
+}
+
 // The fill was launched but not carried out when the update came: the update must not overtake it.
 TEST_F(DeviceLookupTest, AnUpdateWaitsForFillsOnTheirWay) {
   source_->Put(0, KeyRange(0, 10), 1);
