@@ -278,8 +278,8 @@ __device__ __forceinline__ void CopyFilled(const WriteTile& tile, const char* fr
 }
 
 // Each missing position by one warp: the row goes into the output and, where the position is the key's first one, from
-// there into the cache. Reads of the host's memory, where the missing keys and maybe the staging are, take a microsecond
-// or more: each row is read once, and its key beside it.
+// there into the cache. Reads of the host's memory, where the missing keys and maybe the staging are, take a
+// microsecond or more: each row is read once, and its key beside it.
 template <int kMaxParts>
 __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ FillPlan<kMaxParts> plan) {
   const char* const staging = static_cast<const char*>(plan.request.staging);
@@ -329,8 +329,7 @@ int StartFill(const QueryPart* parts, int num_parts, const QueryWorkspace& works
     if (parts[i].count > 0) plan.parts[plan.num_parts++] = {parts[i], positions};
     positions += parts[i].count;
   }
-  FillKernel<kMaxParts>
-      <<<BlocksFor(request.missing_positions, kThreads / kLanes), kThreads, 0, stream>>>(plan);
+  FillKernel<kMaxParts><<<BlocksFor(request.missing_positions, kThreads / kLanes), kThreads, 0, stream>>>(plan);
   return cudaGetLastError();
 }
 

@@ -84,8 +84,8 @@ class DeviceLookup {
   Status SortMissing(std::span<const cuda::QueryPart> parts, LookupWorkspace& workspace,
                      std::span<MissingPart> missing) const;
   Status FetchAndFill(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
-                      std::span<const MissingPart> missing, LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
-                      const FetchLimits& limits, LookupReport* report) const;
+                      std::span<const MissingPart> missing, LookupWorkspace& workspace, uint64_t read_at,
+                      DeviceStream stream, const FetchLimits& limits, LookupReport* report) const;
 
   const DeviceResources resources_;
   const std::shared_ptr<RowSource> source_;

@@ -83,9 +83,9 @@ class LookupWorkspace {
 
   // Working space of who has the workspace: it keeps its memory, so that lookups need none of the heap's.
   struct Scratch {
-    std::vector<Key> keys;        // that are missing, by part of the call
-    std::vector<uint32_t> index;  // of each in missing(); empty where that is their order
-    std::vector<uint8_t> parts;   // of each in missing()
+    std::vector<Key> keys;          // that are missing, by part of the call
+    std::vector<uint32_t> index;    // of each in missing(); empty where that is their order
+    std::vector<uint8_t> parts;     // of each in missing()
     std::unique_ptr<bool[]> found;  // of each of found_size keys, once fetched
     size_t found_size = 0;
     std::vector<RowRequest> requests;

@@ -1,7 +1,7 @@
 // StagingCopier: takes rows to the device while others are still being fetched.
 //
-// Rows arrive in pieces and in any order. What has arrived without a gap from the beginning on is copied as soon as it is
-// worth a copy of its own, by the thread that has brought the last of it.
+// Rows arrive in pieces and in any order. What has arrived without a gap from the beginning on is copied as soon as it
+// is worth a copy of its own, by the thread that has brought the last of it.
 //
 // Thread safety: Arrived from any number of threads; the others by the owner, with none of those at work.
 

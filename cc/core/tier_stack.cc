@@ -271,8 +271,7 @@ Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Executor& io
   }
   for (TierWalk& walk : walks) {
     if (!InPieces(walk)) continue;
-    walk.rows_from_volatile =
-        walk.keys.size() - walk.missing.size() - walk.unavailable.size() - walk.rows_defaulted;
+    walk.rows_from_volatile = walk.keys.size() - walk.missing.size() - walk.unavailable.size() - walk.rows_defaulted;
   }
   return OkStatus();
 }

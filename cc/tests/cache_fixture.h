@@ -66,9 +66,9 @@ class MapSource final : public RowSource {
     std::lock_guard lock(mutex_);
     unavailable_ = unavailable;
   }
-  // Rows arrive in pieces of so many, by so many threads, each second piece before the first one; of every fifth piece of
-  // the second half nothing is told. After each `after_piece` is called with the number of pieces so far, and its error
-  // ends the fetch. Before threads use the source.
+  // Rows arrive in pieces of so many, by so many threads, each second piece before the first one; of every fifth piece
+  // of the second half nothing is told. After each `after_piece` is called with the number of pieces so far, and its
+  // error ends the fetch. Before threads use the source.
   void ArriveInPieces(size_t piece, int threads, std::function<Status(int)> after_piece = {}) {
     piece_ = piece;
     threads_ = threads;

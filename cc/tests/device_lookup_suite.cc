@@ -280,8 +280,8 @@ TEST_P(DeviceLookupSuite, RowsThatArriveInPieces) {
   }
   Key first = 0;
   // The last of it all at once, and in a call so small that nothing is copied.
-  for (const auto& [piece, keys] : {std::pair{size_t{100}, kKeys}, {size_t{4500}, kKeys}, {size_t{0}, kKeys},
-                                    {size_t{16}, size_t{90}}}) {
+  for (const auto& [piece, keys] :
+       {std::pair{size_t{100}, kKeys}, {size_t{4500}, kKeys}, {size_t{0}, kKeys}, {size_t{16}, size_t{90}}}) {
     source_->ArriveInPieces(piece, 2);
     for (int turn = 0; turn < 2; ++turn) {
       std::vector<std::unique_ptr<Asked>> asked;

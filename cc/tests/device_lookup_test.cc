@@ -328,5 +328,37 @@ TEST_F(TierRowSourceTest, RowsComeFromTheTiers) {
   ExpectError(lookups.Lookup(std::span(&wrong, 1), nullptr, {}, &report), StatusCode::kInvalidArgument, {"table 7"});
 }
 
+// Many rows, read by several threads in pieces; absent ones are in most pieces. With a lower tier those wait for it.
+TEST_F(TierRowSourceTest, RowsInMemoryComeInPieces) {
+  auto device = std::make_shared<HostDevice>();
+  const auto resources = Value(DeviceResources::Open(device, {.size = {64, 0}}));
+  const auto pool = NewThreadPool(4);
+  constexpr size_t kKeys = 50'000;
+  const auto absent = [](Key key) { return key % 400 == 7; };
+  for (Key key = 0; key < static_cast<Key>(kKeys); ++key) {
+    if (!absent(key)) volatile_->Put(key, 1);
+  }
+  for (const bool has_lower : {false, true}) {
+    TierStack stack = MakeStack(volatile_, has_lower ? persistent_ : nullptr);
+    stack.volatile_tier.addressable = true;
+    if (has_lower) persistent_->Put(407, 2);
+    const auto source = std::make_shared<TierRowSource>(std::vector<const TierStack*>{&stack}, nullptr, *pool, *pool);
+    const auto cache = Value(DeviceCache::Make(resources, SpecOf(kWidth, 8 * kKeys)));
+    const DeviceLookup lookups(resources, source, nullptr, {});
+    const Asked asked(*device, cache, 0, KeyRange(0, kKeys));
+    const CachedLookup lookup = asked.lookup();
+    for (int turn = 0; turn < 2; ++turn) {
+      LookupReport report;
+      ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+      EXPECT_EQ(report.rows_from_default, kKeys / 400 - (has_lower ? 1 : 0));
+      const std::vector<int> versions = asked.Versions();
+      for (size_t i = 0; i < kKeys; ++i) {
+        const auto key = static_cast<Key>(i);
+        ASSERT_EQ(versions[i], has_lower && key == 407 ? 2 : absent(key) ? 0 : 1) << key;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace hps::testing

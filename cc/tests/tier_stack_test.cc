@@ -112,7 +112,8 @@ TEST_F(TierStackTest, ManyTablesInParallelPieces) {
   EXPECT_EQ(report.rows_from_persistent, counted[2]);
 }
 
-// What is told to be final has its rows and marks, and does not change any more; what a lower tier may hold is not told.
+// What is told to be final has its rows and marks, and does not change any more; what a lower tier may hold is not
+// told.
 TEST_F(TierStackTest, PiecesThatAreFinalAreTold) {
   auto pool = NewThreadPool(4);
   const std::vector<Key> keys = KeyRange(0, 1000);
