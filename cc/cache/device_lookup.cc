@@ -15,6 +15,19 @@ void Count(Counter* counter, uint64_t n) {
   if (counter != nullptr && n > 0) counter->Add(n);
 }
 
+// The next use of the workspace must know of what this one has put on the stream, also where an exception ended it.
+class EndOfUse {
+ public:
+  EndOfUse(LookupWorkspace& workspace, DeviceStream stream) : workspace_(workspace), stream_(stream) {}
+  ~EndOfUse() { (void)workspace_.End(stream_); }
+  EndOfUse(const EndOfUse&) = delete;
+  EndOfUse& operator=(const EndOfUse&) = delete;
+
+ private:
+  LookupWorkspace& workspace_;
+  const DeviceStream stream_;
+};
+
 constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 
 }  // namespace
@@ -76,6 +89,7 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
   HPS_ASSIGN_OR_RETURN(
       WorkspacePool::Lease workspace,
       resources_.workspaces->Acquire(static_cast<uint32_t>(positions), limits.deadline, limits.cancelled));
+  const EndOfUse end_of_use(*workspace, stream);
   const uint64_t read_at = resources_.context->gate().Now();
   Status status = workspace->Query(parts, stream);
   if (status.ok()) {

@@ -238,6 +238,7 @@ Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, bool all_in
 
 Status LookupWorkspace::End(DeviceStream stream) {
   if (!in_use_ || recorded_) return OkStatus();
+  recorded_ = true;
   return context_->Check(context_->device().RecordEvent(done_.get(), stream), "ending a lookup");
 }
 

@@ -93,7 +93,7 @@ class LookupWorkspace {
   };
   Scratch& scratch() { return scratch_; }
 
-  // Ends the use: what is on the stream now is the work of it.
+  // Ends the use: what is on the stream now is the work of it. Once more: does nothing.
   Status End(DeviceStream stream);
 
   // For tests: the next query's stamp is the one after this.

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <new>
 #include <thread>
 
 #include "cc/core/tier_row_source.h"
@@ -269,6 +270,32 @@ TEST_F(DeviceLookupTest, RowsGoToTheDeviceWhileOthersAreFetched) {
     EXPECT_EQ(device_->copies() > in_the_middle, copies);
     EXPECT_EQ(asked.Versions(), std::vector<int>(asked_keys.size(), 1));
   }
+}
+
+// Copies are on a stream that stands still when memory runs out: who uses the workspace next waits for them.
+TEST_F(DeviceLookupTest, AnExceptionAmongThePiecesIsAnEndLikeOthers) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
+  source_->Put(1, keys, 1);
+  TestStream first(*device_), second(*device_);
+  const Asked asked(*device_, cache_, 1, keys), again(*device_, cache_, 1, keys);
+  const CachedLookup lookup = asked.lookup(), other = again.lookup();
+  source_->ArriveInPieces(500, 1, [&](int pieces) -> Status {
+    if (pieces == 1) device_->HoldStream(first.get(), true);
+    if (pieces == 30) throw std::bad_alloc();
+    return OkStatus();
+  });
+  const uint64_t before = device_->copies();
+  EXPECT_THROW((void)Lookups().Lookup(std::span(&lookup, 1), first.get(), {}, nullptr), std::bad_alloc);
+  ASSERT_GT(device_->copies(), before);
+  source_->ArriveInPieces(0, 1);
+  ExpectError(Lookups().Lookup(std::span(&other, 1), second.get(),
+                               {.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20)}, nullptr),
+              StatusCode::kDeadlineExceeded, {"device"});
+  device_->HoldStream(first.get(), false);
+  ASSERT_OK(Lookups().Lookup(std::span(&other, 1), second.get(), {}, nullptr));
+  EXPECT_EQ(again.Versions(second.get()), std::vector<int>(keys.size(), 1));
+  asked.Versions(first.get());  // waits for the stream
 }
 
 // The fill was launched but not carried out when the update came: the update must not overtake it.
