@@ -84,7 +84,13 @@ class DeviceLookup {
   Status Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const;
 
  private:
-  struct Misses;
+  enum class Way { kNone, kFetch, kDefer, kDefault };
+  // The missing keys of one table of a call: [first, first + count) of the scratch space's keys.
+  struct MissingPart {
+    uint32_t first = 0;
+    uint32_t count = 0;
+    Way way = Way::kNone;
+  };
 
   Status LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                         LookupReport* report) const;
@@ -102,9 +108,11 @@ class DeviceLookup {
   Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;
+  Status SortMissing(std::span<const cuda::QueryPart> parts, LookupWorkspace& workspace,
+                     std::span<MissingPart> missing) const;
   Status FetchAndFill(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
-                      const Misses& misses, LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
-                      const FetchLimits& limits, LookupReport* report) const;
+                      std::span<const MissingPart> missing, LookupWorkspace& workspace, uint64_t read_at,
+                      DeviceStream stream, const FetchLimits& limits, LookupReport* report) const;
 
   const DeviceResources resources_;
   const std::shared_ptr<RowSource> source_;

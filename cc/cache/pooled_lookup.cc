@@ -94,6 +94,7 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
       next += size_t{index.rows} + 1;
     }
   }
+  const EndOfUse end_of_use(*workspace, stream);
   Status status = workspace->PooledQuery(parts, indices, stream);
   if (status.ok()) status = workspace->WaitPooled(stream, limits.deadline, limits.cancelled);
   if (status.ok() && workspace->mistake().mistake != cuda::Mistake::kNone) {
