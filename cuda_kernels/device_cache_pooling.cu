@@ -29,6 +29,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kProbes = 2;  // of a pair of lanes at once
 constexpr uint32_t kStepKeys = 16 * kProbes;
 constexpr uint32_t kWindow = 256;
+constexpr bool PREFETCH = true;
 constexpr int kAttempts = 16;
 constexpr uint32_t kNowhere = ~uint32_t{0};
 constexpr int kMaxDevices = 64;
@@ -89,6 +90,10 @@ __device__ __forceinline__ int64_t LoadKey(const QueryPart& query, uint32_t i) {
   return __ldg(reinterpret_cast<const long long*>(query.keys) + i);
 }
 
+__device__ __forceinline__ void PrefetchRow(const void* row) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(row));
+}
+
 // Finds the keys [first, last); returns how many are nowhere. By a whole warp.
 template <bool kBusy>
 __device__ __forceinline__ uint32_t FindKeys(const QueryPart& query, uint32_t first, uint32_t last, Window* window,
@@ -126,6 +131,10 @@ __device__ __forceinline__ uint32_t FindKeys(const QueryPart& query, uint32_t fi
       if (half == 1 && way >= 0 && marks) {
         const uint64_t bit = StateNextRef(state, way);
         if (bit != 0) atomicOr(StateAddress(table.buckets + buckets[p]), bit);
+      }
+      if (PREFETCH && way >= 0) {
+        const char* const row = static_cast<const char*>(table.rows) + uint64_t{buckets[p] * kCacheWays + way} * table.row_bytes;
+        for (uint32_t at = 128 * half; at < table.row_bytes; at += 256) PrefetchRow(row + at);
       }
       const bool counts = i < last;
       missing += __popc(__ballot_sync(0xFFFFFFFF, counts && half == 0 && way < 0));
@@ -252,11 +261,11 @@ __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWo
 #pragma unroll 1
   for (uint32_t number = (blockIdx.x - plan.first_block) * kWarps + threadIdx.x / 32; number < groups;
        number += plan.blocks * kWarps) {
+    const uint64_t before = LoadActivity(activity);
     Group group;
     if (!MakeGroup<kLanes>(plan, number, workspace, &group)) continue;
     uint32_t missing = 0;
     bool done = false;
-    const uint64_t before = LoadActivity(activity);
     if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
       AddGroup<Word, kLanes, kPasses, kWeighted, false>(plan, group, workspace, window, &missing);
       const uint64_t after = LoadActivity(activity);
@@ -300,7 +309,7 @@ __device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32
   *static_cast<volatile uint64_t*>(&workspace.result->done) = (uint64_t{stamp} << 32) | told;
 }
 
-constexpr int MinBlocks(bool weighted) { return weighted ? 2 : 4; }
+constexpr int MinBlocks(bool weighted) { return weighted ? 2 : 3; }
 
 template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kMaxParts>
 __global__ void __launch_bounds__(kThreads, MinBlocks(kWeighted))
