@@ -84,21 +84,20 @@ struct Tile {
 // Version and, in the lowest bit, the lock.
 __device__ __forceinline__ uint32_t VersionOf(uint64_t state) { return static_cast<uint32_t>(state >> 22); }
 
-// Two neighbouring lanes with the halves of one bucket: the way that holds their key, or -1. Each of the two loads asks
-// for whole sectors of 32 bytes: what two lanes ask for in two instructions is fetched twice.
+// Two neighbouring lanes with the halves of one bucket: the way that holds their key, or -1.
 struct BucketHalf {
-  BucketQuarter low, high;  // quarters `half` and `half` + 2
+  BucketQuarter low, high;
 };
 __device__ __forceinline__ BucketHalf LoadHalf(const CacheBucket* bucket, int half) {
-  const BucketQuarter low = LoadQuarter(bucket, half);
-  return {low, LoadQuarter(bucket, half + 2)};
+  const BucketQuarter low = LoadQuarter(bucket, 2 * half);
+  return {low, LoadQuarter(bucket, 2 * half + 1)};
 }
 __device__ __forceinline__ int HalfWayIn(const BucketHalf& bucket, int64_t key, int half) {
   int way = -1;
-  if (static_cast<int64_t>(bucket.low.low) == key) way = 2 * half;
-  if (static_cast<int64_t>(bucket.low.high) == key) way = 2 * half + 1;
-  if (static_cast<int64_t>(bucket.high.low) == key) way = 2 * half + 4;
-  if (half == 0 && static_cast<int64_t>(bucket.high.high) == key) way = 5;
+  if (static_cast<int64_t>(bucket.low.low) == key) way = 4 * half;
+  if (static_cast<int64_t>(bucket.low.high) == key) way = 4 * half + 1;
+  if (static_cast<int64_t>(bucket.high.low) == key) way = 4 * half + 2;
+  if (half == 0 && static_cast<int64_t>(bucket.high.high) == key) way = 3;
   return max(way, __shfl_xor_sync(0xFFFFFFFF, way, 1));
 }
 // *state is that of the bucket in the second lane, and a key in the first.

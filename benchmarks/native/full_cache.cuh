@@ -1,5 +1,5 @@
-// What the benchmarks of the device cache share: a cache on the first GPU that is full, keys of its rows, and the time of
-// launches. Each row tells its key, so that answers can be checked.
+// What the benchmarks of the device cache share: a cache on the first GPU that is full, keys of its rows, and the time
+// of launches. Each row tells its key, so that answers can be checked.
 
 #ifndef HPS_BENCHMARKS_FULL_CACHE_CUH_
 #define HPS_BENCHMARKS_FULL_CACHE_CUH_
@@ -54,7 +54,8 @@ static __global__ void MakeRows(const int64_t* keys, uint32_t count, float* rows
     rows[i] = Element(keys[i / width], static_cast<uint32_t>(i % width));
   }
 }
-static __global__ void CountWrong(const int64_t* keys, uint32_t count, const float* rows, uint32_t width, uint32_t* wrong) {
+static __global__ void CountWrong(const int64_t* keys, uint32_t count, const float* rows, uint32_t width,
+                                  uint32_t* wrong) {
   const uint64_t step = uint64_t{gridDim.x} * blockDim.x;
   for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < uint64_t{count} * width; i += step) {
     if (rows[i] != Element(keys[i / width], static_cast<uint32_t>(i % width))) atomicAdd(wrong, 1u);
