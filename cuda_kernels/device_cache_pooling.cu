@@ -262,7 +262,7 @@ template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks>
 __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWorkspace& workspace, Window* window) {
   const PooledPart& part = plan.part;
   const CacheActivity* const activity = part.query.table.activity;
-  const uint32_t groups = max((part.rows + plan.group_rows - 1) / plan.group_rows, 1u);
+  const uint32_t groups = part.rows == 0 ? 1 : (part.rows - 1) / plan.group_rows + 1;
   uint32_t nowhere = 0, told = 0;
 #pragma unroll 1
   for (uint32_t number = (blockIdx.x - plan.first_block) * kWarps + threadIdx.x / 32; number < groups;
@@ -282,7 +282,10 @@ __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWo
       if (attempt > 0) __nanosleep(200);
       done = AddGroup<Word, kLanes, kPasses, kWeighted, 1, true>(plan, group, workspace, window, &missing);
     }
-    if (!done) told += 1;
+    if (!done) {
+      missing = 0;
+      told += 1;
+    }
     nowhere += missing;
   }
   if (!part.query.table.whole) return told + nowhere;
@@ -413,7 +416,7 @@ int Launch(const PooledPart* parts, int num_parts, const Shape& shape, const Poo
     kernel = HurryingKernelOf<kMaxParts>(shape, &number);
     resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), 24 + number + (kMaxParts == 1 ? 0 : 3));
   }
-  if (rows > resident * kWarps) {
+  if (kernel == nullptr || rows > resident * kWarps) {
     if constexpr (kMaxParts == 1) {
       kernel = KernelOf<1, false>(shape, &number);
     } else {
