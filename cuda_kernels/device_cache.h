@@ -114,8 +114,9 @@ int LaunchUntoldQuery(const QueryPart* parts, int num_parts, cudaStream_t stream
 // copies them to all their positions in the output and inserts them into their tables.
 struct FillRequest {
   const uint64_t* row_offsets = nullptr;  // (missing_keys) device-readable: where in `staging` the row of each missing
-                                          // key begins; kNoRow: no tier holds it, the default value stays
-  const void* staging = nullptr;          // device-readable; rows at multiples of 4
+                                          // key begins; kNoRow: no tier holds it, the default value stays. nullptr, if
+                                          // one part alone has keys: all rows are there, packed, as the keys are listed
+  const void* staging = nullptr;          // device-readable, each row is read once; rows at multiples of 4
   uint32_t missing_positions = 0;
   uint32_t missing_keys = 0;
   bool spill = false;  // a key whose bucket is full may go to a second one; see LaunchInsert

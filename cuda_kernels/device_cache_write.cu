@@ -328,41 +328,61 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// As QueryPlan: a launch feels the bytes of its arguments.
+template <int kMaxParts>
 struct FillPlan {
   struct Part {
     QueryPart part;
     uint32_t first_position;
-  } parts[kMaxQueryParts];
+  } parts[kMaxParts];
   int num_parts;
   QueryWorkspace workspace;
   FillRequest request;
 
   __device__ const Part& PartOf(uint32_t position) const {
     int i = 0;
-    while (i + 1 < num_parts && position >= parts[i + 1].first_position) ++i;
+    if (kMaxParts > 1) {
+      while (i + 1 < num_parts && position >= parts[i + 1].first_position) ++i;
+    }
     return parts[i];
   }
 };
 
-// First the rows' way into the output, then into the cache: the lookup waits for the former alone.
-__global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ FillPlan plan) {
-  const char* staging = static_cast<const char*>(plan.request.staging);
+// By a whole warp; from memory of the host it is read once and in as wide words as it can be.
+__device__ __forceinline__ void CopyFilled(const WriteTile& tile, const char* from, char* to, uint32_t row_bytes) {
+  if (((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | row_bytes) & 15) == 0) {
+    for (uint32_t byte = tile.lane * 16; byte < row_bytes; byte += kLanes * 16) {
+      *reinterpret_cast<uint4*>(to + byte) = *reinterpret_cast<const uint4*>(from + byte);
+    }
+  } else {
+    for (uint32_t byte = tile.lane * 4; byte < row_bytes; byte += kLanes * 4) {
+      *reinterpret_cast<uint32_t*>(to + byte) = *reinterpret_cast<const uint32_t*>(from + byte);
+    }
+  }
+}
+
+// Each missing position by one warp: the row goes into the output and, where the position is the key's first one, from
+// there into the cache. Reads of the host's memory, where the missing keys and maybe the staging are, take a
+// microsecond or more: each row is read once, and its key beside it.
+template <int kMaxParts>
+__global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ FillPlan<kMaxParts> plan) {
+  const char* const staging = static_cast<const char*>(plan.request.staging);
   ForEachTile(plan.request.missing_positions, [&](const WriteTile& tile, uint32_t i) {
     const uint32_t position = plan.workspace.positions[i];
-    const uint64_t offset = plan.request.row_offsets[plan.workspace.unique_of[plan.workspace.leaders[i]]];
+    const uint32_t leader = plan.workspace.leaders[i];
+    const uint32_t unique = plan.workspace.unique_of[leader];
+    const auto& part = plan.PartOf(position);
+    const uint64_t offset = plan.request.row_offsets != nullptr ? plan.request.row_offsets[unique]
+                                                                : uint64_t{unique} * part.part.table.row_bytes;
     if (offset == kNoRow) return;
-    const FillPlan::Part& part = plan.PartOf(position);
-    const uint32_t words = part.part.table.row_bytes / 4;
-    auto* to = static_cast<uint32_t*>(part.part.output) + uint64_t{position - part.first_position} * words;
-    const auto* from = reinterpret_cast<const uint32_t*>(staging + offset);
-    for (uint32_t word = tile.lane; word < words; word += kLanes) to[word] = from[word];
-  });
-  ForEachTile(plan.request.missing_keys, [&](const WriteTile& tile, uint32_t i) {
-    const uint64_t offset = plan.request.row_offsets[i];
-    if (offset == kNoRow) return;
-    // Read from the query's own keys rather than from the host's memory.
-    const FillPlan::Part& part = plan.PartOf(plan.workspace.missing[i].position);
-    (void)InsertKey(tile, part.part.table, plan.workspace.missing[i].key, staging + offset, plan.request.spill);
+    const int64_t key = plan.workspace.missing[unique].key;
+    const uint32_t index = position - part.first_position;
+    const CacheTable& table = part.part.table;
+    char* const output = static_cast<char*>(part.part.output) + uint64_t{index} * table.row_bytes;
+    CopyFilled(tile, staging + offset, output, table.row_bytes);
+    if (position != leader) return;
+    tile.Sync();
+    (void)InsertKey(tile, table, key, output, plan.request.spill);
   });
 }
 
@@ -379,6 +399,22 @@ unsigned BackgroundBlocks(uint64_t tiles) {
 unsigned BlocksFor(uint64_t tiles_or_threads, uint64_t per_block) {
   return static_cast<unsigned>(
       std::min<uint64_t>(std::max<uint64_t>((tiles_or_threads + per_block - 1) / per_block, 1), kMaxBlocks));
+}
+
+template <int kMaxParts>
+int StartFill(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, const FillRequest& request,
+              cudaStream_t stream) {
+  FillPlan<kMaxParts> plan;
+  plan.num_parts = 0;
+  plan.workspace = workspace;
+  plan.request = request;
+  uint32_t positions = 0;
+  for (int i = 0; i < num_parts; ++i) {
+    if (parts[i].count > 0) plan.parts[plan.num_parts++] = {parts[i], positions};
+    positions += parts[i].count;
+  }
+  FillKernel<kMaxParts><<<BlocksFor(request.missing_positions, kThreads / kLanes), kThreads, 0, stream>>>(plan);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -432,18 +468,11 @@ int LaunchFill(const QueryPart* parts, int num_parts, const QueryWorkspace& work
                cudaStream_t stream) {
   if (num_parts < 0 || num_parts > kMaxQueryParts) return cudaErrorInvalidValue;
   if (request.missing_positions == 0) return cudaSuccess;
-  FillPlan plan;
-  plan.num_parts = 0;
-  plan.workspace = workspace;
-  plan.request = request;
-  uint32_t positions = 0;
-  for (int i = 0; i < num_parts; ++i) {
-    if (parts[i].count > 0) plan.parts[plan.num_parts++] = {parts[i], positions};
-    positions += parts[i].count;
-  }
-  FillKernel<<<BlocksFor(uint64_t{request.missing_positions} + request.missing_keys, kThreads / kLanes), kThreads, 0,
-               stream>>>(plan);
-  return cudaGetLastError();
+  int asked = 0;
+  for (int i = 0; i < num_parts; ++i) asked += parts[i].count > 0;
+  if (asked != 1 && request.row_offsets == nullptr) return cudaErrorInvalidValue;
+  return asked == 1 ? StartFill<1>(parts, num_parts, workspace, request, stream)
+                    : StartFill<kMaxQueryParts>(parts, num_parts, workspace, request, stream);
 }
 
 }  // namespace hps::cuda

@@ -20,7 +20,7 @@ Status RefreshKeys(DeviceCache& cache, RowSource& source, uint32_t table, const 
   const auto found = std::make_unique<bool[]>(keys.size());
   const RowRequest request{table, keys, rows.data(), found.get()};
   LookupReport origin;
-  HPS_RETURN_IF_ERROR(source.Fetch(std::span(&request, 1), {.cancelled = cancelled}, &origin));
+  HPS_RETURN_IF_ERROR(source.Fetch(std::span(&request, 1), {.cancelled = cancelled}, {}, &origin));
   std::vector<Key> held, gone;
   for (size_t i = 0; i < keys.size(); ++i) {
     if (!found[i]) {

@@ -26,8 +26,8 @@ namespace hps {
 
 class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
  public:
-  // Without an allocator memory comes from the device itself (cudaMalloc). What an allocator lends may be in use by work
-  // that its owner has launched; it is waited for.
+  // Without an allocator memory comes from the device itself (cudaMalloc). What an allocator lends may be in use by
+  // work that its owner has launched; it is waited for.
   static std::shared_ptr<DeviceContext> Make(std::shared_ptr<cuda::Device> device,
                                              std::shared_ptr<DeviceAllocator> allocator = nullptr);
 

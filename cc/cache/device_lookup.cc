@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <vector>
 
 namespace hps {
@@ -17,20 +18,6 @@ void Count(Counter* counter, uint64_t n) {
 constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 
 }  // namespace
-
-// The missing keys of a call, table by table.
-struct DeviceLookup::Misses {
-  enum class Way { kNone, kFetch, kDefer, kDefault };
-  struct Part {
-    uint32_t first = 0;  // keys [first, first + count)
-    uint32_t count = 0;
-    Way way = Way::kNone;
-  };
-  std::vector<Part> parts;        // as the lookups of the call
-  std::vector<Key> keys;          // by part
-  std::vector<uint32_t> index;    // of each in the workspace's list
-  std::unique_ptr<bool[]> found;  // of each, once fetched
-};
 
 Status DeviceLookup::Lookup(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                             LookupReport* report) const {
@@ -95,6 +82,7 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
   HPS_ASSIGN_OR_RETURN(
       WorkspacePool::Lease workspace,
       resources_.workspaces->Acquire(static_cast<uint32_t>(positions), limits.deadline, limits.cancelled));
+  const EndOfUse end_of_use(*workspace, stream);
   const Status status = LookupWith(*workspace, lookups, parts, stream, limits, report);
   const Status ended = workspace->End(stream);
   return status.ok() ? ended : status;
@@ -115,123 +103,164 @@ Status DeviceLookup::LookupWith(LookupWorkspace& workspace, std::span<const Cach
   return HandleMisses(lookups, parts, workspace, read_at, stream, limits, report);
 }
 
+// Gives each table its missing keys; scratch.index tells which ones of the workspace's list they are.
+Status DeviceLookup::SortMissing(std::span<const cuda::QueryPart> parts, LookupWorkspace& workspace,
+                                 std::span<MissingPart> missing_parts) const {
+  const std::span<const cuda::MissingKey> missing = workspace.missing();
+  LookupWorkspace::Scratch& scratch = workspace.scratch();
+  scratch.keys.resize(missing.size());
+  const auto impossible = [&] {
+    return resources_.context->Check(cuda::kErrorLaunchFailure, "a query of the cache has given an impossible key");
+  };
+  if (parts.size() == 1) {
+    // The device has written the list past this processor's caches.
+    constexpr size_t kAhead = 128;
+    bool possible = true;
+    for (size_t i = 0; i < missing.size(); ++i) {
+      __builtin_prefetch(missing.data() + i + kAhead);
+      possible &= missing[i].position < parts[0].count;
+      scratch.keys[i] = missing[i].key;
+    }
+    scratch.index.clear();
+    missing_parts[0].count = static_cast<uint32_t>(missing.size());
+    return possible ? OkStatus() : impossible();
+  }
+  std::array<uint64_t, cuda::kMaxQueryParts> ends;
+  uint64_t positions = 0;
+  for (size_t p = 0; p < parts.size(); ++p) ends[p] = positions += parts[p].count;
+  scratch.parts.resize(missing.size());
+  scratch.index.resize(missing.size());
+  for (uint32_t i = 0; i < missing.size(); ++i) {
+    const uint64_t position = missing[i].position;
+    if (position >= positions) return impossible();
+    // The only part that holds the position: empty ones end before it.
+    const auto end = std::upper_bound(ends.begin(), ends.begin() + static_cast<ptrdiff_t>(parts.size()), position);
+    scratch.parts[i] = static_cast<uint8_t>(end - ends.begin());
+    ++missing_parts[scratch.parts[i]].count;
+  }
+  std::array<uint32_t, cuda::kMaxQueryParts> next;
+  uint32_t first = 0;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    next[p] = missing_parts[p].first = first;
+    first += missing_parts[p].count;
+  }
+  for (uint32_t i = 0; i < missing.size(); ++i) {
+    const uint32_t place = next[scratch.parts[i]]++;
+    scratch.keys[place] = missing[i].key;
+    scratch.index[place] = i;
+  }
+  return OkStatus();
+}
+
 Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                                   LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
                                   const FetchLimits& limits, LookupReport* report) const {
-  const std::span<const cuda::MissingKey> missing = workspace.missing();
-  const uint32_t repeated = workspace.missing_positions() - static_cast<uint32_t>(missing.size());
+  const uint32_t repeated = workspace.missing_positions() - static_cast<uint32_t>(workspace.missing().size());
   report->rows_repeated += repeated;
-
-  // Sorted by table.
-  std::array<uint64_t, cuda::kMaxQueryParts> begins;
-  uint64_t positions = 0;
-  for (size_t p = 0; p < parts.size(); ++p) {
-    begins[p] = positions;
-    positions += parts[p].count;
-  }
-  // The last part that begins at or before the position; empty parts before it share its beginning.
-  const auto part_of = [&](uint32_t position) {
-    if (parts.size() == 1) return size_t{0};
-    return static_cast<size_t>(std::upper_bound(begins.begin(), begins.begin() + static_cast<ptrdiff_t>(parts.size()),
-                                                uint64_t{position}) -
-                               begins.begin()) -
-           1;
-  };
-  Misses misses;
-  misses.parts.resize(parts.size());
-  for (const cuda::MissingKey& key : missing) {
-    if (key.position >= positions) {
-      return resources_.context->Check(cuda::kErrorLaunchFailure, "a query of the cache has given an impossible key");
-    }
-    ++misses.parts[part_of(key.position)].count;
-  }
-  uint32_t first = 0;
-  for (Misses::Part& part : misses.parts) {
-    part.first = first;
-    first += part.count;
-    part.count = 0;
-  }
-  misses.keys.resize(missing.size());
-  misses.index.resize(missing.size());
-  for (uint32_t i = 0; i < missing.size(); ++i) {
-    Misses::Part& part = misses.parts[part_of(missing[i].position)];
-    misses.keys[part.first + part.count] = missing[i].key;
-    misses.index[part.first + part.count++] = i;
-  }
+  std::array<MissingPart, cuda::kMaxQueryParts> storage;
+  const std::span<MissingPart> missing(storage.data(), parts.size());
+  HPS_RETURN_IF_ERROR(SortMissing(parts, workspace, missing));
 
   bool fetches = false;
   for (size_t p = 0; p < parts.size(); ++p) {
-    Misses::Part& part = misses.parts[p];
+    MissingPart& part = missing[p];
     if (part.count == 0) continue;
     // Repetitions are known for the whole call only; they are charged to each table, for the exact answer's sake.
     const uint64_t charged = std::min<uint64_t>(parts[p].count, uint64_t{part.count} + repeated);
     const double hit_rate = 1.0 - static_cast<double>(charged) / parts[p].count;
     if (lookups[p].cache->whole()) {
-      part.way = Misses::Way::kDefault;
+      part.way = Way::kDefault;
       report->rows_from_default += part.count;
     } else if (inserts_ != nullptr && options_.hit_rate_threshold && hit_rate >= *options_.hit_rate_threshold) {
-      part.way = Misses::Way::kDefer;
+      part.way = Way::kDefer;
       report->rows_deferred += part.count;
       Count(options_.metrics.rows_deferred, part.count);
-      const auto begin = misses.keys.begin() + part.first;
+      const auto begin = workspace.scratch().keys.begin() + part.first;
       inserts_->Enqueue({lookups[p].cache, source_, lookups[p].table, std::vector<Key>(begin, begin + part.count)});
     } else {
-      part.way = Misses::Way::kFetch;
+      part.way = Way::kFetch;
       Count(options_.metrics.rows_missed, part.count);
       fetches = true;
     }
   }
   if (!fetches) return OkStatus();
-  misses.found = std::make_unique<bool[]>(missing.size());
-  return FetchAndFill(lookups, parts, misses, workspace, read_at, stream, limits, report);
+  return FetchAndFill(lookups, parts, missing, workspace, read_at, stream, limits, report);
 }
 
 Status DeviceLookup::FetchAndFill(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
-                                  const Misses& misses, LookupWorkspace& workspace, uint64_t read_at,
+                                  std::span<const MissingPart> missing, LookupWorkspace& workspace, uint64_t read_at,
                                   DeviceStream stream, const FetchLimits& limits, LookupReport* report) const {
+  LookupWorkspace::Scratch& scratch = workspace.scratch();
+  std::array<size_t, cuda::kMaxQueryParts> fetched;  // the parts that are
+  std::array<size_t, cuda::kMaxQueryParts> begins;   // of their rows in staging
+  size_t count = 0;
   size_t bytes = 0;
   for (size_t p = 0; p < parts.size(); ++p) {
-    if (misses.parts[p].way == Misses::Way::kFetch) bytes += size_t{misses.parts[p].count} * parts[p].table.row_bytes;
+    if (missing[p].way != Way::kFetch) continue;
+    fetched[count] = p;
+    begins[count++] = bytes;
+    bytes += size_t{missing[p].count} * parts[p].table.row_bytes;
   }
-  HPS_RETURN_IF_ERROR(workspace.PrepareFill(misses.keys.size(), bytes));
+  HPS_RETURN_IF_ERROR(workspace.PrepareFill(scratch.keys.size(), bytes, stream));
+  if (scratch.found_size < scratch.keys.size()) {
+    scratch.found_size = 0;
+    scratch.found = std::make_unique<bool[]>(2 * scratch.keys.size());
+    scratch.found_size = 2 * scratch.keys.size();
+  }
+  bool* const found = scratch.found.get();
+  scratch.requests.clear();
+  for (size_t i = 0; i < count; ++i) {
+    const MissingPart& part = missing[fetched[i]];
+    scratch.requests.push_back({lookups[fetched[i]].table, std::span(scratch.keys).subspan(part.first, part.count),
+                                workspace.staging_rows() + begins[i], found + part.first});
+  }
   uint64_t* const offsets = workspace.row_offsets();
-  std::fill_n(offsets, misses.keys.size(), cuda::kNoRow);
-  std::vector<RowRequest> requests;
-  size_t offset = 0;
-  for (size_t p = 0; p < parts.size(); ++p) {
-    const Misses::Part& part = misses.parts[p];
-    if (part.way != Misses::Way::kFetch) continue;
-    requests.push_back({lookups[p].table, std::span(misses.keys).subspan(part.first, part.count),
-                        workspace.staging_rows() + offset, misses.found.get() + part.first});
-    offset += size_t{part.count} * parts[p].table.row_bytes;
-  }
-  HPS_RETURN_IF_ERROR(source_->Fetch(requests, limits, report));
-  offset = 0;
-  for (size_t p = 0; p < parts.size(); ++p) {
-    const Misses::Part& part = misses.parts[p];
-    if (part.way != Misses::Way::kFetch) continue;
-    for (uint32_t i = part.first; i < part.first + part.count; ++i, offset += parts[p].table.row_bytes) {
+  if (count < parts.size()) std::fill_n(offsets, scratch.keys.size(), cuda::kNoRow);
+  std::atomic<bool> all_there{true};
+  const auto write_offsets = [&](size_t request, size_t first, size_t last) {
+    const size_t row_bytes = parts[fetched[request]].table.row_bytes;
+    const size_t first_key = missing[fetched[request]].first;
+    uint64_t offset = begins[request] + first * row_bytes;
+    size_t absent = 0;
+    for (size_t k = first_key + first; k < first_key + last; ++k, offset += row_bytes) {
       // A row that no tier holds is not kept: the answer has the default value already.
-      if (misses.found[i]) offsets[misses.index[i]] = offset;
+      offsets[scratch.index.empty() ? k : scratch.index[k]] = found[k] ? offset : cuda::kNoRow;
+      absent += !found[k];
     }
-  }
+    if (absent > 0) all_there.store(false, std::memory_order_relaxed);
+  };
+  std::atomic<size_t> told{0};
+  const auto rows_arrived = [&](size_t request, size_t first, size_t last) {
+    const size_t row_bytes = parts[fetched[request]].table.row_bytes;
+    write_offsets(request, first, last);
+    told.fetch_add(last - first, std::memory_order_relaxed);
+    workspace.RowsArrived(begins[request] + first * row_bytes, begins[request] + last * row_bytes);
+  };
+  // By reference: a std::function that holds more than that allocates.
+  const RowsArrived arrived = [&rows_arrived](size_t request, size_t first, size_t last) {
+    rows_arrived(request, first, last);
+  };
+  HPS_RETURN_IF_ERROR(source_->Fetch(scratch.requests, limits, arrived, report));
 
-  std::vector<LookupWorkspace::Outdated> outdated;
+  size_t wanted = 0;
+  for (size_t i = 0; i < count; ++i) wanted += missing[fetched[i]].count;
+  for (size_t i = 0; i < count && told != wanted; ++i) write_offsets(i, 0, missing[fetched[i]].count);
+
+  scratch.outdated.clear();
   UpdateGate& gate = resources_.context->gate();
   std::lock_guard lock(gate.mutex());
-  for (size_t p = 0; p < parts.size(); ++p) {
-    const Misses::Part& part = misses.parts[p];
-    if (part.way != Misses::Way::kFetch) continue;
-    const size_t before = outdated.size();
-    for (uint32_t i = part.first; i < part.first + part.count; ++i) {
-      if (misses.found[i] && gate.UpdatedSince(lookups[p].cache->number(), misses.keys[i], read_at)) {
-        outdated.push_back({parts[p].table, misses.keys[i]});
+  for (size_t i = 0; i < count && gate.Now() != read_at; ++i) {
+    const size_t p = fetched[i];
+    const size_t before = scratch.outdated.size();
+    for (uint32_t k = missing[p].first; k < missing[p].first + missing[p].count; ++k) {
+      if (found[k] && gate.UpdatedSince(lookups[p].cache->number(), scratch.keys[k], read_at)) {
+        scratch.outdated.push_back({parts[p].table, scratch.keys[k]});
       }
     }
-    lookups[p].cache->CountOutdated(outdated.size() - before);
+    lookups[p].cache->CountOutdated(scratch.outdated.size() - before);
   }
-  Count(options_.metrics.rows_outdated, outdated.size());
-  return workspace.Fill(parts, outdated, stream);
+  Count(options_.metrics.rows_outdated, scratch.outdated.size());
+  return workspace.Fill(parts, parts.size() == 1 && all_there, scratch.outdated, stream);
 }
 
 }  // namespace hps

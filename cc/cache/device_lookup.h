@@ -84,7 +84,13 @@ class DeviceLookup {
   Status Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const;
 
  private:
-  struct Misses;
+  enum class Way { kNone, kFetch, kDefer, kDefault };
+  // The missing keys of one table of a call: [first, first + count) of the scratch space's keys.
+  struct MissingPart {
+    uint32_t first = 0;
+    uint32_t count = 0;
+    Way way = Way::kNone;
+  };
 
   Status LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                         LookupReport* report) const;
@@ -94,7 +100,7 @@ class DeviceLookup {
                     LookupReport* report) const;
   Status PoolTogether(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;
-  Status PoolMissing(LookupWorkspace& workspace, std::span<const PooledLookup> lookups,
+  Status PoolMissing(WorkspacePool::Lease& workspace, std::span<const PooledLookup> lookups,
                      std::span<cuda::PooledPart> parts, DeviceStream stream, const FetchLimits& limits,
                      LookupReport* report) const;
   Status TellMistake(const PooledLookup& lookup, const cuda::FirstMistake& mistake, DeviceStream stream) const;
@@ -102,9 +108,11 @@ class DeviceLookup {
   Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;
+  Status SortMissing(std::span<const cuda::QueryPart> parts, LookupWorkspace& workspace,
+                     std::span<MissingPart> missing) const;
   Status FetchAndFill(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
-                      const Misses& misses, LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
-                      const FetchLimits& limits, LookupReport* report) const;
+                      std::span<const MissingPart> missing, LookupWorkspace& workspace, uint64_t read_at,
+                      DeviceStream stream, const FetchLimits& limits, LookupReport* report) const;
 
   const DeviceResources resources_;
   const std::shared_ptr<RowSource> source_;

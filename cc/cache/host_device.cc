@@ -304,6 +304,7 @@ int HostDevice::WaitEvent(cudaStream_t stream, cudaEvent_t event) {
 }
 
 int HostDevice::Copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  copies_.fetch_add(1);
   return Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
 }
 int HostDevice::Zero(void* memory, size_t bytes, cudaStream_t stream) {
@@ -334,6 +335,10 @@ int HostDevice::Fill(const cuda::QueryPart* parts, int num_parts, const cuda::Qu
                      const cuda::FillRequest& request, cudaStream_t stream) {
   if (num_parts < 0 || num_parts > cuda::kMaxQueryParts) return cuda::kErrorInvalidValue;
   if (request.missing_positions == 0) return 0;
+  const auto asks = [](const cuda::QueryPart& part) { return part.count > 0; };
+  if (request.row_offsets == nullptr && std::count_if(parts, parts + num_parts, asks) != 1) {
+    return cuda::kErrorInvalidValue;
+  }
   std::vector<cuda::QueryPart> copy(parts, parts + num_parts);
   return EnqueueLaunch(kFill, stream,
                        [=, this, copy = std::move(copy)] { HostFill(copy, workspace, request, locks_); });

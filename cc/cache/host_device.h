@@ -58,6 +58,7 @@ class HostDevice final : public cuda::Device {
     kLaunches,
   };
   uint64_t launches(Launch kind) const { return launches_[kind].load(); }
+  uint64_t copies() const { return copies_.load(); }
   uint64_t allocations() const;      // alive
   uint64_t allocated_bytes() const;  // of the device, alive
   uint64_t pinned_bytes() const;     // of the host, alive
@@ -119,6 +120,7 @@ class HostDevice final : public cuda::Device {
   std::atomic<uint64_t> fail_allocation_{0};
   std::atomic<int> lost_{0};
   std::array<std::atomic<uint64_t>, kLaunches> launches_{};
+  std::atomic<uint64_t> copies_{0};
   const std::shared_ptr<Gate> gate_;
   mutable std::mutex mutex_;                         // guards the following members
   std::map<void*, std::pair<size_t, bool>> memory_;  // bytes; whether of the device

@@ -177,20 +177,23 @@ void HostFill(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorksp
     return static_cast<size_t>(std::upper_bound(begins.begin(), begins.end(), position) - begins.begin()) - 1;
   };
   const auto* staging = static_cast<const std::byte*>(request.staging);
+  const auto offset_of = [&](uint32_t key, const cuda::CacheTable& table) {
+    return request.row_offsets != nullptr ? request.row_offsets[key] : uint64_t{key} * table.row_bytes;
+  };
   for (uint32_t i = 0; i < request.missing_positions; ++i) {
     const uint32_t position = workspace.positions[i];
-    const uint64_t offset = request.row_offsets[workspace.unique_of[workspace.leaders[i]]];
-    if (offset == cuda::kNoRow) continue;
     const size_t part = part_of(position);
+    const uint64_t offset = offset_of(workspace.unique_of[workspace.leaders[i]], parts[part].table);
+    if (offset == cuda::kNoRow) continue;
     const uint32_t row_bytes = parts[part].table.row_bytes;
     std::memcpy(static_cast<std::byte*>(parts[part].output) + (position - begins[part]) * row_bytes, staging + offset,
                 row_bytes);
   }
   for (uint32_t i = 0; i < request.missing_keys; ++i) {
-    if (request.row_offsets[i] == cuda::kNoRow) continue;
     const cuda::MissingKey& missing = workspace.missing[i];
-    InsertKey(parts[part_of(missing.position)].table, missing.key, staging + request.row_offsets[i], request.spill,
-              locks);
+    const cuda::CacheTable& table = parts[part_of(missing.position)].table;
+    const uint64_t offset = offset_of(i, table);
+    if (offset != cuda::kNoRow) InsertKey(table, missing.key, staging + offset, request.spill, locks);
   }
 }
 

@@ -74,7 +74,7 @@ Status InsertQueue::Insert(const InsertBatch& batch, std::span<const Key> keys, 
   const auto found = std::make_unique<bool[]>(keys.size());
   const RowRequest request{batch.table, keys, rows_.data(), found.get()};
   LookupReport report;
-  HPS_RETURN_IF_ERROR(batch.source->Fetch(std::span(&request, 1), {.cancelled = &cancelled_}, &report));
+  HPS_RETURN_IF_ERROR(batch.source->Fetch(std::span(&request, 1), {.cancelled = &cancelled_}, {}, &report));
   std::vector<Key> held;
   for (size_t i = 0; i < keys.size(); ++i) {
     if (!found[i]) continue;

@@ -1,5 +1,6 @@
 // Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done.
-// Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false.
+// Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false;
+// staging also when the query of this use is done, which ran behind all of the last use.
 
 #include "cc/cache/lookup_workspace.h"
 
@@ -135,6 +136,7 @@ Status LookupWorkspace::ShrinkTo(const WorkspaceSize& size) {
     pooled_rows_ = {};
     size_.pooling_bytes = 0;
   }
+  scratch_ = {};
   if (size_.positions > size.positions) HPS_RETURN_IF_ERROR(AllocateQuery(std::max(size.positions, 1u)));
   if (size_.staging_bytes <= size.staging_bytes) return OkStatus();
   if (size.staging_bytes > 0) return AllocateStaging(size.staging_bytes);
@@ -149,6 +151,7 @@ Status LookupWorkspace::Begin(DeviceStream stream) {
   cuda::Device& device = context_->device();
   if (!idle()) HPS_RETURN_IF_ERROR(context_->Check(device.WaitEvent(stream, done_.get()), "ordering lookups"));
   in_use_ = true;
+  recorded_ = false;
   // The dedup table tells queries apart by their stamps, which must not come again.
   if (!zeroed_ || stamp_ == ~uint32_t{0}) {
     int error = device.Zero(workspace_.counters, 256, stream);
@@ -256,49 +259,49 @@ Result<std::byte*> LookupWorkspace::PooledRows(size_t bytes) {
   return pooled_rows_.get();
 }
 
-Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes) {
-  rows_at_ = Aligned(keys * sizeof(uint64_t));
-  outdated_at_ = rows_at_ + Aligned(row_bytes);
+Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes, DeviceStream stream) {
+  offsets_at_ = Aligned(row_bytes);
+  outdated_at_ = offsets_at_ + Aligned(keys * sizeof(uint64_t));
   const size_t needed = StagingBytes(keys, row_bytes);
-  // The query of this use is done, and a fill of the last use was in the stream before it: Query saw to that.
-  if (needed <= size_.staging_bytes) return OkStatus();
-  return AllocateStaging(std::max(needed, std::min(2 * size_.staging_bytes, needed * 2)));
+  // The query of this use is done, and what the last use left was in the stream before it: Query saw to that.
+  if (needed > size_.staging_bytes) {
+    HPS_RETURN_IF_ERROR(AllocateStaging(std::max(needed, std::min(2 * size_.staging_bytes, needed * 2))));
+  }
+  copies_ = needed > kReadInPlaceBytes;
+  if (copies_) copier_.Begin(staging_.get(), staging_device_.get(), stream);
+  return OkStatus();
 }
 
-Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, std::span<const Outdated> outdated,
-                             DeviceStream stream) {
+Status LookupWorkspace::Fill(std::span<const cuda::QueryPart> parts, bool all_in_order,
+                             std::span<const Outdated> outdated, DeviceStream stream) {
   cuda::Device& device = context_->device();
-  const size_t bytes = outdated_at_;
-  HPS_RETURN_IF_ERROR(context_->Check(device.Copy(staging_device_.get(), staging_.get(), bytes, stream),
-                                      "copying missing rows to the device"));
+  auto* const keys = reinterpret_cast<Key*>(staging_.get() + outdated_at_);
+  for (size_t i = 0; i < outdated.size(); ++i) keys[i] = outdated[i].key;
+  if (copies_) HPS_RETURN_IF_ERROR(copier_.Finish(outdated_at_ + outdated.size() * sizeof(Key)));
+  const std::byte* const staging = copies_ ? staging_device_.get() : staging_.device();
   cuda::FillRequest request;
-  request.row_offsets = reinterpret_cast<const uint64_t*>(staging_device_.get());
-  request.staging = staging_device_.get() + rows_at_;
+  if (!all_in_order) request.row_offsets = reinterpret_cast<const uint64_t*>(staging + offsets_at_);
+  request.staging = staging;
   request.missing_positions = missing_positions_;
   request.missing_keys = missing_keys_;
   HPS_RETURN_IF_ERROR(context_->Check(
       device.Fill(parts.data(), static_cast<int>(parts.size()), workspace_, request, stream), "filling a cache"));
-  if (!outdated.empty()) {
-    auto* const keys = reinterpret_cast<Key*>(staging_.get() + outdated_at_);
-    auto* const device_keys = reinterpret_cast<const int64_t*>(staging_device_.get() + outdated_at_);
-    for (size_t i = 0; i < outdated.size(); ++i) keys[i] = outdated[i].key;
-    HPS_RETURN_IF_ERROR(
-        context_->Check(device.Copy(staging_device_.get() + outdated_at_, keys, outdated.size() * sizeof(Key), stream),
-                        "copying keys to the device"));
-    for (size_t first = 0, last = 0; first < outdated.size(); first = last) {
-      while (last < outdated.size() && outdated[last].table.buckets == outdated[first].table.buckets) ++last;
-      HPS_RETURN_IF_ERROR(context_->Check(
-          device.Erase(outdated[first].table, device_keys + first, static_cast<uint32_t>(last - first), stream),
-          "taking outdated rows out of a cache"));
-    }
+  const auto* const device_keys = reinterpret_cast<const int64_t*>(staging + outdated_at_);
+  for (size_t first = 0, last = 0; first < outdated.size(); first = last) {
+    while (last < outdated.size() && outdated[last].table.buckets == outdated[first].table.buckets) ++last;
+    HPS_RETURN_IF_ERROR(context_->Check(
+        device.Erase(outdated[first].table, device_keys + first, static_cast<uint32_t>(last - first), stream),
+        "taking outdated rows out of a cache"));
   }
   HPS_RETURN_IF_ERROR(context_->Check(device.RecordEvent(done_.get(), stream), "filling a cache"));
+  recorded_ = true;
   context_->gate().NoteFill(done_.get());
   return OkStatus();
 }
 
 Status LookupWorkspace::End(DeviceStream stream) {
-  if (!in_use_) return OkStatus();
+  if (!in_use_ || recorded_) return OkStatus();
+  recorded_ = true;
   return context_->Check(context_->device().RecordEvent(done_.get(), stream), "ending a lookup");
 }
 

@@ -13,8 +13,11 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "cc/cache/device_context.h"
+#include "cc/cache/row_source.h"
+#include "cc/cache/staging_copier.h"
 
 namespace hps {
 
@@ -74,27 +77,51 @@ class LookupWorkspace {
   // Memory for rows of keys, after WaitPooled.
   Result<std::byte*> PooledRows(size_t bytes);
 
-  // Room for the rows of `keys` missing keys, free for the processor to write. May wait for the last use.
-  Status PrepareFill(size_t keys, size_t row_bytes);
-  std::byte* staging_rows() { return staging_.get() + rows_at_; }
+  // Room for the rows of `keys` missing keys, free for the processor to write.
+  Status PrepareFill(size_t keys, size_t row_bytes, DeviceStream stream);
+  std::byte* staging_rows() { return staging_.get(); }
   // Where the row of missing key i begins, from staging_rows(); cuda::kNoRow: no row.
-  uint64_t* row_offsets() { return reinterpret_cast<uint64_t*>(staging_.get()); }
-  // Copies the rows to the device and launches the fill. Then of `outdated`, each a cache and a key, the rows are taken
-  // out again. REQUIRES: the gate is held; it is told of the fill.
+  uint64_t* row_offsets() { return reinterpret_cast<uint64_t*>(staging_.get() + offsets_at_); }
+  // Bytes [first, last) of the rows will not change any more: their way to the device may begin. By any number of
+  // threads, between PrepareFill and Fill.
+  void RowsArrived(size_t first, size_t last) {
+    if (copies_) copier_.Arrived(first, last);
+  }
+  // Brings to the device what is not there yet and launches the fill. Then of `outdated`, each a cache and a key, the
+  // rows are taken out again. all_in_order: of one part alone keys were asked, and every missing key's row is there, in
+  // the order of missing(); row_offsets() are not looked at. REQUIRES: the gate is held; it is told of the fill.
   struct Outdated {
     cuda::CacheTable table;
     Key key;
   };
-  Status Fill(std::span<const cuda::QueryPart> parts, std::span<const Outdated> outdated, DeviceStream stream);
+  Status Fill(std::span<const cuda::QueryPart> parts, bool all_in_order, std::span<const Outdated> outdated,
+              DeviceStream stream);
 
-  // Ends the use: what is on the stream now is the work of it.
+  // Working space of who has the workspace: it keeps its memory, so that lookups need none of the heap's.
+  struct Scratch {
+    std::vector<Key> keys;          // that are missing, by part of the call
+    std::vector<uint32_t> index;    // of each in missing(); empty where that is their order
+    std::vector<uint8_t> parts;     // of each in missing()
+    std::unique_ptr<bool[]> found;  // of each of found_size keys, once fetched
+    size_t found_size = 0;
+    std::vector<RowRequest> requests;
+    std::vector<Outdated> outdated;
+  };
+  Scratch& scratch() { return scratch_; }
+
+  // Ends the use: what is on the stream now is the work of it. Once more: does nothing.
   Status End(DeviceStream stream);
 
   // For tests: the next query's stamp is the one after this.
   void set_stamp(uint32_t stamp) { stamp_ = stamp; }
 
  private:
-  explicit LookupWorkspace(std::shared_ptr<DeviceContext> context) : context_(std::move(context)) {}
+  // Staging of at most so many bytes is not copied: the fill reads it where it is, which takes longer than reading a
+  // copy, but no longer than copying.
+  static constexpr size_t kReadInPlaceBytes = size_t{1} << 20;
+
+  explicit LookupWorkspace(std::shared_ptr<DeviceContext> context)
+      : context_(std::move(context)), copier_(context_.get()) {}
   Status AllocateQuery(uint32_t positions);
   Status AllocateStaging(size_t bytes);
   Status Begin(DeviceStream stream);
@@ -104,12 +131,13 @@ class LookupWorkspace {
   const std::shared_ptr<DeviceContext> context_;
   WorkspaceSize size_;
   OwnedEvent done_;
-  bool in_use_ = false;  // done_ was recorded and may not have been reached
+  bool in_use_ = false;    // done_ was recorded and may not have been reached
+  bool recorded_ = false;  // done_, behind all of this use
   bool zeroed_ = false;
   uint32_t stamp_ = 0;
   DeviceMemory device_;
   PinnedMemory mapped_;
-  PinnedMemory staging_;  // offsets, rows, outdated keys
+  PinnedMemory staging_;  // rows, offsets, outdated keys
   DeviceMemory staging_device_;
   DeviceMemory splits_;
   DeviceMemory pooled_rows_;
@@ -122,8 +150,25 @@ class LookupWorkspace {
   uint32_t missing_keys_ = 0;
   uint64_t missing_parts_ = 0;
   cuda::FirstMistake mistake_;
-  size_t rows_at_ = 0;
+  size_t offsets_at_ = 0;
   size_t outdated_at_ = 0;
+  bool copies_ = false;  // staging to the device, in this use
+  StagingCopier copier_;
+  Scratch scratch_;
+};
+
+// Ends a use where nothing else has: the next one must know what this one has put on the stream, also where an
+// exception ended it.
+class EndOfUse {
+ public:
+  EndOfUse(LookupWorkspace& workspace, DeviceStream stream) : workspace_(workspace), stream_(stream) {}
+  ~EndOfUse() { (void)workspace_.End(stream_); }
+  EndOfUse(const EndOfUse&) = delete;
+  EndOfUse& operator=(const EndOfUse&) = delete;
+
+ private:
+  LookupWorkspace& workspace_;
+  const DeviceStream stream_;
 };
 
 }  // namespace hps

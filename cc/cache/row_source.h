@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "hps/lookup_session.h"
@@ -29,11 +30,18 @@ struct RowRequest {
   bool* found = nullptr;      // (n): a tier holds the key
 };
 
+// Rows and found marks [first, last) of a request are final while others are still on their way. May be called by
+// several threads at once, each row at most once, and not any more when Fetch has returned.
+using RowsArrived = std::function<void(size_t request, size_t first, size_t last)>;
+
 class RowSource {
  public:
   virtual ~RowSource() = default;
-  // Fetches for all tables side by side and adds to *report where rows came from. On error nothing is said of the rows.
-  virtual Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) = 0;
+  // Fetches for all tables side by side and adds to *report where rows came from. On error nothing is said of the rows,
+  // but for those that have arrived. With `arrived` (it may be empty) rows come in pieces as small as is worth it; the
+  // source need not tell of all of them, or of any.
+  virtual Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, const RowsArrived& arrived,
+                       LookupReport* report) = 0;
 };
 
 }  // namespace hps

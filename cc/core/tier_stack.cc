@@ -114,20 +114,36 @@ bool InPieces(const TierWalk& walk) {
   return walk.stack->volatile_tier.table && walk.stack->volatile_tier.addressable && !walk.skip_volatile;
 }
 
-// Asks the volatile table for keys [first, last) of one walk.
-Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits& limits, std::mutex& mutex) {
+void FillDefault(const TierWalk& walk, uint32_t position) {
+  const size_t row_bytes = walk.stack->row_bytes();
+  std::memcpy(walk.rows + position * row_bytes, walk.stack->default_row.data(), row_bytes);
+  if (walk.found != nullptr) walk.found[position] = false;
+}
+
+// Asks the volatile table for keys [first, last) of one walk. *final: their rows and found marks will not change.
+Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits& limits, bool streams,
+                  std::mutex& mutex, bool* final) {
   thread_local std::vector<uint32_t> misses;
   misses.clear();
+  *final = false;
+  if (walk.found != nullptr) std::fill(walk.found + first, walk.found + last, true);
   if (limits.cancelled != nullptr) HPS_RETURN_IF_ERROR(CheckLimits({.cancelled = limits.cancelled}));
   const size_t row_bytes = walk.stack->row_bytes();
   FetchRequest request;
   request.keys = walk.keys.subspan(first, last - first);
   request.rows = {walk.rows + first * row_bytes, row_bytes};
-  request.output_bytes = walk.keys.size() * row_bytes;
+  request.output_bytes = streams ? SIZE_MAX : walk.keys.size() * row_bytes;
   request.deadline = limits.deadline;
   request.cancelled = limits.cancelled;
   Status status = AskTable(walk.stack->volatile_tier, request, limits, &misses);
-  if (status.ok() && misses.empty()) return status;
+  if (status.ok() && (misses.empty() || walk.stack->persistent_tier.table == nullptr)) {
+    *final = true;
+    if (misses.empty()) return status;
+    for (uint32_t position : misses) FillDefault(walk, static_cast<uint32_t>(first) + position);
+    std::lock_guard lock(mutex);
+    walk.rows_defaulted += misses.size();
+    return status;
+  }
   std::lock_guard lock(mutex);
   if (status.ok()) {
     for (uint32_t position : misses) walk.missing.push_back(static_cast<uint32_t>(first) + position);
@@ -139,27 +155,33 @@ Status FetchPiece(TierWalk& walk, size_t first, size_t last, const LookupLimits&
                   &walk.unavailable, &walk.rows_skipped_volatile);
 }
 
-Status FetchPieces(std::span<TierWalk> walks, Executor& executor, const LookupLimits& limits) {
+Status FetchPieces(std::span<TierWalk> walks, Executor& executor, const LookupLimits& limits,
+                   const PieceOptions& pieces) {
   size_t total = 0;
   for (const TierWalk& walk : walks) total += InPieces(walk) ? walk.keys.size() : 0;
   if (total == 0) return OkStatus();
   FirstError error;
   std::mutex mutex;
   // The pieces cut the concatenation of all tables' keys, so many small tables fill the threads as well as one big one.
-  executor.ParallelFor(total, kKeysPerPiece, [&](size_t first, size_t last) {
+  executor.ParallelFor(total, pieces.keys, [&](size_t first, size_t last) {
     size_t base = 0;
-    for (TierWalk& walk : walks) {
+    for (size_t w = 0; w < walks.size(); ++w) {
+      TierWalk& walk = walks[w];
       if (!InPieces(walk)) continue;
       const size_t end = base + walk.keys.size();
       if (first < end && last > base && !error.failed()) {
-        error.Set(FetchPiece(walk, std::max(first, base) - base, std::min(last, end) - base, limits, mutex));
+        const size_t begin_of_piece = std::max(first, base) - base;
+        const size_t end_of_piece = std::min(last, end) - base;
+        bool final = false;
+        error.Set(FetchPiece(walk, begin_of_piece, end_of_piece, limits, pieces.streams, mutex, &final));
+        if (final && pieces.done != nullptr) (*pieces.done)(w, begin_of_piece, end_of_piece);
       }
       base = end;
       if (base >= last) break;
     }
   });
   HPS_RETURN_IF_ERROR(error.status());
-  if (total > kKeysPerPiece) {
+  if (total > pieces.keys) {
     for (TierWalk& walk : walks) std::sort(walk.missing.begin(), walk.missing.end());
   }
   return OkStatus();
@@ -239,12 +261,12 @@ bool WaitsForVolatile(const TierWalk& walk) {
 bool GoesOn(const TierWalk& walk) { return !walk.missing.empty() && walk.stack->persistent_tier.table; }
 
 Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, Clock::time_point now,
-                     const LookupLimits& limits) {
+                     const LookupLimits& limits, const PieceOptions& pieces) {
   bool waits = false;
   for (TierWalk& walk : walks) {
     walk.missing.clear();
     walk.unavailable.clear();
-    walk.rows_from_volatile = walk.rows_from_persistent = 0;
+    walk.rows_from_volatile = walk.rows_from_persistent = walk.rows_defaulted = 0;
     walk.rows_skipped_volatile = walk.rows_skipped_persistent = 0;
     if (!InPieces(walk)) {
       walk.missing.resize(walk.keys.size());
@@ -252,7 +274,7 @@ Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Executor& io
       waits |= WaitsForVolatile(walk);
     }
   }
-  HPS_RETURN_IF_ERROR(FetchPieces(walks, executor, limits));
+  HPS_RETURN_IF_ERROR(FetchPieces(walks, executor, limits, pieces));
   if (waits) {
     HPS_RETURN_IF_ERROR(AskSideBySide(walks, io_executor, WaitsForVolatile, [&](TierWalk& walk) {
       const Tier& tier = walk.stack->volatile_tier;
@@ -261,25 +283,23 @@ Status FetchVolatile(std::span<TierWalk> walks, Executor& executor, Executor& io
     }));
   }
   for (TierWalk& walk : walks) {
-    if (InPieces(walk)) walk.rows_from_volatile = walk.keys.size() - walk.missing.size() - walk.unavailable.size();
+    if (!InPieces(walk)) continue;
+    walk.rows_from_volatile = walk.keys.size() - walk.missing.size() - walk.unavailable.size() - walk.rows_defaulted;
   }
   return OkStatus();
 }
 
+// What the pieces have not done.
 void FillDefaults(const TierWalk& walk) {
-  const size_t row_bytes = walk.stack->row_bytes();
-  if (walk.found != nullptr) std::fill(walk.found, walk.found + walk.keys.size(), true);
+  if (walk.found != nullptr && !InPieces(walk)) std::fill(walk.found, walk.found + walk.keys.size(), true);
   for (const auto* positions : {&walk.missing, &walk.unavailable}) {
-    for (uint32_t position : *positions) {
-      std::memcpy(walk.rows + position * row_bytes, walk.stack->default_row.data(), row_bytes);
-      if (walk.found != nullptr) walk.found[position] = false;
-    }
+    for (uint32_t position : *positions) FillDefault(walk, position);
   }
 }
 
 void CountRows(const TierWalk& walk, LookupReport* report) {
   const TierStack& stack = *walk.stack;
-  const uint64_t from_default = walk.missing.size() + walk.unavailable.size();
+  const uint64_t from_default = walk.rows_defaulted + walk.missing.size() + walk.unavailable.size();
   Count(stack.volatile_tier.rows_served, walk.rows_from_volatile);
   Count(stack.volatile_tier.rows_skipped, walk.rows_skipped_volatile);
   Count(stack.persistent_tier.rows_served, walk.rows_from_persistent);
@@ -365,9 +385,9 @@ void TakeBackTiers(std::span<const TierStack* const> stacks, std::chrono::millis
 }
 
 Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, const LookupLimits& limits,
-                 LookupReport* report) {
+                 LookupReport* report, const PieceOptions& pieces) {
   Stopwatch volatile_watch;
-  HPS_RETURN_IF_ERROR(FetchVolatile(walks, executor, io_executor, volatile_watch.start(), limits));
+  HPS_RETURN_IF_ERROR(FetchVolatile(walks, executor, io_executor, volatile_watch.start(), limits, pieces));
   const uint64_t volatile_nanoseconds = volatile_watch.nanoseconds();
   report->volatile_nanoseconds += volatile_nanoseconds;
 

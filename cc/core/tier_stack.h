@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -76,16 +77,30 @@ struct TierWalk {
   // might hold them cannot be asked.
   std::vector<uint32_t> missing;
   std::vector<uint32_t> unavailable;
+  uint64_t rows_defaulted = 0;  // of no tier, and their default is written
   uint64_t rows_from_volatile = 0;
   uint64_t rows_from_persistent = 0;
   uint64_t rows_skipped_volatile = 0;
   uint64_t rows_skipped_persistent = 0;
 };
 
+// Keys in one piece of parallel work: below this everything is done inline on the caller's thread.
+inline constexpr size_t kKeysPerPiece = 2048;
+
+// How tables in this process's memory are read.
+struct PieceOptions {
+  size_t keys = kKeysPerPiece;
+  // Rows are written around this processor's caches: nobody here reads them.
+  bool streams = false;
+  // If given: told, by whichever thread has read them, of positions [first, last) of a walk whose rows and found marks
+  // are final. Not of all: what a lower tier may hold, or a tier that failed, comes at the end.
+  const std::function<void(size_t walk, size_t first, size_t last)>* done = nullptr;
+};
+
 // Fills the rows of all walks: volatile tiers in memory in parallel pieces over all tables, others table beside table,
 // defaults last. CPU work runs on `executor`, waiting for stores on `io_executor`. Adds to *report what happened.
 Status FetchRows(std::span<TierWalk> walks, Executor& executor, Executor& io_executor, const LookupLimits& limits,
-                 LookupReport* report);
+                 LookupReport* report, const PieceOptions& pieces = {});
 
 // kCancelled or kDeadlineExceeded where the lookup should end.
 Status CheckLimits(const LookupLimits& limits);
@@ -101,9 +116,6 @@ Status ProbeTier(const Tier& tier, std::chrono::milliseconds longest);
 // For a model that has just been loaded. Where a circuit breaker keeps lookups from a tier all its tables are asked at
 // once, without waiting until the breaker tries again; if each answers, lookups use the tier from now on.
 void TakeBackTiers(std::span<const TierStack* const> stacks, std::chrono::milliseconds longest);
-
-// Keys in one piece of parallel work: below this everything is done inline on the caller's thread.
-inline constexpr size_t kKeysPerPiece = 2048;
 
 }  // namespace hps
 

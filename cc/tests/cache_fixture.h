@@ -4,6 +4,7 @@
 #define HPS_TESTS_CACHE_FIXTURE_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -12,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -58,28 +60,17 @@ class MapSource final : public RowSource {
  public:
   explicit MapSource(std::vector<uint32_t> widths) : widths_(std::move(widths)), tables_(widths_.size()) {}
 
-  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, LookupReport* report) override {
+  Status Fetch(std::span<const RowRequest> requests, const FetchLimits& limits, const RowsArrived& arrived,
+               LookupReport* report) override {
     {
       std::lock_guard lock(mutex_);
       ++fetches_;
       if (!failure_.ok()) return failure_;
-      for (const RowRequest& request : requests) {
-        const size_t row_bytes = widths_[request.table] * sizeof(float);
-        for (size_t i = 0; i < request.keys.size(); ++i) {
-          asked_.push_back(request.keys[i]);
-          const auto held = tables_[request.table].find(request.keys[i]);
-          request.found[i] = held != tables_[request.table].end();
-          std::memset(request.rows + i * row_bytes, 0x77, row_bytes);  // what a tier may leave there
-          if (!request.found[i]) {
-            ++report->rows_from_default;
-            report->rows_unavailable += unavailable_;
-            continue;
-          }
-          ++report->rows_from_volatile;
-          const std::vector<float> row = Row(request.keys[i], held->second, widths_[request.table]);
-          std::memcpy(request.rows + i * row_bytes, row.data(), row_bytes);
-        }
-      }
+    }
+    if (piece_ == 0 || !arrived) {
+      for (const RowRequest& request : requests) Read(request, 0, request.keys.size(), report);
+    } else {
+      HPS_RETURN_IF_ERROR(FetchPieces(requests, arrived, report));
     }
     // Rows have been read, but are not where they are going.
     if (after_read_) after_read_(limits);
@@ -109,6 +100,14 @@ class MapSource final : public RowSource {
     std::lock_guard lock(mutex_);
     unavailable_ = unavailable;
   }
+  // Rows arrive in pieces of so many, by so many threads, each second piece before the first one; of every fifth piece
+  // of the second half nothing is told. After each `after_piece` is called with the number of pieces so far, and its
+  // error ends the fetch. Before threads use the source.
+  void ArriveInPieces(size_t piece, int threads, std::function<Status(int)> after_piece = {}) {
+    piece_ = piece;
+    threads_ = threads;
+    after_piece_ = std::move(after_piece);
+  }
   // Before threads use the source.
   void AfterRead(std::function<void(const FetchLimits&)> hook) { after_read_ = std::move(hook); }
   std::vector<Key> TakeAsked() {
@@ -121,7 +120,64 @@ class MapSource final : public RowSource {
   }
 
  private:
+  void Read(const RowRequest& request, size_t first, size_t last, LookupReport* report) {
+    std::lock_guard lock(mutex_);
+    const size_t row_bytes = widths_[request.table] * sizeof(float);
+    for (size_t i = first; i < last; ++i) {
+      asked_.push_back(request.keys[i]);
+      const auto held = tables_[request.table].find(request.keys[i]);
+      request.found[i] = held != tables_[request.table].end();
+      std::memset(request.rows + i * row_bytes, 0x77, row_bytes);  // what a tier may leave there
+      if (!request.found[i]) {
+        ++report->rows_from_default;
+        report->rows_unavailable += unavailable_;
+        continue;
+      }
+      ++report->rows_from_volatile;
+      const std::vector<float> row = Row(request.keys[i], held->second, widths_[request.table]);
+      std::memcpy(request.rows + i * row_bytes, row.data(), row_bytes);
+    }
+  }
+
+  Status FetchPieces(std::span<const RowRequest> requests, const RowsArrived& arrived, LookupReport* report) {
+    struct Piece {
+      size_t request, first, last;
+    };
+    std::vector<Piece> pieces;
+    for (size_t r = 0; r < requests.size(); ++r) {
+      for (size_t first = 0; first < requests[r].keys.size(); first += piece_) {
+        pieces.push_back({r, first, std::min(requests[r].keys.size(), first + piece_)});
+      }
+    }
+    for (size_t i = 0; i + 1 < pieces.size(); i += 2) std::swap(pieces[i], pieces[i + 1]);
+    std::atomic<int> done{0};
+    std::atomic<size_t> next{0};
+    Status status;  // guarded by mutex_, as is *report
+    const auto work = [&] {
+      for (size_t i = next++; i < pieces.size(); i = next++) {
+        const auto [request, first, last] = pieces[i];
+        {
+          std::lock_guard lock(mutex_);
+          if (!status.ok()) return;
+        }
+        Read(requests[request], first, last, report);
+        if (i < pieces.size() / 2 || i % 5 != 4) arrived(request, first, last);
+        Status after = after_piece_ ? after_piece_(++done) : OkStatus();
+        std::lock_guard lock(mutex_);
+        if (status.ok()) status = std::move(after);
+      }
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads_; ++i) others.emplace_back(work);
+    work();
+    for (std::thread& other : others) other.join();
+    return status;
+  }
+
   const std::vector<uint32_t> widths_;
+  size_t piece_ = 0;
+  int threads_ = 1;
+  std::function<Status(int)> after_piece_;
   std::function<void(const FetchLimits&)> after_read_;
   mutable std::mutex mutex_;
   std::vector<std::map<Key, uint32_t>> tables_;

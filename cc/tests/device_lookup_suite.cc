@@ -264,6 +264,118 @@ TEST_P(DeviceLookupSuite, ADeferredInsertDoesNotUndoAnUpdate) {
   Expect(Lookups(), KeyRange(0, 10), [](Key key) { return key == 3 ? 2 : 1; });
 }
 
+// Rows of several tables come in pieces and in any order, some of them nowhere to be had; more than one copy's worth.
+TEST_P(DeviceLookupSuite, RowsThatArriveInPieces) {
+  constexpr size_t kKeys = 11'000;  // staging of them is copied
+  const std::vector<std::shared_ptr<DeviceCache>> caches{Value(DeviceCache::Make(resources_, SpecOf(4, 40'000))),
+                                                         Value(DeviceCache::Make(resources_, SpecOf(16, 40'000))),
+                                                         Value(DeviceCache::Make(resources_, SpecOf(7, 40'000)))};
+  const auto version = [](uint32_t table, Key key) { return key % 10 == 0 ? 0 : static_cast<int>(table) + 1; };
+  for (uint32_t table = 0; table < 3; ++table) {
+    std::vector<Key> there;
+    for (Key key = 0; key < 4 * static_cast<Key>(kKeys); ++key) {
+      if (version(table, key) > 0) there.push_back(key);
+    }
+    source_->Put(table, there, table + 1);
+  }
+  Key first = 0;
+  // The last of it all at once, and in a call so small that nothing is copied.
+  for (const auto& [piece, keys] :
+       {std::pair{size_t{100}, kKeys}, {size_t{4500}, kKeys}, {size_t{0}, kKeys}, {size_t{16}, size_t{90}}}) {
+    source_->ArriveInPieces(piece, 2);
+    for (int turn = 0; turn < 2; ++turn) {
+      std::vector<std::unique_ptr<Asked>> asked;
+      std::vector<CachedLookup> lookups;
+      for (uint32_t table = 0; table < 3; ++table) {
+        std::vector<Key> some = KeyRange(first, keys);
+        some.insert(some.end(), some.begin(), some.begin() + 50);  // asked twice
+        asked.push_back(std::make_unique<Asked>(*device_, caches[table], table, std::move(some)));
+        lookups.push_back(asked.back()->lookup());
+      }
+      LookupReport report;
+      ASSERT_OK(Lookups().Lookup(lookups, nullptr, {}, &report));
+      EXPECT_EQ(report.rows_from_default, 3 * keys / 10);
+      if (turn == 0) EXPECT_EQ(report.rows_from_volatile, 3 * (keys - keys / 10));
+      for (const auto& part : asked) {
+        const std::vector<int> versions = part->Versions();
+        for (size_t i = 0; i < part->keys.size(); ++i) {
+          ASSERT_EQ(versions[i], version(part->table, part->keys[i])) << part->table << ": " << part->keys[i];
+        }
+      }
+    }
+    first += static_cast<Key>(keys);
+  }
+}
+
+// What is on its way when the lookup ends early does no harm, to this call's cache and to the next call.
+TEST_P(DeviceLookupSuite, AnEndInTheMiddleOfThePiecesLeavesNothingWrong) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
+  source_->Put(1, keys, 1);
+  std::atomic<bool> cancelled{false};
+  for (const bool cancels : {false, true}) {
+    for (const int last : {1, 7, 25}) {
+      source_->ArriveInPieces(600, 2, [&](int pieces) {
+        if (pieces < last) return OkStatus();
+        cancelled = true;
+        return cancels ? Cancelled("given up") : Unavailable("the tier is down");
+      });
+      const Asked asked(*device_, cache_, 1, keys);
+      const CachedLookup lookup = asked.lookup();
+      cancelled = false;
+      ExpectError(Lookups().Lookup(std::span(&lookup, 1), nullptr, {.cancelled = &cancelled}, nullptr),
+                  cancels ? StatusCode::kCancelled : StatusCode::kUnavailable, {cancels ? "given up" : "tier"});
+      EXPECT_EQ(resources_.workspaces->stats().lent, 0u);
+      asked.Versions();  // waits for the stream
+    }
+  }
+  // Other rows in the same staging.
+  source_->Put(1, keys, 2);
+  source_->ArriveInPieces(600, 2);
+  const Asked asked(*device_, cache_, 1, keys);
+  const CachedLookup lookup = asked.lookup();
+  for (int turn = 0; turn < 2; ++turn) {
+    LookupReport report;
+    ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+    EXPECT_GE(report.rows_from_cache, turn == 0 ? 0u : keys.size() * 99 / 100);  // a bucket may be full
+    EXPECT_EQ(report.rows_from_volatile, keys.size() - report.rows_from_cache);
+    EXPECT_EQ(asked.Versions(), std::vector<int>(keys.size(), 2));
+  }
+}
+
+// Some rows were read before the update and are on the device already, others are read after it.
+TEST_P(DeviceLookupSuite, AnUpdateBetweenPiecesIsNotUndone) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
+  source_->Put(1, keys, 1);
+  const auto updated = [](Key key) { return key % 100 == 3; };
+  std::vector<Key> some;
+  std::copy_if(keys.begin(), keys.end(), std::back_inserter(some), updated);
+  source_->ArriveInPieces(600, 1, [&](int pieces) {
+    if (pieces != 16) return OkStatus();
+    source_->Put(1, some, 2);
+    return UpdateTo(*cache_, some, 2);
+  });
+  const Asked asked(*device_, cache_, 1, keys);
+  const CachedLookup lookup = asked.lookup();
+  ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, nullptr));
+  const std::vector<int> first = asked.Versions();
+  EXPECT_GE(cache_->stats().rows_outdated, some.size());
+  source_->ArriveInPieces(0, 1);
+  LookupReport report;
+  ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+  EXPECT_GE(report.rows_from_volatile, some.size());
+  const std::vector<int> second = asked.Versions();
+  int old = 0;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    ASSERT_EQ(second[i], updated(keys[i]) ? 2 : 1) << keys[i];
+    ASSERT_TRUE(first[i] == 1 || (first[i] == 2 && updated(keys[i]))) << keys[i];
+    old += updated(keys[i]) && first[i] == 1;
+  }
+  EXPECT_GT(old, 0) << "no row was read before the update";
+  EXPECT_LT(old, static_cast<int>(some.size())) << "no row was read after it";
+}
+
 // Lookups from several streams, some exact and some deferred, beside updates, erasures and refresh, in a cache too
 // small for the keys. While it runs no row is torn; at rest the cache agrees with the tiers.
 TEST_P(DeviceLookupSuite, NoOldRowStaysAfterAStormOfUpdates) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <new>
 #include <thread>
 
 #include "cc/core/tier_row_source.h"
@@ -233,6 +234,53 @@ TEST(DeviceMemory, ComesFromTheHostsAllocatorAndGoesBack) {
   EXPECT_EQ(allocator->left(), size_t{32} << 20);
 }
 
+// The rows that are there are on their way before the last ones have been read.
+TEST_F(DeviceLookupTest, RowsGoToTheDeviceWhileOthersAreFetched) {
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
+  for (const auto& [keys, copies] : {std::pair{20'000, true}, {2'000, false}}) {  // the latter are read in place
+    const std::vector<Key> asked_keys = KeyRange(keys * 10, static_cast<size_t>(keys));
+    source_->Put(1, asked_keys, 1);
+    const Asked asked(*device_, cache_, 1, asked_keys);
+    const CachedLookup lookup = asked.lookup();
+    uint64_t before = 0, in_the_middle = 0;
+    source_->ArriveInPieces(asked_keys.size() / 40, 1, [&](int pieces) {
+      if (pieces == 1) before = device_->copies();
+      if (pieces == 30) in_the_middle = device_->copies();
+      return OkStatus();
+    });
+    ASSERT_OK(Lookups().Lookup(std::span(&lookup, 1), nullptr, {}, nullptr));
+    EXPECT_EQ(in_the_middle > before, copies);
+    EXPECT_EQ(device_->copies() > in_the_middle, copies);
+    EXPECT_EQ(asked.Versions(), std::vector<int>(asked_keys.size(), 1));
+  }
+}
+
+// Copies are on a stream that stands still when memory runs out: who uses the workspace next waits for them.
+TEST_F(DeviceLookupTest, AnExceptionAmongThePiecesIsAnEndLikeOthers) {
+  const std::vector<Key> keys = KeyRange(0, 20'000);
+  cache_ = Value(DeviceCache::Make(resources_, SpecOf(16, 120'000)));
+  source_->Put(1, keys, 1);
+  TestStream first(*device_), second(*device_);
+  const Asked asked(*device_, cache_, 1, keys), again(*device_, cache_, 1, keys);
+  const CachedLookup lookup = asked.lookup(), other = again.lookup();
+  source_->ArriveInPieces(500, 1, [&](int pieces) -> Status {
+    if (pieces == 1) device_->HoldStream(first.get(), true);
+    if (pieces == 30) throw std::bad_alloc();
+    return OkStatus();
+  });
+  const uint64_t before = device_->copies();
+  EXPECT_THROW((void)Lookups().Lookup(std::span(&lookup, 1), first.get(), {}, nullptr), std::bad_alloc);
+  ASSERT_GT(device_->copies(), before);
+  source_->ArriveInPieces(0, 1);
+  ExpectError(Lookups().Lookup(std::span(&other, 1), second.get(),
+                               {.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20)}, nullptr),
+              StatusCode::kDeadlineExceeded, {"device"});
+  device_->HoldStream(first.get(), false);
+  ASSERT_OK(Lookups().Lookup(std::span(&other, 1), second.get(), {}, nullptr));
+  EXPECT_EQ(again.Versions(second.get()), std::vector<int>(keys.size(), 1));
+  asked.Versions(first.get());  // waits for the stream
+}
+
 // The fill was launched but not carried out when the update came: the update must not overtake it.
 TEST_F(DeviceLookupTest, AnUpdateWaitsForFillsOnTheirWay) {
   source_->Put(0, KeyRange(0, 10), 1);
@@ -288,6 +336,38 @@ TEST_F(TierRowSourceTest, RowsComeFromTheTiers) {
   ASSERT_OK(cache->Erase(std::vector<Key>{0}));
   ASSERT_OK(cache->Flush());
   ExpectError(lookups.Lookup(std::span(&wrong, 1), nullptr, {}, &report), StatusCode::kInvalidArgument, {"table 7"});
+}
+
+// Many rows, read by several threads in pieces; absent ones are in most pieces. With a lower tier those wait for it.
+TEST_F(TierRowSourceTest, RowsInMemoryComeInPieces) {
+  auto device = std::make_shared<HostDevice>();
+  const auto resources = Value(DeviceResources::Open(device, {.size = {64, 0}}));
+  const auto pool = NewThreadPool(4);
+  constexpr size_t kKeys = 50'000;
+  const auto absent = [](Key key) { return key % 400 == 7; };
+  for (Key key = 0; key < static_cast<Key>(kKeys); ++key) {
+    if (!absent(key)) volatile_->Put(key, 1);
+  }
+  for (const bool has_lower : {false, true}) {
+    TierStack stack = MakeStack(volatile_, has_lower ? persistent_ : nullptr);
+    stack.volatile_tier.addressable = true;
+    if (has_lower) persistent_->Put(407, 2);
+    const auto source = std::make_shared<TierRowSource>(std::vector<const TierStack*>{&stack}, nullptr, *pool, *pool);
+    const auto cache = Value(DeviceCache::Make(resources, SpecOf(kWidth, 8 * kKeys)));
+    const DeviceLookup lookups(resources, source, nullptr, {});
+    const Asked asked(*device, cache, 0, KeyRange(0, kKeys));
+    const CachedLookup lookup = asked.lookup();
+    for (int turn = 0; turn < 2; ++turn) {
+      LookupReport report;
+      ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, &report));
+      EXPECT_EQ(report.rows_from_default, kKeys / 400 - (has_lower ? 1 : 0));
+      const std::vector<int> versions = asked.Versions();
+      for (size_t i = 0; i < kKeys; ++i) {
+        const auto key = static_cast<Key>(i);
+        ASSERT_EQ(versions[i], has_lower && key == 407 ? 2 : absent(key) ? 0 : 1) << key;
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -141,6 +141,8 @@ TEST_F(HostDeviceTest, RefusesWhatTheLaunchesRefuse) {
   EXPECT_EQ(device_.Query(&part, 1, workspace, 0, nullptr), cuda::kErrorInvalidValue);  // stamp 0
   const std::vector<cuda::QueryPart> many(cuda::kMaxQueryParts + 1, part);
   EXPECT_EQ(device_.Query(many.data(), static_cast<int>(many.size()), workspace, 1, nullptr), cuda::kErrorInvalidValue);
+  EXPECT_EQ(device_.Fill(many.data(), 2, workspace, {.missing_positions = 1, .missing_keys = 1}, nullptr),
+            cuda::kErrorInvalidValue);  // rows of two tables without offsets
   part.table.row_bytes = 6;
   EXPECT_EQ(device_.Query(&part, 1, workspace, 1, nullptr), cuda::kErrorInvalidValue);
   CacheTable small = table.table;

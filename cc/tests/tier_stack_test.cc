@@ -2,8 +2,12 @@
 
 #include "cc/core/tier_stack.h"
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
+#include <mutex>
 
 #include "cc/tests/core_fixture.h"
 #include "cc/tests/fake_table.h"
@@ -106,6 +110,73 @@ TEST_F(TierStackTest, ManyTablesInParallelPieces) {
   EXPECT_EQ(report.rows_from_default, counted[0]);
   EXPECT_EQ(report.rows_from_volatile, counted[1]);
   EXPECT_EQ(report.rows_from_persistent, counted[2]);
+}
+
+// What is told to be final has its rows and marks, and does not change any more; what a lower tier may hold is not
+// told.
+TEST_F(TierStackTest, PiecesThatAreFinalAreTold) {
+  auto pool = NewThreadPool(4);
+  const std::vector<Key> keys = KeyRange(0, 1000);
+  for (const bool has_lower : {false, true}) {
+    auto whole = std::make_shared<FakeTable>();
+    auto part = std::make_shared<FakeTable>();
+    for (const Key key : keys) {
+      whole->Put(key, 1);
+      if (key < 500 || key % 2 == 0) part->Put(key, 2);
+    }
+    TierStack stacks[] = {MakeStack(part, has_lower ? persistent_ : nullptr),
+                          MakeStack(whole, has_lower ? persistent_ : nullptr)};
+    std::vector<TierWalk> walks(2);
+    std::vector<float> values(2 * keys.size() * kWidth, 12345.0f);
+    const auto found = std::make_unique<bool[]>(2 * keys.size());
+    for (size_t w = 0; w < 2; ++w) {
+      stacks[w].volatile_tier.addressable = true;
+      walks[w].stack = &stacks[w];
+      walks[w].keys = keys;
+      walks[w].rows = reinterpret_cast<std::byte*>(values.data() + w * keys.size() * kWidth);
+      walks[w].found = found.get() + w * keys.size();
+    }
+    std::mutex mutex;
+    std::vector<char> told(2 * keys.size());
+    std::vector<float> rows_told(values.size());
+    std::vector<char> found_told(2 * keys.size());
+    const std::function<void(size_t, size_t, size_t)> done = [&](size_t w, size_t first, size_t last) {
+      std::lock_guard lock(mutex);
+      for (size_t i = w * keys.size() + first; i < w * keys.size() + last; ++i) {
+        EXPECT_FALSE(told[i]) << "twice";
+        told[i] = true;
+        found_told[i] = found[i];
+        std::copy_n(values.begin() + static_cast<ptrdiff_t>(i * kWidth), kWidth,
+                    rows_told.begin() + static_cast<ptrdiff_t>(i * kWidth));
+      }
+    };
+    LookupReport report;
+    ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report, {.keys = 64, .done = &done}));
+    EXPECT_EQ(report.rows_from_volatile, 1750u);
+    EXPECT_EQ(report.rows_from_default, 250u);
+    for (size_t i = 0; i < 2 * keys.size(); ++i) {
+      const Key key = keys[i % keys.size()];
+      const bool held = i >= keys.size() || key < 500 || key % 2 == 0;
+      const auto expected = held ? Row(key, i < keys.size() ? 2 : 1, kWidth) : std::vector<float>(kWidth, kDefault);
+      ASSERT_EQ(std::memcmp(values.data() + i * kWidth, expected.data(), kRowBytes), 0) << i;
+      ASSERT_EQ(found[i], held) << i;
+      // The pieces of 64 keys from 512 on of the first table have keys that the lower tier was asked for.
+      if (!has_lower || i < 448 || i >= keys.size()) EXPECT_TRUE(told[i]) << i;
+      if (has_lower && i >= 512 && i < keys.size()) EXPECT_FALSE(told[i]) << i;
+      if (!told[i]) continue;
+      ASSERT_EQ(std::memcmp(rows_told.data() + i * kWidth, expected.data(), kRowBytes), 0) << i;
+      ASSERT_EQ(found_told[i] != 0, held) << i;
+    }
+    // A tier that fails tells nothing, and its rows still come.
+    if (!has_lower) continue;
+    part->Fail(Unavailable("gone"));
+    stacks[0].volatile_tier.when_unavailable = WhenUnavailable::kDefault;
+    std::fill(told.begin(), told.end(), 0);
+    ASSERT_OK(FetchRows(walks, *pool, *pool, {}, &report, {.keys = 64, .done = &done}));
+    EXPECT_EQ(report.rows_unavailable, keys.size());
+    EXPECT_EQ(std::count(told.begin(), told.end(), 1), 1000);
+    EXPECT_EQ(std::count(found.get(), found.get() + 2 * keys.size(), true), 1000);
+  }
 }
 
 // ---- promotion --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ TEST_F(WorkspacePoolTest, ReservesTheConfiguredSizeAtTheStart) {
   for (int i = 0; i < 10; ++i) {
     const auto lease = Value(pool->Acquire(1000, kNoDeadline));
     EXPECT_EQ(lease->size().positions, 1000u);
-    ASSERT_OK(lease->PrepareFill(100, 60'000));
+    ASSERT_OK(lease->PrepareFill(100, 60'000, nullptr));
     EXPECT_EQ(pool->stats().lent, 1u);
   }
   EXPECT_EQ(device_->allocations(), allocations);
@@ -71,7 +71,7 @@ TEST_F(WorkspacePoolTest, GrowsToTheBatchAndTrimsWhatIsNotNeeded) {
   {
     const auto large = Value(pool->Acquire(5000, kNoDeadline));
     EXPECT_GE(large->size().positions, 5000u);
-    ASSERT_OK(large->PrepareFill(4000, 200'000));
+    ASSERT_OK(large->PrepareFill(4000, 200'000, nullptr));
     const auto other = Value(pool->Acquire(10, kNoDeadline));
   }
   ASSERT_OK(pool->Trim());  // that batch was since the last call

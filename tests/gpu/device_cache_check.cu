@@ -321,6 +321,34 @@ void CheckOneTable(uint32_t width, uint32_t offset, std::mt19937_64& random) {
   }
   AskAndCheck({&part}, {held}, workspace);
 
+  // Where every missing key has a row, in order, no offsets are needed; rows may be read from the host's memory.
+  std::vector<int64_t> fresh = RandomKeys(random, 300);
+  for (int i = 0; i < 50; ++i) fresh.push_back(fresh[random() % 300]);
+  const Part anew(table, fresh, offset);
+  AskAndCheck({&anew}, {held}, workspace);
+  float *pinned = nullptr, *pinned_on_device = nullptr;
+  CHECK_CUDA(cudaHostAlloc(&pinned, size_t{300} * width * sizeof(float), cudaHostAllocMapped));
+  CHECK_CUDA(cudaHostGetDevicePointer(&pinned_on_device, pinned, 0));
+  for (uint32_t i = 0; i < workspace.missing_keys(); ++i) {
+    const int64_t key = workspace.missing[i].key;
+    const std::vector<float> row = RowOf(key, 3, width);
+    std::copy(row.begin(), row.end(), pinned + size_t{i} * width);
+    held[key] = 3;
+  }
+  const QueryPart whole = anew.query();
+  fill = {nullptr, pinned_on_device, workspace.missing_positions(), workspace.missing_keys(), true};
+  CHECK_CUDA(LaunchFill(&whole, 1, workspace.workspace, fill, nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const std::vector<float> rows = anew.rows();
+  for (size_t i = 0; i < fresh.size(); ++i) {
+    const std::vector<float> expected = RowOf(fresh[i], 3, width);
+    EXPECT(std::equal(expected.begin(), expected.end(), rows.begin() + i * width), "no offsets, width %u row %zu",
+           width, i);
+  }
+  CHECK_CUDA(cudaFreeHost(pinned));
+  AskAndCheck({&part}, {held}, workspace);
+  AskAndCheck({&anew}, {held}, workspace);
+
   // An insert does not touch what is there; an update does, and adds nothing.
   table.Insert(present, 7);
   AskAndCheck({&part}, {held}, workspace);
@@ -417,6 +445,9 @@ void CheckRefusals() {
   EXPECT(LaunchQuery(&query, 1, workspace.workspace, 1, nullptr) == cudaErrorInvalidValue, "more than max_positions");
   query.count = 1;
   EXPECT(LaunchQuery(&query, 1, workspace.workspace, 0, nullptr) == cudaErrorInvalidValue, "stamp 0");
+  const QueryPart two[] = {query, query};
+  const FillRequest no_offsets{nullptr, nullptr, 1, 1, false};
+  EXPECT(LaunchFill(two, 2, workspace.workspace, no_offsets, nullptr) == cudaErrorInvalidValue, "no offsets");
   query.table.row_bytes = 6;
   EXPECT(LaunchQuery(&query, 1, workspace.workspace, 1, nullptr) == cudaErrorInvalidValue, "6 bytes");
   CacheTable small = table.table;

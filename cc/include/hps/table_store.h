@@ -55,7 +55,8 @@ struct FetchRequest {
   std::span<const Key> keys;                                          // (n); duplicates are allowed
   std::optional<std::span<const uint32_t>> positions = std::nullopt;  // which keys, ascending; absent: all
   RowBuffer rows;                                                     // (n); the row of keys[i] is written at index i
-  size_t output_bytes = 0;  // a hint: size of the whole output these rows are a part of
+  size_t output_bytes =
+      0;  // a hint: size of the whole output these rows are a part of; SIZE_MAX: not read by the caller
   Deadline deadline = kNoDeadline;
   const std::atomic<bool>* cancelled = nullptr;  // true: the caller gave up; stores that wait look at it (kCancelled)
 };
