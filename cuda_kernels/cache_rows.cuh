@@ -20,6 +20,19 @@ struct PlainRows {
     return __ldcg(reinterpret_cast<const Word*>(static_cast<const char*>(table.rows) + uint64_t{slot} * row_bytes) +
                   word);
   }
+  // One word of many rows.
+  template <typename Word>
+  class Column {
+   public:
+    __device__ __forceinline__ Column(const CacheTable& table, uint32_t word)
+        : rows_(static_cast<const char*>(table.rows) + uint64_t{word} * sizeof(Word)) {}
+    __device__ __forceinline__ Word Load(const CacheTable& table, uint32_t slot) const {
+      return __ldcg(reinterpret_cast<const Word*>(rows_ + uint64_t{slot} * table.row_bytes));
+    }
+
+   private:
+    const char* rows_;
+  };
 };
 
 // Values of a row as the bits of one load.
@@ -56,6 +69,17 @@ struct AnyRows {
     if (table.format == RowFormat::kFloat32) return __ldcg(reinterpret_cast<const Word*>(row) + word);
     return Int8Word<Word>::Load(row + kInt8ValuesAt, word, __ldcg(reinterpret_cast<const float*>(row)));
   }
+  template <typename Word>
+  class Column {
+   public:
+    __device__ __forceinline__ Column(const CacheTable&, uint32_t word) : word_(word) {}
+    __device__ __forceinline__ Word Load(const CacheTable& table, uint32_t slot) const {
+      return AnyRows::Load<Word>(table, slot, table.row_bytes, word_);
+    }
+
+   private:
+    uint32_t word_;
+  };
 };
 
 inline bool HasPlainRows(const CacheTable& table) {

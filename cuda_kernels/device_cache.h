@@ -35,13 +35,13 @@ struct CacheTable {
   CacheBucket* buckets = nullptr;  // (num_buckets) device memory
   uint64_t num_buckets = 0;        // at least kMinBuckets
   void* rows = nullptr;            // (num_buckets, device_ways) rows in memory that the device can write
+  uint32_t row_bytes = 0;          // of a row as queries give it
+  bool whole = false;              // rows are never given up
+  CacheActivity* activity = nullptr;  // device memory
+  RowFormat format = RowFormat::kFloat32;
+  uint32_t device_ways = kCacheWays;  // at least 1; below 7 for tables that are held whole
   // (num_buckets, 7 - device_ways) rows of the other ways, in pinned memory of the host: the device's address of it.
   void* pinned_rows = nullptr;
-  uint32_t device_ways = kCacheWays;  // at least 1; below 7 for tables that are held whole
-  RowFormat format = RowFormat::kFloat32;
-  uint32_t row_bytes = 0;             // of a row as queries give it
-  bool whole = false;                 // rows are never given up
-  CacheActivity* activity = nullptr;  // device memory
 };
 
 // Of tables that never give a row up only those leave marks of use that exchange rows.

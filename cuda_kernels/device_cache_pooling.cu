@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda_kernels/cache_rows.cuh"
 #include "cuda_kernels/device_cache_access.cuh"
 #include "cuda_kernels/pooling_sums.cuh"
 
@@ -44,11 +45,13 @@ struct Shape {
   int lanes = 32;          // of a row
   bool passes = false;     // a row has more words than lanes
   bool weighted = false;
+  bool plain = true;  // PlainRows, or AnyRows
   bool operator==(const Shape& other) const {
-    return wide_word == other.wide_word && lanes == other.lanes && passes == other.passes && weighted == other.weighted;
+    return wide_word == other.wide_word && lanes == other.lanes && passes == other.passes &&
+           weighted == other.weighted && plain == other.plain;
   }
   // Where there are too few output rows to fill the device: all loads of an output row under way at once.
-  bool CanHurry() const { return wide_word && !passes && !weighted; }
+  bool CanHurry() const { return wide_word && !passes && !weighted && plain; }
 };
 
 struct PartPlan {
@@ -156,7 +159,7 @@ __device__ bool AreUnchanged(const QueryPart& query, uint32_t first, uint32_t la
 }
 
 // Writes the output rows of a group; returns false where a writer was met. *missing: keys that are nowhere.
-template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks, bool kBusy>
+template <typename Rows, typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks, bool kBusy>
 __device__ __forceinline__ bool AddGroup(const PartPlan& plan, const Group& group, const PooledWorkspace& workspace,
                                          Window* window, uint32_t* missing) {
   const PooledPart& part = plan.part;
@@ -166,7 +169,7 @@ __device__ __forceinline__ bool AddGroup(const PartPlan& plan, const Group& grou
   const auto split_of = [&](uint32_t row) { return __shfl_sync(0xFFFFFFFF, group.split, min(row, group.num_rows)); };
   const auto find = [&](uint32_t first, uint32_t last, bool marks) {
     __syncwarp();
-    const uint32_t nowhere = FindKeys<kBusy>(part.query, first, last, window, marks && !table.whole);
+    const uint32_t nowhere = FindKeys<kBusy>(part.query, first, last, window, marks && Rows::LeavesMarks(table));
     __syncwarp();
     return nowhere;
   };
@@ -199,7 +202,7 @@ __device__ __forceinline__ bool AddGroup(const PartPlan& plan, const Group& grou
           if (pass == 0) *missing += nowhere;
         }
         if (adds) {
-          const auto* const rows = static_cast<const char*>(table.rows) + uint64_t{word} * sizeof(Word);
+          const typename Rows::template Column<Word> column(table, word);
           sum.Add(max(begin, first), min(end, last), part.weights, [&](uint32_t i, bool wanted) {
             Word value;
 #pragma unroll
@@ -207,9 +210,7 @@ __device__ __forceinline__ bool AddGroup(const PartPlan& plan, const Group& grou
               ElementOf(value, e) = part.query.default_value;
             }
             const uint32_t slot = wanted ? window->slots[i - first] : kNowhere;
-            if (slot != kNowhere) {
-              value = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{slot} * table.row_bytes));
-            }
+            if (slot != kNowhere) value = column.Load(table, slot);
             return value;
           });
         }
@@ -258,7 +259,7 @@ __device__ __forceinline__ bool MakeGroup(const PartPlan& plan, uint32_t number,
 }
 
 // Returns how many positions are to be told as missing; the same in all lanes.
-template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks>
+template <typename Rows, typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks>
 __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWorkspace& workspace, Window* window) {
   const PooledPart& part = plan.part;
   const CacheActivity* const activity = part.query.table.activity;
@@ -273,14 +274,14 @@ __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWo
     uint32_t missing = 0;
     bool done = false;
     if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
-      AddGroup<Word, kLanes, kPasses, kWeighted, kChunks, false>(plan, group, workspace, window, &missing);
+      AddGroup<Rows, Word, kLanes, kPasses, kWeighted, kChunks, false>(plan, group, workspace, window, &missing);
       const uint64_t after = LoadActivity(activity);
       done = !__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before));
     }
 #pragma unroll 1
     for (int attempt = 0; !done && attempt < kAttempts; ++attempt) {
       if (attempt > 0) __nanosleep(200);
-      done = AddGroup<Word, kLanes, kPasses, kWeighted, 1, true>(plan, group, workspace, window, &missing);
+      done = AddGroup<Rows, Word, kLanes, kPasses, kWeighted, 1, true>(plan, group, workspace, window, &missing);
     }
     if (!done) {
       missing = 0;
@@ -317,13 +318,13 @@ __device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32
   *static_cast<volatile uint64_t*>(&workspace.result->done) = (uint64_t{stamp} << 32) | told;
 }
 
-template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kMaxParts, int kChunks = 1>
+template <typename Rows, typename Word, int kLanes, bool kPasses, bool kWeighted, int kMaxParts, int kChunks = 1>
 __global__ void __launch_bounds__(kThreads, (kWeighted || kChunks > 1 ? 16 : kResidentWarps) / kWarps)
     PooledKernel(const __grid_constant__ PooledPlan<kMaxParts> plan) {
   __shared__ Window windows[kWarps];
   const PartPlan& part = plan.PartOfBlock();
   const uint32_t told =
-      RunPart<Word, kLanes, kPasses, kWeighted, kChunks>(part, plan.workspace, &windows[threadIdx.x / 32]);
+      RunPart<Rows, Word, kLanes, kPasses, kWeighted, kChunks>(part, plan.workspace, &windows[threadIdx.x / 32]);
   if (told != 0 && (threadIdx.x & 31) == 0) {
     atomicAdd(&plan.workspace.counters[0], told);
     atomicOr(reinterpret_cast<unsigned long long*>(&plan.workspace.words[0]), 1ull << part.number);
@@ -335,31 +336,31 @@ __global__ void __launch_bounds__(kThreads, (kWeighted || kChunks > 1 ? 16 : kRe
 template <int kMaxParts>
 using Kernel = void (*)(PooledPlan<kMaxParts>);
 
-template <int kMaxParts, bool kWeighted>
+template <typename Rows, int kMaxParts, bool kWeighted>
 Kernel<kMaxParts> KernelOf(const Shape& shape, int* number) {
   if (!shape.wide_word) {
     *number = shape.passes ? 1 : shape.lanes == 4 ? 2 : 0;
-    return shape.passes       ? PooledKernel<float, 32, true, kWeighted, kMaxParts>
-           : shape.lanes == 4 ? PooledKernel<float, 4, false, kWeighted, kMaxParts>
-                              : PooledKernel<float, 32, false, kWeighted, kMaxParts>;
+    return shape.passes       ? PooledKernel<Rows, float, 32, true, kWeighted, kMaxParts>
+           : shape.lanes == 4 ? PooledKernel<Rows, float, 4, false, kWeighted, kMaxParts>
+                              : PooledKernel<Rows, float, 32, false, kWeighted, kMaxParts>;
   }
   *number = shape.passes ? 3 : shape.lanes == 4 ? 4 : shape.lanes == 8 ? 5 : shape.lanes == 16 ? 6 : 7;
-  return shape.passes        ? PooledKernel<float4, 32, true, kWeighted, kMaxParts>
-         : shape.lanes == 4  ? PooledKernel<float4, 4, false, kWeighted, kMaxParts>
-         : shape.lanes == 8  ? PooledKernel<float4, 8, false, kWeighted, kMaxParts>
-         : shape.lanes == 16 ? PooledKernel<float4, 16, false, kWeighted, kMaxParts>
-                             : PooledKernel<float4, 32, false, kWeighted, kMaxParts>;
+  return shape.passes        ? PooledKernel<Rows, float4, 32, true, kWeighted, kMaxParts>
+         : shape.lanes == 4  ? PooledKernel<Rows, float4, 4, false, kWeighted, kMaxParts>
+         : shape.lanes == 8  ? PooledKernel<Rows, float4, 8, false, kWeighted, kMaxParts>
+         : shape.lanes == 16 ? PooledKernel<Rows, float4, 16, false, kWeighted, kMaxParts>
+                             : PooledKernel<Rows, float4, 32, false, kWeighted, kMaxParts>;
 }
 
 template <int kMaxParts>
 Kernel<kMaxParts> HurryingKernelOf(const Shape& shape, int* number) {
   *number = shape.lanes <= 8 ? 0 : shape.lanes == 16 ? 1 : 2;
-  return shape.lanes <= 8    ? PooledKernel<float, 32, false, false, kMaxParts, 4>
-         : shape.lanes == 16 ? PooledKernel<float4, 16, false, false, kMaxParts, 2>
-                             : PooledKernel<float4, 32, false, false, kMaxParts, 2>;
+  return shape.lanes <= 8    ? PooledKernel<PlainRows, float, 32, false, false, kMaxParts, 4>
+         : shape.lanes == 16 ? PooledKernel<PlainRows, float4, 16, false, false, kMaxParts, 2>
+                             : PooledKernel<PlainRows, float4, 32, false, false, kMaxParts, 2>;
 }
 
-constexpr int kNumKernels = 30;
+constexpr int kNumKernels = 46;
 uint32_t ResidentBlocks(const void* kernel, int number) {
   static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
   int device = 0;
@@ -383,6 +384,7 @@ Shape ShapeOf(const PooledPart& part) {
   shape.lanes = words <= 4 ? 4 : !shape.wide_word ? 32 : words <= 8 ? 8 : words <= 16 ? 16 : 32;
   shape.passes = words > 32;
   shape.weighted = part.weights != nullptr;
+  shape.plain = HasPlainRows(part.query.table);
   return shape;
 }
 
@@ -418,10 +420,15 @@ int Launch(const PooledPart* parts, int num_parts, const Shape& shape, const Poo
   }
   if (kernel == nullptr || rows > resident * kWarps) {
     if constexpr (kMaxParts == 1) {
-      kernel = KernelOf<1, false>(shape, &number);
-    } else {
-      kernel = shape.weighted ? KernelOf<kMaxParts, true>(shape, &number) : KernelOf<kMaxParts, false>(shape, &number);
+      kernel = KernelOf<PlainRows, 1, false>(shape, &number);
+    } else if (shape.plain) {
+      kernel = shape.weighted ? KernelOf<PlainRows, kMaxParts, true>(shape, &number)
+                              : KernelOf<PlainRows, kMaxParts, false>(shape, &number);
       number += shape.weighted ? 16 : 8;
+    } else {
+      kernel = shape.weighted ? KernelOf<AnyRows, kMaxParts, true>(shape, &number)
+                              : KernelOf<AnyRows, kMaxParts, false>(shape, &number);
+      number += shape.weighted ? 38 : 30;
     }
     resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
     // Side by side, and one after the other as well where they have few keys; but fewer where there are not enough of
@@ -473,7 +480,7 @@ int LaunchPooledQuery(const PooledPart* parts, int num_parts, const PooledWorksp
   }
   for (int i = 0; i < num_shapes; ++i) {
     const uint32_t tells = i + 1 == num_shapes ? stamp : 0;
-    const int error = num_parts == 1 && !shapes[i].weighted
+    const int error = num_parts == 1 && !shapes[i].weighted && shapes[i].plain
                           ? Launch<1>(parts, 1, shapes[i], workspace, tells, stream)
                           : Launch<kMaxQueryParts>(parts, num_parts, shapes[i], workspace, tells, stream);
     if (error != 0) return error;

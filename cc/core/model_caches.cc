@@ -226,7 +226,7 @@ Status ModelCaches::Refresh(std::optional<int> device, const std::atomic<bool>* 
       DeviceCache& cache = *each.caches[table];
       if (cache.whole()) {
         return FailedPrecondition(cache.spec().name +
-                                  ": its cache holds the whole table as it was loaded and updated; replace the model to "
+                                  ": its cache (static or uvm) holds the whole table as it was loaded and updated; replace the model to "
                                   "load new ones, or use \"embedding_cache_type\": \"dynamic\"");
       }
       HPS_RETURN_IF_ERROR(RefreshCache(cache, *source_, table, each.plan.refresh_fraction, cancelled, report));

@@ -262,7 +262,7 @@ TEST_F(DeviceServerTest, ALaterModelOrVersionThatDoesNotFitLeavesTheOthersServin
 
 TEST_F(DeviceServerTest, ManyModelsTakeTheMemoryThatWasPlanned) {
   std::vector<ModelConfig> models;
-  std::vector<uint64_t> planned(kNumDevices, kWriterBytes);
+  std::vector<uint64_t> planned(kNumDevices, kWriterBytes), pinned(kNumDevices, kWriterBytes);
   for (int i = 0; i < 24; ++i) {
     const size_t more = static_cast<size_t>(i);
     ModelConfig model = Model("m" + std::to_string(i), 1, i % 3 == 0 ? std::vector<int32_t>{0, 1} : std::vector{i % 2},
@@ -270,14 +270,18 @@ TEST_F(DeviceServerTest, ManyModelsTakeTheMemoryThatWasPlanned) {
     model.worker_buffers = 1 + i % 2;
     if (i % 4 == 0) model.cache_type = CacheType::kStatic;
     if (i % 4 == 1) model.init_ec = true;
+    if (i % 4 == 2) model.cache_type = CacheType::kUvm;
+    model.enable_pagelock = i % 8 == 4;
     for (const DevicePlan& plan : Value(PlanCaches(model, std::vector<uint64_t>{200, 300 + more, 1, 7}, kNumDevices))) {
       planned[static_cast<size_t>(plan.device)] += plan.device_bytes;
+      pinned[static_cast<size_t>(plan.device)] += plan.pinned_bytes;
     }
     models.push_back(std::move(model));
   }
   auto server = Open(models);
   for (int device = 0; device < kNumDevices; ++device) {
     EXPECT_EQ(Bytes(device), planned[static_cast<size_t>(device)]) << "device " << device;
+    EXPECT_EQ(devices_[static_cast<size_t>(device)]->pinned_bytes(), pinned[static_cast<size_t>(device)]);
   }
   for (int i = 0; i < 24; ++i) {
     EXPECT_TRUE(Look(*server, "m" + std::to_string(i), i % 3 == 0 ? 1 : i % 2, KeyRange(0, 60), 1).AllOf(1));
@@ -286,56 +290,6 @@ TEST_F(DeviceServerTest, ManyModelsTakeTheMemoryThatWasPlanned) {
   for (int device = 0; device < kNumDevices; ++device) EXPECT_EQ(Bytes(device), kWriterBytes);
   ASSERT_OK(server->Close());
   for (const auto& device : devices_) EXPECT_EQ(device->allocations(), 0u);
-}
-
-// Rows in pinned memory: everything as with static caches, but for where the rows lie.
-TEST_F(DeviceServerTest, PinnedRowsServeAndCountAsTheHostsMemory) {
-  ModelConfig model = Model("m", 1, {0, 1}, {1000, 300});
-  model.cache_type = CacheType::kStatic;
-  model.enable_pagelock = true;
-  uint64_t pinned = kNumDevices * kWriterBytes, largest = 0;
-  const auto plans = Value(PlanCaches(model, std::vector<uint64_t>{1000, 300}, kNumDevices));
-  for (const DevicePlan& plan : plans) {
-    pinned += plan.pinned_bytes;
-    largest = std::max(largest, plan.pinned_bytes);
-  }
-  ServerOptions options = Options();
-  uint64_t available = pinned - 1;
-  DeviceSource source = *Source();
-  source.host_memory = [&] { return std::optional<uint64_t>(available); };
-  options.devices = std::make_shared<DeviceSource>(source);
-  ExpectError(ParameterServer::Open(Config({model}), options).status(), StatusCode::kResourceExhausted,
-              {"host memory", "model 'm'", std::to_string(pinned) + " bytes", std::to_string(available),
-               "enable_pagelock", "deployed_device_list"});
-  EXPECT_EQ(faults_->upserts(), 0u) << "nothing was loaded";
-  for (const auto& device : devices_) EXPECT_EQ(device->allocations(), 0u);
-  available = pinned;
-  auto server = Value(ParameterServer::Open(Config({model}), options));
-  EXPECT_EQ(devices_[0]->pinned_bytes() + devices_[1]->pinned_bytes(), pinned);
-  EXPECT_EQ(Bytes(0), kWriterBytes + plans[0].device_bytes);
-  for (int device = 0; device < kNumDevices; ++device) {
-    const DeviceAnswer answer = Look(*server, "m", device, kKeys);
-    EXPECT_TRUE(answer.AllOf(1));
-    EXPECT_EQ(answer.report.rows_unwaited, kKeys.size());
-  }
-  ASSERT_OK(Update(*server, "m", kSome, 2));
-  EXPECT_TRUE(Look(*server, "m", 1, kSome).AllOf(2));
-  const Json cache = Json::parse(server->StatsJson())["models"][0]["devices"][0]["caches"][0];
-  EXPECT_EQ(cache["pinned_bytes"], plans[0].tables[0].memory.pinned_bytes);
-  EXPECT_EQ(cache["memory_bytes"], plans[0].tables[0].memory.device_bytes);
-  EXPECT_NE(server->PrometheusText().find("hps_cache_pinned_bytes{model=\"m\",table=\"t0\",device=\"0\"} " +
-                                          std::to_string(plans[0].tables[0].memory.pinned_bytes)),
-            std::string::npos);
-  // A next version needs the room again, beside the one that serves.
-  available = 2 * largest - 1;
-  ExpectError(server->ReplaceModel(model), StatusCode::kResourceExhausted, {"host memory", "enable_pagelock"});
-  EXPECT_TRUE(Look(*server, "m", 0, kSome).AllOf(2));
-  ASSERT_OK(server->Close());
-  for (const auto& device : devices_) EXPECT_EQ(device->pinned_bytes(), 0u);
-
-  model.cache_type = CacheType::kDynamic;
-  ExpectError(ParameterServer::Open(Config({model}), options).status(), StatusCode::kInvalidArgument,
-              {"model 'm'", "enable_pagelock", "\"static\""});
 }
 
 // Every allocation of a load fails once: a clear error, nothing left behind, and the next load succeeds.
