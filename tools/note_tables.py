@@ -60,6 +60,21 @@ def cache_replacement(records: list[dict]) -> str:
     return _table(["hit rate (part of the hits that write a mark)", *workloads.values()], lines)
 
 
+def uvm_exchange(records: list[dict]) -> str:
+    workloads = {"zipf": "Zipf 1.05", "shift": "after a shift", "shifted": "later", "flat": "uniform"}
+    cells: dict[int, dict[str, dict]] = {}
+    for record in records:
+        if record["kind"] == "uvm":
+            cells.setdefault(record["device_ways"], {})[record["workload"]] = record
+    lines = [
+        [f"{ways} of 7", f"{found['zipf']['ideal']:.3f}", f"{found['zipf']['as_placed']:.3f}"]
+        + [f"{found[workload]['on_device']:.3f} ({found[workload]['link_rows']:.3f})" for workload in workloads]
+        for ways, found in cells.items()
+    ]
+    head = ["rows on the device", "ideal, Zipf", "as placed"]
+    return _table([*head, *(f"{text}: met there (rows moved a read)" for text in workloads.values())], lines)
+
+
 def redis(records: list[dict]) -> str:
     head = ["nodes", "width", "keys in a call", "Fetch / raw pipelines (middle half of the rounds)"]
     lines = [
@@ -140,6 +155,7 @@ def device_lookup(records: list[dict]) -> str:
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "load_beside_lookups": ("stack.jsonl", load_beside_lookups),
     "cache_replacement": ("cache_replacement.jsonl", cache_replacement),
+    "uvm_exchange": ("uvm_exchange.jsonl", uvm_exchange),
     "device_cache": ("device_cache.jsonl", device_cache),
     "device_beside_writer": ("device_cache.jsonl", device_beside_writer),
     "device_pooled": ("device_cache.jsonl", device_pooled),
