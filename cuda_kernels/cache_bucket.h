@@ -73,16 +73,16 @@ HPS_HOST_DEVICE int ChooseWay(uint64_t* state) {
 }
 
 // What should change places where only the first device_ways ways have rows in device memory: a row of the others that
-// was read often, and a free way or a row that was never read among the first. One that was read once stays, else rows
-// that are read alike would change places for ever. Returns false where there is nothing to do.
+// was read often, and among the first a free way or else the row that was read least, if that was not often. Returns
+// false where there is nothing to do; that is soon, for each exchange leaves one more row that was read often in front.
 HPS_HOST_DEVICE bool ChooseExchange(uint64_t state, int device_ways, int* near, int* far) {
   *near = *far = -1;
+  int least = 2;
   for (int way = 0; way < kCacheWays; ++way) {
-    const bool holds = (state & StateHolds(way)) != 0;
+    const int reads = (state & StateHolds(way)) != 0 ? StateRef(state, way) : -1;
     if (way < device_ways) {
-      const bool is_free = *near >= 0 && (state & StateHolds(*near)) == 0;
-      if (!holds || (StateRef(state, way) == 0 && !is_free)) *near = way;
-    } else if (holds && StateRef(state, way) == 2) {
+      if (reads < least) *near = way, least = reads;
+    } else if (reads == 2) {
       *far = way;
     }
   }

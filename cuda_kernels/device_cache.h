@@ -32,11 +32,11 @@ struct alignas(16) CacheActivity {
 };
 
 struct CacheTable {
-  CacheBucket* buckets = nullptr;  // (num_buckets) device memory
-  uint64_t num_buckets = 0;        // at least kMinBuckets
-  void* rows = nullptr;            // (num_buckets, device_ways) rows in memory that the device can write
-  uint32_t row_bytes = 0;          // of a row as queries give it
-  bool whole = false;              // rows are never given up
+  CacheBucket* buckets = nullptr;     // (num_buckets) device memory
+  uint64_t num_buckets = 0;           // at least kMinBuckets
+  void* rows = nullptr;               // (num_buckets, device_ways) rows in memory that the device can write
+  uint32_t row_bytes = 0;             // of a row as queries give it
+  bool whole = false;                 // rows are never given up
   CacheActivity* activity = nullptr;  // device memory
   RowFormat format = RowFormat::kFloat32;
   uint32_t device_ways = kCacheWays;  // at least 1; below 7 for tables that are held whole
@@ -135,7 +135,7 @@ int LaunchInsert(const CacheTable& table, const int64_t* keys, const void* rows,
 int LaunchUpdate(const CacheTable& table, const int64_t* keys, const void* rows, uint32_t count, cudaStream_t stream);
 int LaunchErase(const CacheTable& table, const int64_t* keys, uint32_t count, cudaStream_t stream);
 // In the buckets [first, last): rows in pinned memory that are often read change places with rows in device memory that
-// are never read (ChooseExchange); then all count as read one time less.
+// are not (ChooseExchange); then all count as read one time less.
 int LaunchExchange(const CacheTable& table, uint64_t first, uint64_t last, cudaStream_t stream);
 // Writes the keys in the buckets [first, last) to keys[0 ..] in no order and adds their number to *count (device
 // memory). keys has room for 7 * (last - first).

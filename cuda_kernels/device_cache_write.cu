@@ -240,8 +240,7 @@ __device__ void ExchangeWays(const WriteTile& tile, const CacheTable& table, Cac
   const int64_t key = keys[near];
   keys[near] = keys[far];
   keys[far] = key;
-  const uint64_t both =
-      uint64_t{3} << (2 * near) | uint64_t{3} << (2 * far) | StateHolds(near) | StateHolds(far);
+  const uint64_t both = uint64_t{3} << (2 * near) | uint64_t{3} << (2 * far) | StateHolds(near) | StateHolds(far);
   atomicAnd(StateAddress(bucket), ~static_cast<unsigned long long>(both));
   atomicOr(StateAddress(bucket), static_cast<unsigned long long>(StateExchanged(state, near, far) & both));
 }

@@ -249,9 +249,10 @@ Status DeviceCache::Query(const Key* keys, uint32_t count, void* rows, DeviceStr
 
 Status DeviceCache::Insert(std::span<const Key> keys, ConstRowBuffer rows, Stamp read_at) {
   if (HoldsWhole(spec_)) {
-    return FailedPrecondition(spec_.name +
-                              ": the cache (static or uvm) holds the whole table, with the rows it was loaded with; use "
-                              "\"embedding_cache_type\": \"dynamic\" for one that takes new rows");
+    return FailedPrecondition(
+        spec_.name +
+        ": the cache (static or uvm) holds the whole table, with the rows it was loaded with; use "
+        "\"embedding_cache_type\": \"dynamic\" for one that takes new rows");
   }
   return resources_.writer->Insert(cache_, keys, rows, read_at, &counters_);
 }

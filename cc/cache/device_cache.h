@@ -1,8 +1,7 @@
 // DeviceCache: the EmbeddingCache of one table on one device (a GPU, or the host device).
 //
-// Memory: 64 bytes a bucket of seven rows, and the rows, packed; taken at Make and fixed. The buckets are always memory of
-// the device.
-// Thread safety and errors: embedding_cache.h.
+// Memory: 64 bytes a bucket of seven rows, and the rows, packed; taken at Make and fixed. The buckets are always memory
+// of the device. Thread safety and errors: embedding_cache.h.
 
 #ifndef HPS_CACHE_DEVICE_CACHE_H_
 #define HPS_CACHE_DEVICE_CACHE_H_

@@ -252,7 +252,8 @@ const Section<ModelConfig>& ModelSection() {
               "exact: every lookup waits"),
           UseStaticTable(),
           Plain("embedding_cache_type", &M::cache_type, {},
-                "the rows that are read most, replaced as needed; the whole table on the GPU; or the whole table with the "
+                "the rows that are read most, replaced as needed; the whole table on the GPU; or the whole table with "
+                "the "
                 "part `gpucacheper` of it on the GPU, in steps of a seventh, and the rest in pinned host memory"),
           Plain("init_ec", &M::init_ec, {}, "fill the cache at start"),
           Plain("enable_pagelock", &M::enable_pagelock, {},

@@ -51,7 +51,8 @@ Status ModelCaches::CheckPlans(std::span<const ModelConfig> models,
       table_rows.push_back(count);
     }
     HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
-    for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
+    for (const DevicePlan& plan : plans)
+      needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
   }
   return devices.CheckFreeMemory(needs);
 }
@@ -123,7 +124,8 @@ void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
   for (size_t i = 0; i < device.caches.size(); ++i) {
     const MetricLabels labels = {{"model", model_}, {"table", table_names_[i]}, {"device", number}};
     std::vector<CountedTotal>& totals = device.cache_totals.emplace_back();
-    for (const char* what : {"inserted", "evicted", "updated", "refreshed", "erased", "outdated", "defaulted", "exchanged"}) {
+    for (const char* what :
+         {"inserted", "evicted", "updated", "refreshed", "erased", "outdated", "defaulted", "exchanged"}) {
       totals.emplace_back(metrics.FindCounter(std::string("hps_cache_rows_") + what + "_total", labels));
     }
     device.cache_bytes.push_back(metrics.FindGauge("hps_cache_memory_bytes", labels));
@@ -225,9 +227,10 @@ Status ModelCaches::Refresh(std::optional<int> device, const std::atomic<bool>* 
     for (uint32_t table = 0; table < each.caches.size(); ++table) {
       DeviceCache& cache = *each.caches[table];
       if (cache.whole()) {
-        return FailedPrecondition(cache.spec().name +
-                                  ": its cache (static or uvm) holds the whole table as it was loaded and updated; replace the model to "
-                                  "load new ones, or use \"embedding_cache_type\": \"dynamic\"");
+        return FailedPrecondition(
+            cache.spec().name +
+            ": its cache (static or uvm) holds the whole table as it was loaded and updated; replace the model to "
+            "load new ones, or use \"embedding_cache_type\": \"dynamic\"");
       }
       HPS_RETURN_IF_ERROR(RefreshCache(cache, *source_, table, each.plan.refresh_fraction, cancelled, report));
     }
@@ -242,7 +245,7 @@ void ModelCaches::PublishMetrics(bool last) const {
   for (const ModelDevice& device : devices_) {
     for (size_t i = 0; i < device.caches.size(); ++i) {
       const CacheStats stats = device.caches[i]->stats();
-      const uint64_t totals[] = {stats.rows_inserted, stats.rows_evicted,  stats.rows_updated,  stats.rows_refreshed,
+      const uint64_t totals[] = {stats.rows_inserted, stats.rows_evicted,  stats.rows_updated,   stats.rows_refreshed,
                                  stats.rows_erased,   stats.rows_outdated, stats.rows_defaulted, stats.rows_exchanged};
       for (size_t t = 0; t < std::size(totals); ++t) device.cache_totals[i][t].Publish(totals[t]);
       set(device.cache_bytes[i], stats.device_bytes);

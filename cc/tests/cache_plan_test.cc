@@ -81,7 +81,8 @@ TEST(CachePlan, Refusals) {
   twice.gpucacheper = 0;
   ExpectError(PlanCaches(twice, kRows, 2).status(), StatusCode::kInvalidArgument, {"gpucacheper"});
   const std::string device = "\"deployed_device_list\": [0], ";
-  refuse(device + "\"enable_pagelock\": true", StatusCode::kInvalidArgument, {"model 'm'", "enable_pagelock", "static"});
+  refuse(device + "\"enable_pagelock\": true", StatusCode::kInvalidArgument,
+         {"model 'm'", "enable_pagelock", "static"});
   refuse(device + "\"enable_pagelock\": true, \"embedding_cache_type\": \"uvm\"", StatusCode::kInvalidArgument,
          {"enable_pagelock", "static"});
   refuse(device + "\"fp8_quant\": true", StatusCode::kInvalidArgument, {"model 'm'", "fp8_quant", "static", "uvm"});
@@ -108,10 +109,12 @@ TEST(CachePlan, PinnedRowsCountAsTheHostsMemory) {
 TEST(CachePlan, UvmSharesEachBucketBetweenDeviceAndHost) {
   const auto plan_of = [](const std::string& part) {
     return Value(PlanCaches(Model("\"deployed_device_list\": [0], \"embedding_cache_type\": \"uvm\", "
-                                  "\"gpucacheper\": " + part), kRows, 1))[0];
+                                  "\"gpucacheper\": " +
+                                  part),
+                            kRows, 1))[0];
   };
-  const std::vector<std::pair<std::string, uint32_t>> ways = {{"0.01", 1}, {"0.142857", 1}, {"0.15", 2},
-                                                              {"0.5", 4},  {"0.857142", 6}, {"0.9", 7}, {"1.0", 7}};
+  const std::vector<std::pair<std::string, uint32_t>> ways = {{"0.01", 1},     {"0.142857", 1}, {"0.15", 2}, {"0.5", 4},
+                                                              {"0.857142", 6}, {"0.9", 7},      {"1.0", 7}};
   for (const auto& [part, expected] : ways) {
     const DevicePlan plan = plan_of(part);
     const TableCachePlan& table = plan.tables[0];
@@ -125,8 +128,11 @@ TEST(CachePlan, UvmSharesEachBucketBetweenDeviceAndHost) {
 
 TEST(CachePlan, EightBitRowsTakeAByteForEachValue) {
   for (const std::string type : {"static", "uvm"}) {
-    const auto plan = Value(PlanCaches(Model("\"deployed_device_list\": [0], \"fp8_quant\": true, \"gpucacheper\": 1.0, "
-                                             "\"embedding_cache_type\": \"" + type + "\""), kRows, 1))[0];
+    const auto plan =
+        Value(PlanCaches(Model("\"deployed_device_list\": [0], \"fp8_quant\": true, \"gpucacheper\": 1.0, "
+                               "\"embedding_cache_type\": \"" +
+                               type + "\""),
+                         kRows, 1))[0];
     EXPECT_TRUE(plan.tables[0].spec.int8_rows);
     const uint64_t buckets = plan.tables[0].spec.capacity_rows / 7;
     EXPECT_EQ(plan.tables[0].memory.device_bytes, buckets * (64 + 7 * (4 + 16)) + 32);

@@ -226,7 +226,8 @@ TEST(DeviceMemory, ComesFromTheHostsAllocatorAndGoesBack) {
     const auto resources = Value(DeviceResources::Open(device, {.size = {64, 0}}, allocator));
     EXPECT_EQ(device->allocated_bytes(), 0u);
     const auto cache = Value(DeviceCache::Make(resources, SpecOf(16, 10'000)));
-    EXPECT_EQ(cache->stats().device_bytes, DeviceCache::MemoryOf({.row_bytes = 64, .capacity_rows = 10'000}).device_bytes);
+    EXPECT_EQ(cache->stats().device_bytes,
+              DeviceCache::MemoryOf({.row_bytes = 64, .capacity_rows = 10'000}).device_bytes);
     ExpectError(DeviceCache::Make(resources, SpecOf(64, 1'000'000, "model 'big', table 't'")).status(),
                 StatusCode::kResourceExhausted, {"model 'big'", "gpucacheper"});
     ASSERT_OK(UpdateTo(*cache, {1}, 1));

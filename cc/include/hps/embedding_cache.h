@@ -90,7 +90,7 @@ struct CacheStats {
   uint64_t rows_defaulted = 0;
   uint64_t rows_exchanged = 0;  // came from pinned memory to lie in memory of the device
   uint64_t device_bytes = 0;    // buckets and rows
-  uint64_t pinned_bytes = 0;  // rows in pinned memory of the host
+  uint64_t pinned_bytes = 0;    // rows in pinned memory of the host
 };
 
 class EmbeddingCache {
