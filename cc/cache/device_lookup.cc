@@ -60,7 +60,8 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
     const DeviceCache& cache = *lookups[i].cache;
     HPS_RETURN_IF_ERROR(CheckCache(cache));
     lookups[i].cache->CountAsked(lookups[i].count);
-    storage[i] = {cache.table(), lookups[i].keys, lookups[i].count, cache.spec().default_value, lookups[i].rows};
+    storage[i] = {cache.table(),   lookups[i].keys,       lookups[i].count,     cache.spec().default_value,
+                  lookups[i].rows, lookups[i].key_stride, lookups[i].row_stride};
     positions += lookups[i].count;
     all_whole = all_whole && cache.whole();
   }
