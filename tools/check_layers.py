@@ -73,9 +73,9 @@ LAYERS = (
         ),
         ("pybind11/", "Python.h"),
     ),
-    Layer("cc/tests", (CONTRACTS, "cc/", "cuda_kernels/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
+    Layer("cc/tests", (CONTRACTS, "cc/", "cuda_kernels/", "tests/gpu/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
-    Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
+    Layer("tests/gpu", ("cuda_kernels/", "tests/gpu/"), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
     Layer("benchmarks", (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/"), ("cuda", "hiredis/", "rocksdb/")),
 )

@@ -26,8 +26,8 @@ namespace hps {
 
 class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
  public:
-  // Without an allocator memory comes from the device itself (cudaMalloc). What an allocator lends may be in use by work
-  // that its owner has launched; it is waited for.
+  // Without an allocator memory comes from the device itself (cudaMalloc). What an allocator lends may be in use by
+  // work that its owner has launched; it is waited for.
   static std::shared_ptr<DeviceContext> Make(std::shared_ptr<cuda::Device> device,
                                              std::shared_ptr<DeviceAllocator> allocator = nullptr);
 
@@ -36,8 +36,8 @@ class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
   // Numbers the caches of this device, for the gate.
   uint32_t NextCache() { return next_cache_.fetch_add(1); }
 
-  // OK for 0. kResourceExhausted for a lack of memory, kInternal for arguments that a call refuses; any other error is
-  // the device's failure: see above.
+  // OK for 0. kResourceExhausted for a lack of memory, kInternal for arguments that a call refuses, kFailedPrecondition
+  // for what may not be done during a capture into a graph; any other error is the device's failure: see above.
   Status Check(int error, std::string_view what);
   // The failure, or OK.
   Status CheckAlive() const;
