@@ -26,13 +26,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr uint32_t kProbes = 2;  // of a pair of lanes at once
+constexpr int kResidentWarps = 24;  // of a multiprocessor, that the compiler shall leave registers for
+constexpr uint32_t kProbes = 2;     // of a pair of lanes at once
 constexpr uint32_t kStepKeys = 16 * kProbes;
 constexpr uint32_t kWindow = 256;
+constexpr uint64_t kRounds = 2;     // at least so many turns of each warp, if output rows can be dealt out so
+constexpr uint64_t kTurnKeys = 64;  // about so many keys in a turn of a warp, if output rows have fewer
 constexpr int kAttempts = 16;
 constexpr uint32_t kNowhere = ~uint32_t{0};
 constexpr int kMaxDevices = 64;
-constexpr uint64_t kManyWaves = 16;  // as in the query
+constexpr uint64_t kManyWaves = 2;  // blocks for each that is resident at once, where there is enough to do
 constexpr uint64_t kEnoughRounds = 8;
 
 // Which instance of the kernel serves a part.
@@ -44,6 +47,8 @@ struct Shape {
   bool operator==(const Shape& other) const {
     return wide_word == other.wide_word && lanes == other.lanes && passes == other.passes && weighted == other.weighted;
   }
+  // Where there are too few output rows to fill the device: all loads of an output row under way at once.
+  bool CanHurry() const { return wide_word && !passes && !weighted; }
 };
 
 struct PartPlan {
@@ -51,7 +56,7 @@ struct PartPlan {
   uint32_t number;  // among the parts of the call
   uint32_t first_block;
   uint32_t blocks;
-  uint32_t group_rows;  // output rows of a warp at a time
+  uint32_t group_rows;  // output rows of a warp's turn, at most 31
   bool aligned;         // output rows begin at multiples of 16
 };
 
@@ -77,12 +82,11 @@ struct Window {
   uint32_t versions[kWindow];
 };
 
-// The output rows of a warp: keys [first, last), of which this lane's row has [begin, end).
+// The output rows of a warp's turn, and their keys [first, last).
 struct Group {
+  uint32_t first_row, num_rows;
   uint32_t first, last;
-  uint32_t begin, end;
-  uint32_t row;
-  bool has_row;
+  uint32_t split;  // of row first_row + lane, between first and last
 };
 
 __device__ __forceinline__ int64_t LoadKey(const QueryPart& query, uint32_t i) {
@@ -152,122 +156,136 @@ __device__ bool AreUnchanged(const QueryPart& query, uint32_t first, uint32_t la
 }
 
 // Writes the output rows of a group; returns false where a writer was met. *missing: keys that are nowhere.
-template <typename Word, int kLanes, bool kPasses, bool kWeighted, bool kBusy>
+template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks, bool kBusy>
 __device__ __forceinline__ bool AddGroup(const PartPlan& plan, const Group& group, const PooledWorkspace& workspace,
                                          Window* window, uint32_t* missing) {
   const PooledPart& part = plan.part;
   const CacheTable& table = part.query.table;
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const uint32_t words = table.row_bytes / sizeof(Word);
-  const bool one_window = group.last - group.first <= kWindow;
-  if (kPasses && kBusy && !one_window) return false;
-  *missing = 0;
+  const auto split_of = [&](uint32_t row) { return __shfl_sync(0xFFFFFFFF, group.split, min(row, group.num_rows)); };
+  const auto find = [&](uint32_t first, uint32_t last, bool marks) {
+    __syncwarp();
+    const uint32_t nowhere = FindKeys<kBusy>(part.query, first, last, window, marks && !table.whole);
+    __syncwarp();
+    return nowhere;
+  };
+  const auto unchanged = [&](uint32_t first, uint32_t last) {
+    __threadfence();  // the rows have arrived
+    __syncwarp();
+    return AreUnchanged(part.query, first, last, *window);
+  };
+  const bool fits = group.last - group.first <= kWindow;
+  if (kPasses && kBusy && !fits) return false;
+  *missing = fits ? find(group.first, group.last, true) : 0;
 #pragma unroll 1
-  for (uint32_t pass = 0; pass == 0 || (kPasses && pass < words); pass += kLanes) {
-    const uint32_t word = pass + lane % kLanes;
-    const bool adds = group.has_row && word < words;
-    RowSum<Word, kWeighted> sum;
-    sum.Begin(part.pooling, group.end - group.begin);
+  for (uint32_t side = 0; side < group.num_rows; side += 32 / kLanes) {
+    const uint32_t row = side + lane / kLanes;
+    const uint32_t begin = split_of(row);
+    const uint32_t end = max(begin, split_of(row + 1));
+    const uint32_t from = fits ? group.first : split_of(side);
+    const uint32_t to = fits ? group.last : max(from, split_of(side + 32 / kLanes));
 #pragma unroll 1
-    for (uint32_t first = group.first; first < group.last; first += kWindow) {
-      if (first != group.first) {
+    for (uint32_t pass = 0; pass == 0 || (kPasses && pass < words); pass += kLanes) {
+      const uint32_t word = pass + lane % kLanes;
+      const bool adds = row < group.num_rows && word < words;
+      RowSum<Word, kWeighted, kChunks> sum;
+      sum.Begin(part.pooling, end - begin);
+#pragma unroll 1
+      for (uint32_t first = from;;) {
+        const uint32_t last = min(first + kWindow, to);
+        if (!fits) {
+          const uint32_t nowhere = find(first, last, pass == 0);
+          if (pass == 0) *missing += nowhere;
+        }
+        if (adds) {
+          const auto* const rows = static_cast<const char*>(table.rows) + uint64_t{word} * sizeof(Word);
+          sum.Add(max(begin, first), min(end, last), part.weights, [&](uint32_t i, bool wanted) {
+            Word value;
+#pragma unroll
+            for (int e = 0; e < static_cast<int>(sizeof(Word) / sizeof(float)); ++e) {
+              ElementOf(value, e) = part.query.default_value;
+            }
+            const uint32_t slot = wanted ? window->slots[i - first] : kNowhere;
+            if (slot != kNowhere) {
+              value = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{slot} * table.row_bytes));
+            }
+            return value;
+          });
+        }
+        if (kBusy && !fits && !unchanged(first, last)) return false;
+        first = last;
+        if (first >= to) break;
         const uint64_t noted = LoadWord(&workspace.words[1]);
         if (__any_sync(0xFFFFFFFF, noted != 0)) return true;
       }
-      const uint32_t last = min(first + kWindow, group.last);
-      if (!kPasses || pass == 0 || !one_window) {
-        __syncwarp();
-        const uint32_t nowhere = FindKeys<kBusy>(part.query, first, last, window, pass == 0 && !table.whole);
-        if (pass == 0) *missing += nowhere;
-        __syncwarp();
-      }
       if (adds) {
-        const auto* const rows = static_cast<const char*>(table.rows) + uint64_t{word} * sizeof(Word);
-        sum.Add(max(group.begin, first), min(group.end, last), part.weights, [&](uint32_t i, bool wanted) {
-          Word value;
-#pragma unroll
-          for (int e = 0; e < static_cast<int>(sizeof(Word) / sizeof(float)); ++e) {
-            ElementOf(value, e) = part.query.default_value;
-          }
-          const uint32_t slot = wanted ? window->slots[i - first] : kNowhere;
-          if (slot != kNowhere) value = __ldcg(reinterpret_cast<const Word*>(rows + uint64_t{slot} * table.row_bytes));
-          return value;
-        });
+        float* const output = part.output + uint64_t{group.first_row + row} * (table.row_bytes / sizeof(float));
+        StoreWord(output, word, sum.Result(), plan.aligned);
       }
-      if (kBusy) {
-        __threadfence();  // the rows have arrived
-        __syncwarp();
-        if (!AreUnchanged(part.query, first, last, *window)) return false;
-      }
-    }
-    if (adds) {
-      StoreWord(part.output + uint64_t{group.row} * (table.row_bytes / sizeof(float)), word, sum.Result(),
-                plan.aligned);
     }
   }
-  return true;
+  return !kBusy || !fits || unchanged(group.first, group.last);
 }
 
-// The output rows of one warp's turn. Notes mistakes.
-template <int kLanes>
+// Returns false, and notes it, where its splits are wrong.
 __device__ __forceinline__ bool MakeGroup(const PartPlan& plan, uint32_t number, const PooledWorkspace& workspace,
                                           Group* group) {
   const PooledPart& part = plan.part;
-  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const uint32_t lane = threadIdx.x & 31;
   const auto* const splits = reinterpret_cast<const long long*>(part.row_splits);
-  const uint32_t first_row = number * plan.group_rows;
-  const uint32_t last_row = min(first_row + plan.group_rows, part.rows);
-  const auto index = static_cast<uint32_t>(lane / kLanes);
-  group->row = first_row + index;
-  group->has_row = index < plan.group_rows && group->row < last_row;
-  const uint32_t row = group->has_row ? group->row : first_row;
-  const int64_t begin = __ldg(splits + row);
-  const int64_t end = group->has_row ? __ldg(splits + row + 1) : begin;
-  const int64_t first = __ldg(splits + first_row), last = __ldg(splits + last_row);
-  bool wrong = false;
+  group->first_row = number * plan.group_rows;
+  group->num_rows = min(plan.group_rows, part.rows - group->first_row);
+  const int64_t split = __ldg(splits + group->first_row + min(lane, group->num_rows));
   if (!part.from_indices) {
-    if (end < begin) {
+    const int64_t before = __shfl_up_sync(0xFFFFFFFF, static_cast<long long>(split), 1);
+    bool wrong = false;
+    if (lane > 0 && split < before) {
       wrong = true;
-      NoteMistake(workspace, Mistake::kSplitsDescend, plan.number, uint64_t{row} + 1);
+      NoteMistake(workspace, Mistake::kSplitsDescend, plan.number, uint64_t{group->first_row} + lane);
     }
-    if (number == 0 && lane == 0 && (first != 0 || __ldg(splits + part.rows) != int64_t{part.query.count})) {
+    if (number == 0 && lane == 0 && (split != 0 || __ldg(splits + part.rows) != int64_t{part.query.count})) {
       wrong = true;
       NoteMistake(workspace, Mistake::kEnds, plan.number, 0);
     }
+    if (__any_sync(0xFFFFFFFF, wrong)) return false;
   }
-  group->first = ClampSplit(first, 0, part.query.count);
-  group->last = ClampSplit(last, group->first, part.query.count);
-  group->begin = ClampSplit(begin, group->first, group->last);
-  group->end = ClampSplit(end, group->begin, group->last);
-  return !__any_sync(0xFFFFFFFF, wrong);
+  const uint32_t clamped = ClampSplit(split, 0, part.query.count);
+  group->first = __shfl_sync(0xFFFFFFFF, clamped, 0);
+  group->last = max(group->first, __shfl_sync(0xFFFFFFFF, clamped, group->num_rows));
+  group->split = min(max(clamped, group->first), group->last);
+  return true;
 }
 
 // Returns how many positions are to be told as missing; the same in all lanes.
-template <typename Word, int kLanes, bool kPasses, bool kWeighted>
+template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kChunks>
 __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWorkspace& workspace, Window* window) {
   const PooledPart& part = plan.part;
   const CacheActivity* const activity = part.query.table.activity;
-  const uint32_t groups = max((part.rows + plan.group_rows - 1) / plan.group_rows, 1u);
+  const uint32_t groups = part.rows == 0 ? 1 : (part.rows - 1) / plan.group_rows + 1;
   uint32_t nowhere = 0, told = 0;
 #pragma unroll 1
   for (uint32_t number = (blockIdx.x - plan.first_block) * kWarps + threadIdx.x / 32; number < groups;
        number += plan.blocks * kWarps) {
+    const uint64_t before = LoadActivity(activity);
     Group group;
-    if (!MakeGroup<kLanes>(plan, number, workspace, &group)) continue;
+    if (!MakeGroup(plan, number, workspace, &group)) continue;
     uint32_t missing = 0;
     bool done = false;
-    const uint64_t before = LoadActivity(activity);
     if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
-      AddGroup<Word, kLanes, kPasses, kWeighted, false>(plan, group, workspace, window, &missing);
+      AddGroup<Word, kLanes, kPasses, kWeighted, kChunks, false>(plan, group, workspace, window, &missing);
       const uint64_t after = LoadActivity(activity);
       done = !__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before));
     }
 #pragma unroll 1
     for (int attempt = 0; !done && attempt < kAttempts; ++attempt) {
       if (attempt > 0) __nanosleep(200);
-      done = AddGroup<Word, kLanes, kPasses, kWeighted, true>(plan, group, workspace, window, &missing);
+      done = AddGroup<Word, kLanes, kPasses, kWeighted, 1, true>(plan, group, workspace, window, &missing);
     }
-    if (!done) told += 1;
+    if (!done) {
+      missing = 0;
+      told += 1;
+    }
     nowhere += missing;
   }
   if (!part.query.table.whole) return told + nowhere;
@@ -278,11 +296,10 @@ __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWo
   return told;
 }
 
-// The last block of the call's last launch tells the host.
+// The last block of the call's last launch tells the host. Who has something to tell fences before it comes here.
 __device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32_t blocks) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  __threadfence();
   if (atomicAdd(&workspace.counters[1], 1u) != blocks - 1) return;
   workspace.counters[1] = 0;
   if (stamp == 0) return;
@@ -300,17 +317,17 @@ __device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32
   *static_cast<volatile uint64_t*>(&workspace.result->done) = (uint64_t{stamp} << 32) | told;
 }
 
-constexpr int MinBlocks(bool weighted) { return weighted ? 2 : 4; }
-
-template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kMaxParts>
-__global__ void __launch_bounds__(kThreads, MinBlocks(kWeighted))
+template <typename Word, int kLanes, bool kPasses, bool kWeighted, int kMaxParts, int kChunks = 1>
+__global__ void __launch_bounds__(kThreads, (kWeighted || kChunks > 1 ? 16 : kResidentWarps) / kWarps)
     PooledKernel(const __grid_constant__ PooledPlan<kMaxParts> plan) {
   __shared__ Window windows[kWarps];
   const PartPlan& part = plan.PartOfBlock();
-  const uint32_t told = RunPart<Word, kLanes, kPasses, kWeighted>(part, plan.workspace, &windows[threadIdx.x / 32]);
+  const uint32_t told =
+      RunPart<Word, kLanes, kPasses, kWeighted, kChunks>(part, plan.workspace, &windows[threadIdx.x / 32]);
   if (told != 0 && (threadIdx.x & 31) == 0) {
     atomicAdd(&plan.workspace.counters[0], told);
     atomicOr(reinterpret_cast<unsigned long long*>(&plan.workspace.words[0]), 1ull << part.number);
+    __threadfence();
   }
   Publish(plan.workspace, plan.stamp, gridDim.x);
 }
@@ -334,7 +351,15 @@ Kernel<kMaxParts> KernelOf(const Shape& shape, int* number) {
                              : PooledKernel<float4, 32, false, kWeighted, kMaxParts>;
 }
 
-constexpr int kNumKernels = 32;
+template <int kMaxParts>
+Kernel<kMaxParts> HurryingKernelOf(const Shape& shape, int* number) {
+  *number = shape.lanes <= 8 ? 0 : shape.lanes == 16 ? 1 : 2;
+  return shape.lanes <= 8    ? PooledKernel<float, 32, false, false, kMaxParts, 4>
+         : shape.lanes == 16 ? PooledKernel<float4, 16, false, false, kMaxParts, 2>
+                             : PooledKernel<float4, 32, false, false, kMaxParts, 2>;
+}
+
+constexpr int kNumKernels = 30;
 uint32_t ResidentBlocks(const void* kernel, int number) {
   static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
   int device = 0;
@@ -384,13 +409,28 @@ int Launch(const PooledPart* parts, int num_parts, const Shape& shape, const Poo
     keys += parts[i].query.count;
   }
   int number = 0;
-  const Kernel<kMaxParts> kernel =
-      shape.weighted ? KernelOf<kMaxParts, true>(shape, &number) : KernelOf<kMaxParts, false>(shape, &number);
-  number += (shape.weighted ? 8 : 0) + (kMaxParts == 1 ? 0 : 16);
-  const uint64_t resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
-  // Fewer output rows a warp where there are not enough of them to keep every warp busy.
-  uint32_t group_rows = 32 / static_cast<uint32_t>(shape.lanes);
-  while (group_rows > 1 && rows < resident * kWarps * group_rows) group_rows /= 2;
+  Kernel<kMaxParts> kernel = nullptr;
+  uint64_t resident = 0;
+  uint32_t group_rows = 1;
+  if (shape.CanHurry()) {
+    kernel = HurryingKernelOf<kMaxParts>(shape, &number);
+    resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), 24 + number + (kMaxParts == 1 ? 0 : 3));
+  }
+  if (kernel == nullptr || rows > resident * kWarps) {
+    if constexpr (kMaxParts == 1) {
+      kernel = KernelOf<1, false>(shape, &number);
+    } else {
+      kernel = shape.weighted ? KernelOf<kMaxParts, true>(shape, &number) : KernelOf<kMaxParts, false>(shape, &number);
+      number += shape.weighted ? 16 : 8;
+    }
+    resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
+    // Side by side, and one after the other as well where they have few keys; but fewer where there are not enough of
+    // them to keep every warp busy for some rounds.
+    const uint32_t side = 32 / static_cast<uint32_t>(shape.lanes);
+    const uint64_t turns = std::max<uint64_t>(kTurnKeys * rows / ((keys + rows + 1) * side), 1);
+    group_rows = static_cast<uint32_t>(std::min<uint64_t>(turns * side, 31 / side * side));
+    while (group_rows > 1 && rows < kRounds * resident * kWarps * group_rows) group_rows /= 2;
+  }
   const bool enough = rows >= kEnoughRounds * resident * kWarps * group_rows;
   const uint64_t wanted = resident * (enough ? kManyWaves : 1);
   uint32_t blocks = 0;
@@ -433,8 +473,9 @@ int LaunchPooledQuery(const PooledPart* parts, int num_parts, const PooledWorksp
   }
   for (int i = 0; i < num_shapes; ++i) {
     const uint32_t tells = i + 1 == num_shapes ? stamp : 0;
-    const int error = num_parts == 1 ? Launch<1>(parts, 1, shapes[i], workspace, tells, stream)
-                                     : Launch<kMaxQueryParts>(parts, num_parts, shapes[i], workspace, tells, stream);
+    const int error = num_parts == 1 && !shapes[i].weighted
+                          ? Launch<1>(parts, 1, shapes[i], workspace, tells, stream)
+                          : Launch<kMaxQueryParts>(parts, num_parts, shapes[i], workspace, tells, stream);
     if (error != 0) return error;
   }
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// The arithmetic of pooled lookups, the same bits wherever rows come from: one thread adds up one word (1 or 4 floats)
+// The arithmetic of pooled lookups, the same bits wherever rows come from: one thread adds up one word (1 to 4 floats)
 // of the rows of one output row, from the first key to the last. device_pooling.h tells the order; combine.cc is its
 // model.
 
@@ -11,7 +11,7 @@
 
 namespace hps::cuda {
 
-constexpr uint32_t kRowsAtOnce = 8;  // loads of a thread under way
+constexpr uint32_t kRowsAtOnce = 8;  // loads of a thread under way, in each of so many chunks
 
 template <typename Word>
 __device__ __forceinline__ float& ElementOf(Word& word, int i) {
@@ -19,7 +19,7 @@ __device__ __forceinline__ float& ElementOf(Word& word, int i) {
 }
 
 // -0 is what leaves every addend as it is.
-template <typename Word, bool kWeighted>
+template <typename Word, bool kWeighted, int kChunks = 1>
 class RowSum {
  public:
   static constexpr int kElements = sizeof(Word) / sizeof(float);
@@ -37,24 +37,34 @@ class RowSum {
   __device__ __forceinline__ void Add(uint32_t first, uint32_t last, const float*, const Load& load) {
 #pragma unroll 1
     while (first < last) {
-      const uint32_t m = min(min(kRowsAtOnce, last - first), left_);
-      Word values[kRowsAtOnce];
+      Word values[kChunks][kRowsAtOnce];
+      uint32_t sizes[kChunks];
+      uint32_t left = left_;
 #pragma unroll
-      for (uint32_t j = 0; j < kRowsAtOnce; ++j) values[j] = load(first + j, j < m);
+      for (int c = 0; c < kChunks; ++c) {  // a chunk ends where a block does
+        const uint32_t m = min(min(kRowsAtOnce, last - first), left);
 #pragma unroll
-      for (uint32_t j = 0; j < kRowsAtOnce; ++j) {
-        if (j >= m) continue;
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) block_[e] = __fadd_rn(block_[e], ElementOf(values[j], e));
+        for (uint32_t j = 0; j < kRowsAtOnce; ++j) values[c][j] = load(first + j, j < m);
+        first += m;
+        left = left == m ? 8 : left - m;
+        sizes[c] = m;
       }
-      first += m;
-      left_ -= m;
-      if (left_ != 0) continue;
-      left_ = 8;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        sum_[e] = __fadd_rn(sum_[e], block_[e]);
-        block_[e] = -0.0f;
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (uint32_t j = 0; j < kRowsAtOnce; ++j) {
+          if (j >= sizes[c]) continue;
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) block_[e] = __fadd_rn(block_[e], ElementOf(values[c][j], e));
+        }
+        left_ -= sizes[c];
+        if (left_ != 0) continue;
+        left_ = 8;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          sum_[e] = __fadd_rn(sum_[e], block_[e]);
+          block_[e] = -0.0f;
+        }
       }
     }
   }
@@ -81,8 +91,8 @@ class RowSum {
 };
 
 // The product of two floats is exact in double.
-template <typename Word>
-class RowSum<Word, true> {
+template <typename Word, int kChunks>
+class RowSum<Word, true, kChunks> {
  public:
   static constexpr int kElements = sizeof(Word) / sizeof(float);
 
@@ -167,6 +177,7 @@ __device__ __forceinline__ void NoteMistake(const PooledWorkspace& workspace, Mi
                                             uint64_t position) {
   atomicMax(reinterpret_cast<unsigned long long*>(&workspace.words[1]),
             ~static_cast<unsigned long long>(PackMistake(mistake, part, position)));
+  __threadfence();
 }
 
 }  // namespace hps::cuda

@@ -57,7 +57,9 @@ LAYERS = (
         ("nlohmann/",),
         most=1,
     ),
-    Layer("cc/ops", (CONTRACTS, "cc/base/", "cc/ops/"), ("tensorflow/", "absl/", "Eigen/", "unsupported/", "tsl/")),
+    Layer(
+        "cc/ops", (CONTRACTS, "cc/base/", "cc/ops/"), ("tensorflow/", "absl/", "Eigen/", "unsupported/", "tsl/", "xla/")
+    ),
     Layer(
         "cc/python",
         (
@@ -77,7 +79,11 @@ LAYERS = (
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
     Layer("tests/gpu", ("cuda_kernels/", "tests/gpu/"), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
-    Layer("benchmarks", (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/"), ("cuda", "hiredis/", "rocksdb/")),
+    Layer(
+        "benchmarks",
+        (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/"),
+        ("cuda", "hiredis/", "rocksdb/", "tensorflow/"),
+    ),
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")

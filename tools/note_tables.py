@@ -111,6 +111,17 @@ def device_beside_writer(records: list[dict]) -> str:
     return _table(head, lines)
 
 
+def device_pooled(records: list[dict]) -> str:
+    sizes = sorted({record["output_rows"] for record in records if record["kind"] == "device_cache_pooled"})
+    cells: dict[tuple[int, float], list[str]] = {}
+    for record in records:
+        if record["kind"] == "device_cache_pooled":
+            text = f"{record['told_ratio']:.2f} ({record['told_us']:.1f} us)"
+            cells.setdefault((record["width"], record["zipf"]), []).append(text)
+    lines = [[str(width), f"Zipf {zipf}" if zipf else "uniform", *texts] for (width, zipf), texts in cells.items()]
+    return _table(["width", "ids", *(f"{size:,} output rows" for size in sizes)], lines)
+
+
 def device_lookup(records: list[dict]) -> str:
     lines = []
     for record in records:
@@ -131,6 +142,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "cache_replacement": ("cache_replacement.jsonl", cache_replacement),
     "device_cache": ("device_cache.jsonl", device_cache),
     "device_beside_writer": ("device_cache.jsonl", device_beside_writer),
+    "device_pooled": ("device_cache.jsonl", device_pooled),
     "device_lookup": ("device_lookup.jsonl", device_lookup),
     "redis": ("redis.jsonl", redis),
     "rocksdb": ("rocksdb.jsonl", rocksdb),

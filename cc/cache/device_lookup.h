@@ -107,7 +107,7 @@ class DeviceLookup {
                     LookupReport* report) const;
   Status PoolTogether(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;
-  Status PoolMissing(LookupWorkspace& workspace, std::span<const PooledLookup> lookups,
+  Status PoolMissing(WorkspacePool::Lease& workspace, std::span<const PooledLookup> lookups,
                      std::span<cuda::PooledPart> parts, DeviceStream stream, const FetchLimits& limits,
                      LookupReport* report) const;
   Status TellMistake(const PooledLookup& lookup, const cuda::FirstMistake& mistake, DeviceStream stream) const;

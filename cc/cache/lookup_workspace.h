@@ -157,8 +157,8 @@ class LookupWorkspace {
   Scratch scratch_;
 };
 
-// Ends a use where nothing else has: the next one must know what this one has put on the stream, also where an exception
-// ended it.
+// Ends a use where nothing else has: the next one must know what this one has put on the stream, also where an
+// exception ended it.
 class EndOfUse {
  public:
   EndOfUse(LookupWorkspace& workspace, DeviceStream stream) : workspace_(workspace), stream_(stream) {}

@@ -104,15 +104,15 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
                                            : resources_.context->Check(cuda::kErrorLaunchFailure,
                                                                        "a pooled query has given an impossible result");
   }
-  if (status.ok()) status = PoolMissing(*workspace, lookups, parts, stream, limits, report);
+  if (status.ok()) status = PoolMissing(workspace, lookups, parts, stream, limits, report);
   const Status ended = workspace->End(stream);
   return status.ok() ? ended : status;
 }
 
-Status DeviceLookup::PoolMissing(LookupWorkspace& workspace, std::span<const PooledLookup> lookups,
+Status DeviceLookup::PoolMissing(WorkspacePool::Lease& workspace, std::span<const PooledLookup> lookups,
                                  std::span<cuda::PooledPart> parts, DeviceStream stream, const FetchLimits& limits,
                                  LookupReport* report) const {
-  const uint64_t missing = workspace.missing_parts();
+  const uint64_t missing = workspace->missing_parts();
   std::vector<CachedLookup> dense;
   std::vector<cuda::PooledPart> incomplete;
   size_t bytes = 0;
@@ -131,7 +131,7 @@ Status DeviceLookup::PoolMissing(LookupWorkspace& workspace, std::span<const Poo
     positions += count;
   }
   if (dense.empty()) return OkStatus();
-  HPS_ASSIGN_OR_RETURN(std::byte * next, workspace.PooledRows(bytes));
+  HPS_ASSIGN_OR_RETURN(std::byte * next, workspace->PooledRows(bytes));
   std::vector<cuda::QueryPart> queries;
   for (size_t i = 0; i < dense.size(); ++i) {
     cuda::QueryPart& query = incomplete[i].query;
@@ -140,7 +140,7 @@ Status DeviceLookup::PoolMissing(LookupWorkspace& workspace, std::span<const Poo
     queries.push_back(query);
   }
   HPS_RETURN_IF_ERROR(workspace.Reserve(static_cast<uint32_t>(positions)));
-  HPS_RETURN_IF_ERROR(LookupWith(workspace, dense, queries, stream, limits, report));
+  HPS_RETURN_IF_ERROR(LookupWith(*workspace, dense, queries, stream, limits, report));
   return resources_.context->Check(
       resources_.context->device().Pool(incomplete.data(), static_cast<int>(incomplete.size()), stream),
       "adding up rows");

@@ -70,6 +70,14 @@ void WorkspacePool::Lease::Return() {
   state_ = nullptr;
 }
 
+Status WorkspacePool::Lease::Reserve(uint32_t positions) {
+  {
+    std::lock_guard lock(state_->mutex);
+    state_->needed.positions = std::max(state_->needed.positions, positions);
+  }
+  return workspace_->Reserve(positions);
+}
+
 Result<WorkspacePool::Lease> WorkspacePool::Acquire(uint32_t positions, Deadline deadline,
                                                     const std::atomic<bool>* cancelled) {
   Lease lease;

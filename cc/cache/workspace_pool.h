@@ -36,6 +36,8 @@ class WorkspacePool {
       std::swap(workspace_, other.workspace_);
       return *this;
     }
+    // Room for more positions than it was lent for.
+    Status Reserve(uint32_t positions);
     LookupWorkspace* operator->() const { return workspace_.get(); }
     LookupWorkspace& operator*() const { return *workspace_; }
 

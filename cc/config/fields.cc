@@ -238,18 +238,18 @@ const Section<ModelConfig>& ModelSection() {
           WithDefaultText(Column("embedding_table_names", &TableConfig::name, Formatted(StringFormat::kName),
                                  "the names of the tables, unique within the model"),
                           "sparse_embedding0, sparse_embedding1, ..."),
-          WithDefaultText(
-              Plain("deployed_device_list", &M::deployed_devices, AtLeast(0),
-                    "ordinals of the GPUs that hold a cache; an empty list means none, the CPU serves"),
-              "[0]"),
+          WithDefaultText(Plain("deployed_device_list", &M::deployed_devices, AtLeast(0),
+                                "ordinals of the GPUs that hold a cache; an empty list means none, the CPU serves"),
+                          "[0]"),
           Plain("max_batch_size", &M::max_batch_size, AtLeast(1), "samples in a batch; sizes buffers, is no limit"),
           Plain("gpucache", &M::gpucache, {}, "keep hot rows on the GPU; without a GPU the CPU serves"),
           Plain("gpucacheper", &M::gpucacheper, Between(0, 1),
                 "the part of each table that the GPU cache holds; above 0 where `gpucache` is true"),
-          WithDefaultText(Plain("hit_rate_threshold", &M::hit_rate_threshold, AtLeast(0),
-                                "from this cache hit rate on, missing keys get the default value at once and are "
-                                "fetched in the background; below it, and always if above 1, the lookup waits for them"),
-                          "exact: every lookup waits"),
+          WithDefaultText(
+              Plain("hit_rate_threshold", &M::hit_rate_threshold, AtLeast(0),
+                    "from this cache hit rate on, missing keys get the default value at once and are "
+                    "fetched in the background; below it, and always if above 1, the lookup waits for them"),
+              "exact: every lookup waits"),
           UseStaticTable(),
           Plain("embedding_cache_type", &M::cache_type, {},
                 "replaced as needed, or whole table on the GPU; shared between GPU and host is not built yet"),
@@ -412,22 +412,22 @@ const Section<UpdateSourceConfig>& UpdateSourceSection() {
 
 const Section<ServerConfig>& ServerSection() {
   using C = ServerConfig;
-  static const auto* section = MakeSection<C>(
-      "", "the document",
-      {
-          EditorSchema(),
-          Required(Plain("supportlonglong", &C::long_keys, {},
-                         "true: 64-bit keys; false: keys that fit in 32 bits (ids may be int32)")),
-          Plain("fuse_embedding_table", &C::fuse_embedding_table, {},
-                "the tables of a call are looked up by one launch in any case", kNoEffect),
-          Plain("lookup_timeout_ms", &C::lookup_timeout_ms, {},
-                "longest time of a lookup that brings no deadline of its own; 0: no limit"),
-          Models(),
-          Nested("volatile_db", &C::volatile_db, VolatileSection(), "a hash map"),
-          Nested("persistent_db", &C::persistent_db, PersistentSection(), "none"),
-          Nested("update_source", &C::update_source, UpdateSourceSection(), "none"),
-      },
-      FinishServer);
+  static const auto* section =
+      MakeSection<C>("", "the document",
+                     {
+                         EditorSchema(),
+                         Required(Plain("supportlonglong", &C::long_keys, {},
+                                        "true: 64-bit keys; false: keys that fit in 32 bits (ids may be int32)")),
+                         Plain("fuse_embedding_table", &C::fuse_embedding_table, {},
+                               "the tables of a call are looked up by one launch in any case", kNoEffect),
+                         Plain("lookup_timeout_ms", &C::lookup_timeout_ms, {},
+                               "longest time of a lookup that brings no deadline of its own; 0: no limit"),
+                         Models(),
+                         Nested("volatile_db", &C::volatile_db, VolatileSection(), "a hash map"),
+                         Nested("persistent_db", &C::persistent_db, PersistentSection(), "none"),
+                         Nested("update_source", &C::update_source, UpdateSourceSection(), "none"),
+                     },
+                     FinishServer);
   return *section;
 }
 

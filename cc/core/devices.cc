@@ -52,8 +52,8 @@ DeviceSource OnlyDevices(const DeviceSource& source, const DeviceAllocators& dev
     std::string there;
     for (const auto& [each, allocator] : devices) there += (there.empty() ? "" : ", ") + std::to_string(each);
     return InvalidArgument("GPU " + std::to_string(ordinal) +
-                           " is in a deployed_device_list, but this process's framework does not use it, only " + there +
-                           "; change the list, or let the framework see that GPU");
+                           " is in a deployed_device_list, but this process's framework does not use it, only " +
+                           there + "; change the list, or let the framework see that GPU");
   };
   only.allocator = [devices](int ordinal) {
     const auto found = devices.find(ordinal);

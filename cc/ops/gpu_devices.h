@@ -1,5 +1,5 @@
-// TensorFlow's GPUs as the core knows them: their numbers, their streams, and their memory, which TensorFlow takes whole
-// when it starts and lends through its own allocators.
+// TensorFlow's GPUs as the core knows them: their numbers, their streams, and their memory, which TensorFlow takes
+// whole when it starts and lends through its own allocators.
 
 #ifndef HPS_OPS_GPU_DEVICES_H_
 #define HPS_OPS_GPU_DEVICES_H_

@@ -15,8 +15,7 @@ namespace hps {
 
 class HostTensors {
  public:
-  explicit HostTensors(tensorflow::OpKernelContext* context)
-      : context_(context), on_host_(GpuOrdinal(context) < 0) {}
+  explicit HostTensors(tensorflow::OpKernelContext* context) : context_(context), on_host_(GpuOrdinal(context) < 0) {}
 
   absl::Status Input(int index, tensorflow::Tensor* tensor) const {
     const tensorflow::Tensor& input = context_->input(index);

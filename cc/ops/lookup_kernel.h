@@ -123,14 +123,14 @@ absl::Status SetDeviceKeys(tensorflow::OpKernelContext* context, const tensorflo
 
 }  // namespace hps
 
-// Registers the kernels of a lookup op, on CPUs and, where the core is built with CUDA, on GPUs. `Tkeys`: the attribute of
-// the keys' type. The rest: which inputs are in host memory there, as .HostMemory("server").
-#define HPS_REGISTER_LOOKUP_ON(device, op, Kernel, Tkeys, ...)                                               \
+// Registers the kernels of a lookup op, on CPUs and, where the core is built with CUDA, on GPUs. `Tkeys`: the attribute
+// of the keys' type. The rest: which inputs are in host memory there, as .HostMemory("server").
+#define HPS_REGISTER_LOOKUP_ON(device, op, Kernel, Tkeys, ...)                                                  \
   REGISTER_KERNEL_BUILDER(Name(op).Device(device).TypeConstraint<int32_t>(Tkeys) __VA_ARGS__, Kernel<int32_t>); \
   REGISTER_KERNEL_BUILDER(Name(op).Device(device).TypeConstraint<int64_t>(Tkeys) __VA_ARGS__, Kernel<int64_t>)
 #ifdef HPS_WITH_CUDA
-#define HPS_REGISTER_LOOKUP(...)                                    \
-  HPS_REGISTER_LOOKUP_ON(tensorflow::DEVICE_CPU, __VA_ARGS__);      \
+#define HPS_REGISTER_LOOKUP(...)                               \
+  HPS_REGISTER_LOOKUP_ON(tensorflow::DEVICE_CPU, __VA_ARGS__); \
   HPS_REGISTER_LOOKUP_ON(tensorflow::DEVICE_GPU, __VA_ARGS__)
 #else
 #define HPS_REGISTER_LOOKUP(...) HPS_REGISTER_LOOKUP_ON(tensorflow::DEVICE_CPU, __VA_ARGS__)

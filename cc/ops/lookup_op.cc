@@ -73,8 +73,8 @@ class LookupOp : public tf::OpKernel {
     TensorFlowExecutor executor(context);
     const OpCancellation cancellation(context);
     const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
-    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options)
-                                      : LookupOnHost(context, *session, options));
+    OP_REQUIRES_OK(
+        context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options) : LookupOnHost(context, *session, options));
   }
 
  private:
@@ -134,4 +134,4 @@ HPS_REGISTER_LOOKUP("HierarchicalParameterServer>Lookup", LookupOp, "Tkeys", .Ho
 namespace tensorflow {
 // The handle stays on the CPU, wherever the lookup runs.
 REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>Lookup");
-}
+}  // namespace tensorflow
