@@ -87,7 +87,7 @@ LAYERS = (
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")
-OURS = (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/")
+OURS = (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/", "tests/gpu/")
 SYSTEM = re.compile(r"(sys|linux|netinet|arpa|net|asm|bits|x86|ext)/|[a-z0-9_]+\.h$")
 THIRD_PARTY_FILES = re.compile(r"cuda|Python\.h|cublas|nccl|zlib\.h|zstd|lz4|hwloc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')

@@ -264,9 +264,9 @@ def rates_chart() -> str:
         for name, field in (("ceiling", "ceiling_us"), ("dynamic", "told_us"), ("static", "whole_us")):
             parts += panel.series({r["keys"]: _rate(r["keys"], r[field]) for r in mine}, name)
         for peer in PEERS:
-            theirs = {r["keys"]: r["gkeys_per_s"] for r in peers if (r["peer"], r["width"], r["zipf"]) == (peer, width, 0)}
+            theirs = [r for r in peers if (r["peer"], r["width"], r["zipf"]) == (peer, width, 0)]
             if theirs:
-                parts += panel.series(theirs, peer)
+                parts += panel.series({r["keys"]: r["gkeys_per_s"] for r in theirs}, peer)
     names = {"ceiling": "ceiling of the run", "static": "our static cache", "dynamic": "our dynamic cache"}
     versions = {record["peer"]: record["version"] for record in peers}
     x = 50.0

@@ -132,8 +132,8 @@ class LookupSession {
   // launch for each 48 tables, and one that widens int32 keys). Each replay looks up the keys that then lie at `keys`,
   // writes `rows`, and sees all updates made before it. Capture in mode 'thread local' or 'relaxed', since the server's
   // own threads use the device. A graph is bound to the version of the model that it was captured from: destroy it
-  // before that version is replaced, unloaded or closed, and load no model during a capture. What replays look up is in no
-  // counter but rows_defaulted of the cache.
+  // before that version is replaced, unloaded or closed, and load no model during a capture. What replays look up is in
+  // no counter but rows_defaulted of the cache.
   // Any other call is refused with kFailedPrecondition before it has touched the stream, and the capture stays good.
   //
   // Further errors: kInvalidArgument (no cache on the device, keys of another size, int32 keys without wide_keys),
