@@ -47,7 +47,13 @@ struct QueryPart {
   uint32_t count = 0;
   float default_value = 0.0f;  // every element of the row of a missing key
   void* output = nullptr;      // (count, row_bytes), device memory
+  // Keys and rows of several tables may lie side by side, as [samples, tables] and [samples, tables, width].
+  uint32_t key_stride = 1;     // from one key to the next, in keys
+  uint32_t output_stride = 0;  // from one row to the next, in bytes: a multiple of 4, at least row_bytes; 0: row_bytes
 };
+HPS_HOST_DEVICE uint32_t OutputStride(const QueryPart& part) {
+  return part.output_stride != 0 ? part.output_stride : part.table.row_bytes;
+}
 
 // A key that the query did not find, once for all its positions. Written to memory that the host sees.
 struct MissingKey {

@@ -117,7 +117,7 @@ __device__ void AddMissing(const PartPlan& plan, uint32_t index, int64_t key, co
       }
     }
     const uint32_t other = static_cast<uint32_t>(seen) - plan.first_position;
-    if (other < plan.part.count && plan.part.keys[other] == key) {
+    if (other < plan.part.count && plan.part.keys[uint64_t{other} * plan.part.key_stride] == key) {
       leader = static_cast<uint32_t>(seen);
       break;
     }
@@ -141,9 +141,19 @@ __device__ void CopyRow(const Word* from, Word* to, uint32_t words, int lane) {
   for (uint32_t word = lane; word < words; word += 32) __stcs(to + word, __ldcg(from + word));
 }
 
+// kStrided: keys and rows need not be packed. So it is in kernels for several parts; a packed part alone has its own.
+
 // The key of this lane's pair; behind the end the last one.
+template <bool kStrided>
 __device__ __forceinline__ int64_t LoadKey(const Warp& warp, const QueryPart& part, uint32_t base) {
-  return __ldg(reinterpret_cast<const long long*>(part.keys) + min(base + warp.lane / 2, part.count - 1));
+  const uint32_t index = min(base + warp.lane / 2, part.count - 1);
+  return __ldg(reinterpret_cast<const long long*>(part.keys) + (kStrided ? uint64_t{index} * part.key_stride : index));
+}
+
+// Words from one output row to the next.
+template <typename Word, bool kStrided>
+__device__ __forceinline__ uint32_t OutputStep(const QueryPart& part, uint32_t words) {
+  return kStrided ? part.output_stride / static_cast<uint32_t>(sizeof(Word)) : words;
 }
 
 // One key by the whole warp, as often as it takes: the way of the query where a writer was about.
@@ -170,14 +180,14 @@ __device__ bool QueryAgain(const Warp& warp, const CacheTable& table, int64_t ke
 }
 
 // Returns whether the key is missing; then its row is the default and it is listed, or counted where nobody waits.
-template <typename Word>
+template <typename Word, bool kStrided>
 __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing, const QueryWorkspace& workspace,
                              uint32_t stamp) {
   const QueryPart& part = plan.part;
   const Warp warp;
   const uint32_t words = part.table.row_bytes / sizeof(Word);
-  const int64_t key = part.keys[index];
-  Word* const output = static_cast<Word*>(part.output) + uint64_t{index} * words;
+  const int64_t key = part.keys[kStrided ? uint64_t{index} * part.key_stride : index];
+  Word* const output = static_cast<Word*>(part.output) + uint64_t{index} * OutputStep<Word, kStrided>(part, words);
   if (!missing && QueryAgain<Word>(warp, part.table, key, output)) return false;
 #pragma unroll 1
   for (uint32_t word = warp.lane; word < words; word += 32) __stcs(output + word, Filled<Word>(part.default_value));
@@ -192,19 +202,20 @@ __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing,
 }
 
 // Copies the rows of the slots that the lanes 0, 2, 4, ... hold to the output rows from `base` on, as far as there are.
-template <typename Word, int kRowLanes, Fit kFit, bool kBusy>
+template <typename Word, int kRowLanes, Fit kFit, bool kBusy, bool kStrided>
 __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part, uint32_t slot, uint32_t base) {
   const char* const rows = static_cast<const char*>(part.table.rows);
   // Known to the compiler, a row's length costs no registers for addresses.
   const uint32_t row_bytes = kFit == Fit::kExact ? kRowLanes * sizeof(Word) : part.table.row_bytes;
   const uint32_t words = row_bytes / sizeof(Word);
+  const uint32_t step = OutputStep<Word, kStrided>(part, words);
   if (kFit == Fit::kWide) {
 #pragma unroll 1
     for (int row = 0; row < kStepKeys; ++row) {
       const uint32_t from = __shfl_sync(0xFFFFFFFF, slot, row * 2);
       if (base + row >= part.count) continue;
       CopyRow(reinterpret_cast<const Word*>(rows + uint64_t{from} * row_bytes),
-              static_cast<Word*>(part.output) + uint64_t{base + row} * words, words, warp.lane);
+              static_cast<Word*>(part.output) + uint64_t{base + row} * step, words, warp.lane);
     }
     return;
   }
@@ -214,7 +225,7 @@ __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part
   const uint32_t word = warp.lane % kRowLanes;
   const uint32_t row = warp.lane / kRowLanes;
   const bool copies = kFit == Fit::kExact || word < words;
-  Word* const output = static_cast<Word*>(part.output) + uint64_t{base + row} * words + word;
+  Word* const output = static_cast<Word*>(part.output) + uint64_t{base + row} * step + word;
 #pragma unroll 1
   for (int first = 0; first < kAll; first += kAtOnce) {
     Word values[kAtOnce];
@@ -226,20 +237,20 @@ __device__ __forceinline__ void CopyRows(const Warp& warp, const QueryPart& part
     if (base + kStepKeys <= part.count) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (copies) __stcs(output + static_cast<uint32_t>((first + i) * kRows) * words, values[i]);
+        if (copies) __stcs(output + static_cast<uint32_t>((first + i) * kRows) * step, values[i]);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const uint32_t number = (first + i) * kRows;
-        if (copies && base + row + number < part.count) __stcs(output + number * words, values[i]);
+        if (copies && base + row + number < part.count) __stcs(output + number * step, values[i]);
       }
     }
   }
 }
 
 // All keys of a warp, from `first` on; returns how many of them are in `rare`. kRowLanes lanes copy a row.
-template <typename Word, int kRowLanes, Fit kFit, bool kBusy>
+template <typename Word, int kRowLanes, Fit kFit, bool kBusy, bool kStrided>
 __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t first, int64_t key, RareKeys* rare) {
   const Warp warp;
   const CacheTable& table = plan.part.table;
@@ -256,7 +267,7 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t fir
   };
 #pragma unroll 1
   for (uint32_t base = first; base < count; base += step) {
-    if (base != first) key = LoadKey(warp, plan.part, base);
+    if (base != first) key = LoadKey<kStrided>(warp, plan.part, base);
     const uint64_t hash = CacheHash(key);
     auto bucket = static_cast<uint32_t>(FirstBucket(hash, table.num_buckets));
     uint64_t state;  // in the second half
@@ -274,7 +285,7 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t fir
     }
     add(base, way < 0, kIsMissing);
     // Missing keys copy row 0 at first, which is cheaper than leaving it out; their default comes later.
-    CopyRows<Word, kRowLanes, kFit, kBusy>(warp, plan.part, way < 0 ? 0 : bucket * kCacheWays + way, base);
+    CopyRows<Word, kRowLanes, kFit, kBusy, kStrided>(warp, plan.part, way < 0 ? 0 : bucket * kCacheWays + way, base);
     if (kBusy) {
       const bool changed = HalfChanged(table.buckets + bucket, key, way, half, VersionOf(state));
       add(base, way >= 0 && changed, 0);
@@ -284,25 +295,26 @@ __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t fir
 }
 
 // Without looking twice where no writer is about.
-template <typename Word, int kRowLanes, Fit kFit>
+template <typename Word, int kRowLanes, Fit kFit, bool kStrided>
 __device__ __forceinline__ uint32_t QueryKeys(const PartPlan& plan, uint32_t block, RareKeys* rare) {
   const CacheActivity* const activity = plan.part.table.activity;
   const uint32_t first = (block * kThreads + threadIdx.x) / 32 * kStepKeys;
-  const int64_t key = LoadKey(Warp(), plan.part, first);
+  const int64_t key = LoadKey<kStrided>(Warp(), plan.part, first);
   // The votes make the warp wait for these loads: for the first before it loads anything of the table, and before the
   // last one for the rows, whose stores went out.
   const uint64_t before = LoadActivity(activity);
   if (!__any_sync(0xFFFFFFFF, IsBusy(before))) {
-    const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit, false>(plan, first, key, rare);
+    const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit, false, kStrided>(plan, first, key, rare);
     const uint64_t after = LoadActivity(activity);
     if (!__any_sync(0xFFFFFFFF, static_cast<uint32_t>(after) != static_cast<uint32_t>(before))) return num_rare;
   }
   __syncwarp();  // what the first round has put into `rare` counts no more
-  return QueryKeys<Word, kRowLanes, kFit, true>(plan, first, LoadKey(Warp(), plan.part, first), rare);
+  return QueryKeys<Word, kRowLanes, kFit, true, kStrided>(plan, first, LoadKey<kStrided>(Warp(), plan.part, first),
+                                                          rare);
 }
 
 // What the warp could not do in its stride. Returns whether a key is missing.
-template <typename Word>
+template <typename Word, bool kStrided>
 __device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t num_rare,
                            const QueryWorkspace& workspace, uint32_t stamp) {
   __syncwarp();
@@ -310,7 +322,7 @@ __device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t 
 #pragma unroll 1
   for (uint32_t i = 0; i < num_rare; ++i) {
     const uint32_t entry = rare.entries[i];
-    missed |= FinishRarely<Word>(plan, entry & ~kIsMissing, (entry & kIsMissing) != 0, workspace, stamp);
+    missed |= FinishRarely<Word, kStrided>(plan, entry & ~kIsMissing, (entry & kIsMissing) != 0, workspace, stamp);
   }
   return missed;
 }
@@ -346,11 +358,11 @@ constexpr int MinBlocks(int row_lanes, Fit fit) {
   return row_lanes == 4 ? 5 : row_lanes == 32 ? 2 : 4;
 }
 
-template <typename Word, int kRowLanes, Fit kFit, typename Plan>
+template <typename Word, int kRowLanes, Fit kFit, bool kStrided, typename Plan>
 __device__ __forceinline__ bool RunPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
   RareKeys* const mine = &rare[threadIdx.x / 32];
-  const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit>(part, blockIdx.x - part.first_block, mine);
-  return FinishRare<Word>(part, *mine, num_rare, plan.workspace, plan.stamp);
+  const uint32_t num_rare = QueryKeys<Word, kRowLanes, kFit, kStrided>(part, blockIdx.x - part.first_block, mine);
+  return FinishRare<Word, kStrided>(part, *mine, num_rare, plan.workspace, plan.stamp);
 }
 
 // All parts of one shape.
@@ -358,18 +370,18 @@ template <typename Word, int kRowLanes, Fit kFit, int kMaxParts>
 __global__ void __launch_bounds__(kThreads, MinBlocks(kRowLanes, kFit))
     QueryKernel(const __grid_constant__ QueryPlan<kMaxParts> plan) {
   __shared__ RareKeys rare[kWarps];
-  const bool missed = RunPart<Word, kRowLanes, kFit>(plan.PartOfBlock(), plan, rare);
+  const bool missed = RunPart<Word, kRowLanes, kFit, (kMaxParts > 1)>(plan.PartOfBlock(), plan, rare);
   if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
 }
 
 template <typename Word, typename Plan>
 __device__ bool RunAnyPart(const PartPlan& part, const Plan& plan, RareKeys* rare) {
   switch (part.shape.lanes) {  // a kernel for rare calls: no exact rows
-    case 0: return RunPart<Word, 4, Fit::kPartial>(part, plan, rare);
-    case 1: return RunPart<Word, 8, Fit::kPartial>(part, plan, rare);
-    case 2: return RunPart<Word, 16, Fit::kPartial>(part, plan, rare);
-    case 3: return RunPart<Word, 32, Fit::kPartial>(part, plan, rare);
-    default: return RunPart<Word, 32, Fit::kWide>(part, plan, rare);
+    case 0: return RunPart<Word, 4, Fit::kPartial, true>(part, plan, rare);
+    case 1: return RunPart<Word, 8, Fit::kPartial, true>(part, plan, rare);
+    case 2: return RunPart<Word, 16, Fit::kPartial, true>(part, plan, rare);
+    case 3: return RunPart<Word, 32, Fit::kPartial, true>(part, plan, rare);
+    default: return RunPart<Word, 32, Fit::kWide, true>(part, plan, rare);
   }
 }
 
@@ -425,8 +437,8 @@ uint32_t ResidentBlocks(const void* kernel, int number) {
 
 // The widest word that all addresses allow, and as many lanes as a row has such words.
 Shape ShapeOf(const QueryPart& part) {
-  const uintptr_t alignment =
-      reinterpret_cast<uintptr_t>(part.table.rows) | reinterpret_cast<uintptr_t>(part.output) | part.table.row_bytes;
+  const uintptr_t alignment = reinterpret_cast<uintptr_t>(part.table.rows) | reinterpret_cast<uintptr_t>(part.output) |
+                              part.table.row_bytes | OutputStride(part);
   Shape shape;
   shape.word = alignment % 16 == 0 ? 0 : alignment % 8 == 0 ? 1 : 2;
   const uint32_t words = part.table.row_bytes / (16u >> shape.word);
@@ -449,6 +461,7 @@ int Launch(const QueryPart* parts, int num_parts, const QueryWorkspace& workspac
     if (part.count > 0) {
       PartPlan& next = plan.parts[plan.num_parts++];
       next.part = part;
+      next.part.output_stride = OutputStride(part);
       next.first_position = static_cast<uint32_t>(positions);
       next.shape = ShapeOf(part);
       uniform = uniform && next.shape == plan.parts[0].shape;
@@ -482,13 +495,17 @@ int Launch(const QueryPart* parts, int num_parts, const QueryWorkspace& workspac
   return cudaGetLastError();
 }
 
+bool IsPacked(const QueryPart& part) { return part.key_stride == 1 && OutputStride(part) == part.table.row_bytes; }
+
 int LaunchAny(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
               cudaStream_t stream) {
   if (num_parts < 0 || num_parts > kMaxQueryParts) return cudaErrorInvalidValue;
   for (int i = 0; i < num_parts; ++i) {
     if (!IsValid(parts[i].table)) return cudaErrorInvalidValue;
+    const uint32_t stride = OutputStride(parts[i]);
+    if (parts[i].key_stride == 0 || stride < parts[i].table.row_bytes || stride % 4 != 0) return cudaErrorInvalidValue;
   }
-  return num_parts == 1 ? Launch<1>(parts, 1, workspace, stamp, stream)
+  return num_parts == 1 && IsPacked(parts[0]) ? Launch<1>(parts, 1, workspace, stamp, stream)
                         : Launch<kMaxQueryParts>(parts, num_parts, workspace, stamp, stream);
 }
 

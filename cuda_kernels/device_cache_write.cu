@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ F
     const int64_t key = plan.workspace.missing[unique].key;
     const uint32_t index = position - part.first_position;
     const CacheTable& table = part.part.table;
-    char* const output = static_cast<char*>(part.part.output) + uint64_t{index} * table.row_bytes;
+    char* const output = static_cast<char*>(part.part.output) + uint64_t{index} * OutputStride(part.part);
     CopyFilled(tile, staging + offset, output, table.row_bytes);
     if (position != leader) return;
     tile.Sync();

@@ -41,7 +41,7 @@ uint32_t Deal(Parts<Part>* plan, const Part& part, uint64_t work, uint32_t block
 __global__ void __launch_bounds__(kThreads) WidenKernel(const __grid_constant__ Parts<WidenPart> plan) {
   uint64_t thread, threads;
   const WidenPart& part = plan.OfBlock(&thread, &threads);
-  for (uint64_t i = thread; i < part.count; i += threads) part.to[i] = part.from[i];
+  for (uint64_t i = thread; i < part.count; i += threads) part.to[i] = part.from[i * part.stride];
 }
 
 struct SplitsPlan {

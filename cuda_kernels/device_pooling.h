@@ -19,8 +19,9 @@ HPS_HOST_DEVICE uint32_t PooledHead(uint32_t n) { return n == 1 ? 1 : n % 8 < 2 
 // int32 keys of one array as int64 keys.
 struct WidenPart {
   const int32_t* from = nullptr;  // (count)
-  int64_t* to = nullptr;          // (count)
+  int64_t* to = nullptr;          // (count), packed
   uint32_t count = 0;
+  uint32_t stride = 1;  // from one key of `from` to the next, in keys
 };
 // At most kMaxQueryParts parts.
 int LaunchWiden(const WidenPart* parts, int num_parts, cudaStream_t stream);

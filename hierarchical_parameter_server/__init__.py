@@ -57,6 +57,7 @@ _TENSORFLOW_NAMES = [
     "LookupLayer",
     "MultiLookupLayer",
     "SparseLookupLayer",
+    "StackedLookupLayer",
     "convert",
     "enable_predecessor_ops",
     "export",
@@ -70,6 +71,7 @@ if _os.environ.get("HPS_TENSORFLOW") != "off" and _importlib_util.find_spec("ten
     from .multi_lookup_layer import MultiLookupLayer
     from .predecessor import enable_predecessor_ops
     from .sparse_lookup_layer import SparseLookupLayer
+    from .stacked_lookup_layer import StackedLookupLayer
 
     _native.ops()
     __all__ += _TENSORFLOW_NAMES

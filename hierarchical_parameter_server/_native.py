@@ -69,8 +69,8 @@ def ops():
     # Lookups only read their resource: without this, tf.function would run them one after another.
     from tensorflow.python.framework import auto_control_deps_utils
 
-    for op in ("HierarchicalParameterServer>Lookup", "HierarchicalParameterServer>LookupSparse"):
-        auto_control_deps_utils.register_read_only_resource_op(op)
+    for op in ("Lookup", "LookupStacked", "LookupSparse"):
+        auto_control_deps_utils.register_read_only_resource_op("HierarchicalParameterServer>" + op)
     return library
 
 

@@ -40,6 +40,16 @@ def check_table(table_id, table_name) -> str | int:
     return number
 
 
+def check_tables(tables) -> list[str | int]:
+    """The names or numbers of several tables: at least one, all of one kind."""
+    names = list(tables)
+    if not names:
+        raise ValueError("tables must name at least one table")
+    if len({isinstance(name, str) for name in names}) > 1:
+        raise ValueError(f"tables must be all names or all numbers, got {names}")
+    return [check_table(None, name) if isinstance(name, str) else check_table(name, None) for name in names]
+
+
 def check_width(emb_vec_size) -> int:
     width = _integer(emb_vec_size)
     if width is None or width <= 0:

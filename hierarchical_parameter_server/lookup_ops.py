@@ -115,6 +115,24 @@ def lookup(server: ServerResource, keys: Sequence[tf.Tensor], tables: Sequence[T
     return (rows, found) if with_found else rows
 
 
+def lookup_stacked(server: ServerResource, keys: tf.Tensor, tables: Sequence[TableRef]) -> tf.Tensor:
+    """One row of each of several tables of one model and width for each sample, in one op.
+
+    Args:
+        keys: int32 or int64 of shape S + [tables].
+
+    Raises:
+        tf.errors.UnimplementedError: inside a ``tf.function(jit_compile=True)``.
+
+    Returns:
+        float32 of shape S + [tables, width].
+    """
+    _refuse_xla()
+    return _native.ops().hierarchical_parameter_server_lookup_stacked(
+        server=server.handle, keys=keys, **_table_attributes(tuple(tables))
+    )
+
+
 def lookup_sparse(
     server: ServerResource,
     segments: Sequence[Segments],
@@ -144,6 +162,7 @@ def lookup_sparse(
 
 
 tf.no_gradient("HierarchicalParameterServer>Lookup")
+tf.no_gradient("HierarchicalParameterServer>LookupStacked")
 
 
 @tf.RegisterGradient("HierarchicalParameterServer>LookupSparse")

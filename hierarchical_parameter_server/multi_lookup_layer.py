@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from .base_layer import ServerLayer
-from .layer_arguments import check_combiner, check_table, check_width
+from .layer_arguments import check_combiner, check_tables, check_width
 from .lookup_ops import TableRef, check_keys, lookup, lookup_sparse
 from .sparse_ids import segments_of
 
@@ -40,11 +40,7 @@ class MultiLookupLayer(ServerLayer):
     ):
         super().__init__(model_name, ps_config_file, **kwargs)
         self.padding_value = padding_value
-        names = list(tables)
-        if not names:
-            raise ValueError("tables must name at least one table")
-        if len({isinstance(name, str) for name in names}) > 1:
-            raise ValueError(f"tables must be all names or all numbers, got {names}")
+        names = check_tables(tables)
         widths = list(emb_vec_sizes)
         combiners = [None] * len(names) if combiners is None else list(combiners)
         if len(widths) != len(names) or len(combiners) != len(names):
@@ -54,12 +50,7 @@ class MultiLookupLayer(ServerLayer):
             )
         self._combiners = [None if combiner is None else check_combiner(combiner) for combiner in combiners]
         self._tables = [
-            TableRef(
-                self.model_name,
-                check_table(None, name) if isinstance(name, str) else check_table(name, None),
-                check_width(width),
-            )
-            for name, width in zip(names, widths, strict=True)
+            TableRef(self.model_name, name, check_width(width)) for name, width in zip(names, widths, strict=True)
         ]
 
     def call(self, ids, weights=None):

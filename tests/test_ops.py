@@ -90,7 +90,7 @@ def test_sparse_shape_function_of_indices():
     [
         ({"widths": []}, "widths has 0 entries for 1 key tensors"),
         ({"widths": [0]}, "emb_vec_size must be positive, got 0"),
-        ({"table_ids": [0]}, "one table name or one table id for each of the 1 key tensors, not both"),
+        ({"table_ids": [0]}, "one table name or one table id for each of the 1 tables, not both"),
         ({"table_names": []}, "one table name or one table id for each"),
         ({"M": 2}, r"M must be 0 \(no found masks\) or N, got 2"),
     ],

@@ -83,7 +83,8 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
   for (size_t i = 0; i < lookups.size(); ++i) {
     const DeviceCache& cache = *lookups[i].cache;
     HPS_RETURN_IF_ERROR(CheckCache(cache));
-    storage[i] = {cache.table(), lookups[i].keys, lookups[i].count, cache.spec().default_value, lookups[i].rows};
+    storage[i] = {cache.table(),   lookups[i].keys,       lookups[i].count,     cache.spec().default_value,
+                  lookups[i].rows, lookups[i].key_stride, lookups[i].row_stride};
     positions += lookups[i].count;
     all_whole = all_whole && cache.whole();
   }

@@ -43,6 +43,8 @@ struct CachedLookup {
   const Key* keys = nullptr;           // (count), device memory
   uint32_t count = 0;
   void* rows = nullptr;  // (count, row_bytes), device memory, written
+  uint32_t key_stride = 1;  // as QueryPart's, as is the next
+  uint32_t row_stride = 0;
 };
 
 // One table's part of a pooled call.

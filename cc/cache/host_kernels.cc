@@ -121,12 +121,22 @@ void HostClear(const CacheTable& table, BucketLocks& locks) {
   }
 }
 
+namespace {
+
+int64_t KeyOf(const cuda::QueryPart& part, uint64_t i) { return part.keys[i * part.key_stride]; }
+float* OutputRow(const cuda::QueryPart& part, uint64_t i) {
+  return reinterpret_cast<float*>(static_cast<std::byte*>(part.output) + i * cuda::OutputStride(part));
+}
+
+}  // namespace
+
 void HostUntoldQuery(const std::vector<cuda::QueryPart>& parts, BucketLocks& locks) {
   for (const cuda::QueryPart& part : parts) {
     const size_t row_words = part.table.row_bytes / sizeof(float);
     for (uint32_t i = 0; i < part.count; ++i) {
-      float* const output = static_cast<float*>(part.output) + i * row_words;
-      if (HostReadRow(part.table, part.keys[i], output, locks)) continue;
+      float* const output = OutputRow(part, i);
+      const int64_t key = KeyOf(part, i);
+      if (HostReadRow(part.table, key, output, locks)) continue;
       std::fill(output, output + row_words, part.default_value);
       std::atomic_ref(part.table.activity->untold_missing).fetch_add(1, std::memory_order_relaxed);
     }
@@ -142,14 +152,15 @@ void HostQuery(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorks
     leaders.clear();
     const size_t row_words = part.table.row_bytes / sizeof(float);
     for (uint32_t i = 0; i < part.count; ++i) {
-      float* const output = static_cast<float*>(part.output) + i * row_words;
-      if (HostReadRow(part.table, part.keys[i], output, locks)) continue;
+      float* const output = OutputRow(part, i);
+      const int64_t key = KeyOf(part, i);
+      if (HostReadRow(part.table, key, output, locks)) continue;
       std::fill(output, output + row_words, part.default_value);
       const uint32_t position = first_position + i;
-      const auto [leader, is_first] = leaders.emplace(part.keys[i], position);
+      const auto [leader, is_first] = leaders.emplace(key, position);
       if (is_first) {
         workspace.unique_of[position] = missing_keys;
-        workspace.missing[missing_keys++] = {part.keys[i], position, 0};
+        workspace.missing[missing_keys++] = {key, position, 0};
       }
       workspace.positions[missing_positions] = position;
       workspace.leaders[missing_positions++] = leader->second;
@@ -182,8 +193,7 @@ void HostFill(const std::vector<cuda::QueryPart>& parts, const cuda::QueryWorksp
     const uint64_t offset = offset_of(workspace.unique_of[workspace.leaders[i]], parts[part].table);
     if (offset == cuda::kNoRow) continue;
     const uint32_t row_bytes = parts[part].table.row_bytes;
-    std::memcpy(static_cast<std::byte*>(parts[part].output) + (position - begins[part]) * row_bytes, staging + offset,
-                row_bytes);
+    std::memcpy(OutputRow(parts[part], position - begins[part]), staging + offset, row_bytes);
   }
   for (uint32_t i = 0; i < request.missing_keys; ++i) {
     const cuda::MissingKey& missing = workspace.missing[i];

@@ -95,7 +95,9 @@ int CheckPooled(const std::vector<cuda::PooledPart>& parts, uint32_t stamp) {
 }
 
 void HostWiden(const std::vector<cuda::WidenPart>& parts) {
-  for (const cuda::WidenPart& part : parts) std::copy_n(part.from, part.count, part.to);
+  for (const cuda::WidenPart& part : parts) {
+    for (size_t i = 0; i < part.count; ++i) part.to[i] = part.from[i * part.stride];
+  }
 }
 
 void HostSplits(const std::vector<HostIndexPart>& parts, const cuda::PooledWorkspace& workspace) {

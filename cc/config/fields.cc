@@ -215,7 +215,6 @@ const Section<S>* MakeSection(std::string_view pointer, std::string_view descrip
 }
 
 constexpr auto kLater = FieldState::kLater;
-constexpr auto kNoEffect = FieldState::kNoEffect;
 constexpr auto kNotEmpty = StringFormat::kNotEmpty;
 
 }  // namespace
@@ -256,8 +255,6 @@ const Section<ModelConfig>& ModelSection() {
           Plain("init_ec", &M::init_ec, {}, "fill the cache at start"),
           Plain("enable_pagelock", &M::enable_pagelock, {}, "a static table lies in pinned host memory", kLater),
           Plain("fp8_quant", &M::fp8_quant, {}, "a static table stores 8-bit rows", kLater),
-          Plain("use_context_stream", &M::use_context_stream, {}, "lookups always work on the framework's GPU stream",
-                kNoEffect),
           Plain("cache_refresh_percentage_per_iteration", &M::cache_refresh_percentage_per_iteration, Between(0, 1),
                 "the part of the cache that one step of a refresh renews"),
           Plain("refresh_delay", &M::refresh_delay_seconds, AtLeast(0), "seconds until the first refresh"),
@@ -265,12 +262,10 @@ const Section<ModelConfig>& ModelSection() {
                 "seconds between refreshes; 0 means no repetition"),
           Plain("num_of_worker_buffer_in_pool", &M::worker_buffers, AtLeast(1),
                 "lookups side by side on one GPU for which memory is reserved at start; more take it as they come"),
-          Plain("num_of_refresher_buffer_in_pool", &M::refresher_buffers, AtLeast(0), "caches are refreshed one by one",
-                kNoEffect),
-          Plain("thread_pool_size", &M::thread_pool_size, AtLeast(1), "missing keys are fetched by all processors",
-                kNoEffect),
-          Plain("fuse_embedding_table", &M::fuse_embedding_table, {},
-                "the tables of a call are looked up by one launch in any case", kNoEffect),
+          NoEffect<M>("use_context_stream", true, {}, "lookups always work on the framework's GPU stream"),
+          NoEffect<M>("num_of_refresher_buffer_in_pool", uint32_t{1}, AtLeast(0), "caches are refreshed one by one"),
+          NoEffect<M>("thread_pool_size", uint32_t{16}, AtLeast(1), "missing keys are fetched by all processors"),
+          NoEffect<M>("fuse_embedding_table", true, {}, "the tables of a call are looked up by one launch in any case"),
           NoEffect<M>("use_hctr_cache_implementation", true, {}, "there is one implementation of the cache"),
           NoEffect<M>("device_id", int32_t{0}, AtLeast(0), "superseded by `deployed_device_list`"),
           NoEffect<M>("freeze_sparse", false, {}, "an option of a Triton backend"),
@@ -418,8 +413,7 @@ const Section<ServerConfig>& ServerSection() {
                          EditorSchema(),
                          Required(Plain("supportlonglong", &C::long_keys, {},
                                         "true: 64-bit keys; false: keys that fit in 32 bits (ids may be int32)")),
-                         Plain("fuse_embedding_table", &C::fuse_embedding_table, {},
-                               "the tables of a call are looked up by one launch in any case", kNoEffect),
+                         NoEffect<C>("fuse_embedding_table", false, {}, "the tables of a call are looked up by one launch in any case"),
                          Plain("lookup_timeout_ms", &C::lookup_timeout_ms, {},
                                "longest time of a lookup that brings no deadline of its own; 0: no limit"),
                          Models(),

@@ -119,11 +119,11 @@ Status CheckDeviceKeys(const Model& model, const Part& part) {
   return OkStatus();
 }
 
-// The keys as int64; those that must be widened before are added to *narrow.
+// The keys as int64, packed; those that must be widened before are added to *narrow.
 template <typename Part>
-const Key* KeysOnDevice(const Part& part, std::vector<cuda::WidenPart>* narrow) {
+const Key* KeysOnDevice(const Part& part, uint32_t stride, std::vector<cuda::WidenPart>* narrow) {
   if (part.key_bytes == sizeof(Key)) return static_cast<const Key*>(part.keys);
-  if (part.count > 0) narrow->push_back({static_cast<const int32_t*>(part.keys), part.wide_keys, part.count});
+  if (part.count > 0) narrow->push_back({static_cast<const int32_t*>(part.keys), part.wide_keys, part.count, stride});
   return part.wide_keys;
 }
 
@@ -385,8 +385,17 @@ Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPar
       return InvalidArgument(TableContext(*model, lookup.table) + ": " + std::to_string(lookup.count) +
                              " keys, but no memory for their rows (a null pointer)");
     }
-    cached.push_back(
-        {on->caches[lookup.table], lookup.table, KeysOnDevice(lookup, &narrow), lookup.count, lookup.rows});
+    constexpr uint32_t kMostStride = std::numeric_limits<uint32_t>::max() / sizeof(float);
+    if (lookup.key_stride == 0 || lookup.row_stride > kMostStride ||
+        (lookup.row_stride != 0 && lookup.row_stride < lookup.width)) {
+      return InvalidArgument(TableContext(*model, lookup.table) + ": keys " + std::to_string(lookup.key_stride) +
+                             " apart and rows of " + std::to_string(lookup.width) + " values " +
+                             std::to_string(lookup.row_stride) + " apart (key_stride, row_stride)");
+    }
+    const bool is_wide = lookup.key_bytes == sizeof(Key);
+    cached.push_back({on->caches[lookup.table], lookup.table, KeysOnDevice(lookup, lookup.key_stride, &narrow),
+                      lookup.count, lookup.rows, is_wide ? lookup.key_stride : 1,
+                      lookup.row_stride * static_cast<uint32_t>(sizeof(float))});
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
@@ -412,7 +421,7 @@ Status LookupSession::LookupSparseOnDevice(int device, std::span<const DeviceSpa
     HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
     HPS_RETURN_IF_ERROR(CheckDeviceKeys(*model, lookup));
     HPS_RETURN_IF_ERROR(CheckDeviceSegments(*model, lookup));
-    pooled.push_back({on->caches[lookup.table], lookup, KeysOnDevice(lookup, &narrow)});
+    pooled.push_back({on->caches[lookup.table], lookup, KeysOnDevice(lookup, /*stride=*/1, &narrow)});
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));

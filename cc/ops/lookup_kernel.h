@@ -29,20 +29,38 @@ struct LookupAttributes {
 
   template <typename Context>  // OpKernelConstruction or InferenceContext
   absl::Status Read(Context* context) {
+    int count = 0;
+    TF_RETURN_IF_ERROR(context->GetAttr("N", &count));
+    TF_RETURN_IF_ERROR(context->GetAttr("widths", &widths));
+    if (widths.size() != static_cast<size_t>(count)) {
+      return absl::InvalidArgumentError("widths has " + std::to_string(widths.size()) + " entries for " +
+                                        std::to_string(count) + " key tensors");
+    }
+    return ReadTables(context);
+  }
+
+  // Of an op with one tensor of keys for all tables.
+  template <typename Context>
+  absl::Status ReadStacked(Context* context) {
+    TF_RETURN_IF_ERROR(context->GetAttr("widths", &widths));
+    if (widths.empty()) return absl::InvalidArgumentError("widths is empty: name at least one table");
+    for (int32_t width : widths) {
+      if (width == widths[0]) continue;
+      return absl::InvalidArgumentError("tables that are looked up stacked must be equally wide, but there are " +
+                                        std::to_string(widths[0]) + " and " + std::to_string(width));
+    }
+    return ReadTables(context);
+  }
+
+  template <typename Context>
+  absl::Status ReadTables(Context* context) {
     TF_RETURN_IF_ERROR(context->GetAttr("model", &model));
     TF_RETURN_IF_ERROR(context->GetAttr("table_names", &table_names));
     TF_RETURN_IF_ERROR(context->GetAttr("table_ids", &table_ids));
-    TF_RETURN_IF_ERROR(context->GetAttr("widths", &widths));
-    int count = 0;
-    TF_RETURN_IF_ERROR(context->GetAttr("N", &count));
-    const size_t tables = static_cast<size_t>(count);
-    if (widths.size() != tables) {
-      return absl::InvalidArgumentError("widths has " + std::to_string(widths.size()) + " entries for " +
-                                        std::to_string(tables) + " key tensors");
-    }
+    const size_t tables = widths.size();
     if (!(table_names.size() == tables && table_ids.empty()) && !(table_ids.size() == tables && table_names.empty())) {
       return absl::InvalidArgumentError("give one table name or one table id for each of the " +
-                                        std::to_string(tables) + " key tensors, not both");
+                                        std::to_string(tables) + " tables, not both");
     }
     for (int32_t width : widths) {
       if (width <= 0) {

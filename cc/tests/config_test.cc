@@ -136,7 +136,7 @@ std::vector<KeyCase> KeyCases() {
   return {
       {"", "$schema", "\"ps.schema.json\"", [](const C&) { return true; }},
       {"", "supportlonglong", "false", [](const C& c) { return !c.long_keys; }},
-      {"", "fuse_embedding_table", "true", [](const C& c) { return c.fuse_embedding_table; }},
+      {"", "fuse_embedding_table", "true", {}},
       {"", "lookup_timeout_ms", "250", [](const C& c) { return c.lookup_timeout_ms == 250; }},
       {"", "models", "[" + Model("", "other") + "]", [](const C& c) { return c.models[0].name == "other"; }},
       {"", "volatile_db", R"({"type": "disabled"})", Has(v, &V::type, VolatileType::kDisabled)},
@@ -160,14 +160,14 @@ std::vector<KeyCase> KeyCases() {
       {model, "init_ec", "false", ModelHas(&M::init_ec, false)},
       {model, "enable_pagelock", "true", ModelHas(&M::enable_pagelock, true)},
       {model, "fp8_quant", "true", ModelHas(&M::fp8_quant, true)},
-      {model, "use_context_stream", "false", ModelHas(&M::use_context_stream, false)},
+      {model, "use_context_stream", "false", {}},
       {model, "cache_refresh_percentage_per_iteration", "0", ModelHas(&M::cache_refresh_percentage_per_iteration, 0.0)},
       {model, "refresh_delay", "1.5", ModelHas(&M::refresh_delay_seconds, 1.5)},
       {model, "refresh_interval", "0.25", ModelHas(&M::refresh_interval_seconds, 0.25)},
       {model, "num_of_worker_buffer_in_pool", "4", ModelHas(&M::worker_buffers, 4u)},
-      {model, "num_of_refresher_buffer_in_pool", "0", ModelHas(&M::refresher_buffers, 0u)},
-      {model, "thread_pool_size", "3", ModelHas(&M::thread_pool_size, 3u)},
-      {model, "fuse_embedding_table", "false", ModelHas(&M::fuse_embedding_table, false)},
+      {model, "num_of_refresher_buffer_in_pool", "0", {}},
+      {model, "thread_pool_size", "3", {}},
+      {model, "fuse_embedding_table", "false", {}},
       {model, "use_hctr_cache_implementation", "false", {}},
       {model, "device_id", "1", {}},
       {model, "freeze_sparse", "true", {}},
@@ -633,7 +633,7 @@ TEST(ConfigPredecessor, FusedStaticTables) {
   ServerConfig config = Parsed(
       Document(Model(R"("embedding_cache_type": "static", "use_context_stream": true, "fuse_embedding_table": true)"),
                R"("fuse_embedding_table": true, "volatile_db": {"type": "disabled"})"));
-  EXPECT_TRUE(config.fuse_embedding_table && config.models[0].fuse_embedding_table);
+  EXPECT_EQ(config.models[0].cache_type, CacheType::kStatic);
 }
 
 TEST(ConfigPredecessor, DocumentedDatabases) {
@@ -698,7 +698,6 @@ TEST(ConfigCanonical, IsTheGoldenText) {
       R"("volatile_db": {"num_partitions": 2, "password": "hidden"},
          "persistent_db": {"type": "disabled", "path": "/db"})");
   EXPECT_EQ(CanonicalJson(Parsed(document)), R"({
-  "fuse_embedding_table": false,
   "lookup_timeout_ms": 0,
   "models": [
     {
@@ -718,7 +717,6 @@ TEST(ConfigCanonical, IsTheGoldenText) {
       ],
       "enable_pagelock": false,
       "fp8_quant": false,
-      "fuse_embedding_table": true,
       "gpucache": true,
       "gpucacheper": 0.2,
       "init_ec": true,
@@ -727,15 +725,12 @@ TEST(ConfigCanonical, IsTheGoldenText) {
         1
       ],
       "model": "m",
-      "num_of_refresher_buffer_in_pool": 1,
       "num_of_worker_buffer_in_pool": 1,
       "refresh_delay": 0.0,
       "refresh_interval": 0.0,
       "sparse_files": [
         "/t"
-      ],
-      "thread_pool_size": 16,
-      "use_context_stream": true
+      ]
     }
   ],
   "persistent_db": {

@@ -279,6 +279,79 @@ TEST_P(SparseDeviceSuite, DenseLookupsTakeInt32Keys) {
               {"table 't16'", "keys of 16 bytes", "int64"});
 }
 
+// Ids as [samples, tables] and rows as [samples, all widths]: a launch finds and leaves them there, and touches no more.
+TEST_P(SparseDeviceSuite, KeysAndRowsOfSeveralTablesLieSideBySide) {
+  constexpr uint32_t kSamples = 700, kGap = 3;
+  constexpr float kUntouched = 12345.0f;
+  const auto tables = static_cast<uint32_t>(kWidths.size());
+  uint32_t across = kGap;
+  for (const uint32_t width : kWidths) across += width;
+  std::mt19937_64 random(7);
+  std::vector<Key> keys;
+  for (uint32_t i = 0; i < kSamples * tables; ++i) keys.push_back(static_cast<Key>(random() % 2100) - 50);
+  const DeviceArray<Key> on_device(*device_, keys);
+  const DeviceArray<int32_t> short_keys(*device_, std::vector<int32_t>(keys.begin(), keys.end()));
+  const DeviceArray<Key> wide(*device_, keys.size());
+  for (const CacheType type : {CacheType::kDynamic, CacheType::kStatic}) {
+    Open(Model(type));
+    for (const uint32_t key_bytes : {8u, 4u}) {
+      for (int turn = 0; turn < 2; ++turn) {
+        const DeviceArray<float> rows(*device_, std::vector<float>(size_t{kSamples} * across, kUntouched));
+        std::vector<DeviceLookupPart> parts;
+        uint32_t from = 0;
+        for (uint32_t t = 0; t < tables; from += kWidths[t++]) {
+          DeviceLookupPart part;
+          part.table = t;
+          part.width = kWidths[t];
+          part.key_bytes = key_bytes;
+          part.keys = key_bytes == 8 ? static_cast<const void*>(on_device.get() + t) : short_keys.get() + t;
+          part.count = kSamples;
+          part.rows = rows.get() + from;
+          part.wide_keys = wide.get() + size_t{t} * kSamples;
+          part.key_stride = tables;
+          part.row_stride = across;
+          parts.push_back(part);
+        }
+        ASSERT_OK(session_->LookupOnDevice(ordinal_, parts, nullptr));
+        const std::vector<float> got = rows.Get();
+        from = 0;
+        for (uint32_t t = 0; t < tables; from += kWidths[t++]) {
+          std::vector<Key> asked;
+          std::vector<float> values;
+          for (uint32_t i = 0; i < kSamples; ++i) {
+            asked.push_back(keys[i * tables + t]);
+            values.insert(values.end(), got.begin() + i * across + from, got.begin() + i * across + from + kWidths[t]);
+          }
+          ExpectBits(values, Lookup(*session_, t, kWidths[t], asked).values, kWidths[t]);
+        }
+        for (uint32_t i = 0; i < kSamples; ++i) {
+          for (uint32_t gap = from; gap < across; ++gap) ASSERT_EQ(got[i * across + gap], kUntouched);
+        }
+      }
+      // One table alone, not packed.
+      const DeviceArray<float> rows(*device_, std::vector<float>(size_t{kSamples} * across, kUntouched));
+      DeviceLookupPart part{.table = 4, .width = kWidths[4], .keys = on_device.get() + 4, .count = kSamples};
+      part.rows = rows.get();
+      part.key_stride = tables;
+      part.row_stride = across;
+      ASSERT_OK(session_->LookupOnDevice(ordinal_, std::span(&part, 1), nullptr));
+      const std::vector<float> got = rows.Get();
+      for (uint32_t i = 0; i < kSamples; ++i) {
+        const Rows expected = Lookup(*session_, 4, kWidths[4], {keys[i * tables + 4]});
+        ExpectBits({got.begin() + i * across, got.begin() + i * across + kWidths[4]}, expected.values, kWidths[4]);
+        ASSERT_EQ(got[i * across + kWidths[4]], kUntouched);
+      }
+      part.key_stride = 0;
+      ExpectError(session_->LookupOnDevice(ordinal_, std::span(&part, 1), nullptr), StatusCode::kInvalidArgument,
+                  {"table 't16'", "key_stride"});
+      part.key_stride = 1;
+      part.row_stride = kWidths[4] - 1;
+      ExpectError(session_->LookupOnDevice(ordinal_, std::span(&part, 1), nullptr), StatusCode::kInvalidArgument,
+                  {"table 't16'", "rows of 16 values 15 apart", "row_stride"});
+    }
+  }
+}
+
 // Bags of one key beside updates: each pooled row is a whole row of one version. In a cache that holds a part of the
 // keys, and in one that holds all.
 TEST_P(SparseDeviceSuite, RowsAreWholeBesideUpdates) {

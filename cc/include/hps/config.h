@@ -50,14 +50,10 @@ struct ModelConfig {
   bool init_ec = true;
   bool enable_pagelock = false;
   bool fp8_quant = false;
-  bool use_context_stream = true;
   double cache_refresh_percentage_per_iteration = 0.1;
   double refresh_delay_seconds = 0.0;
   double refresh_interval_seconds = 0.0;
   uint32_t worker_buffers = 1;
-  uint32_t refresher_buffers = 1;
-  uint32_t thread_pool_size = 16;
-  bool fuse_embedding_table = true;  // only where ServerConfig's is true as well
 };
 
 struct VolatileConfig {
@@ -119,7 +115,6 @@ struct UpdateSourceConfig {
 
 struct ServerConfig {
   bool long_keys = true;  // supportlonglong; false: keys must fit in 32 bits, stored databases hold 4-byte keys
-  bool fuse_embedding_table = false;
   uint32_t lookup_timeout_ms = 0;  // of a whole lookup that brings no deadline of its own; 0: none
   std::vector<ModelConfig> models;
   VolatileConfig volatile_db;

@@ -57,6 +57,9 @@ struct DeviceLookupPart {
   uint32_t count = 0;
   float* rows = nullptr;     // (count, width), written
   Key* wide_keys = nullptr;  // (count), overwritten; where key_bytes is 4
+  // Keys and rows of several tables may lie side by side, as [samples, tables] and [samples, tables, width].
+  uint32_t key_stride = 1;  // from one key to the next, in keys
+  uint32_t row_stride = 0;  // from one row to the next, in values, at least width; 0: width
 };
 
 // SparseLookup on a device. All arrays are memory of that device, but for dense_shape. Output rows are told either by
