@@ -17,6 +17,9 @@ static_assert(kErrorInvalidDevice == cudaErrorInvalidDevice);
 static_assert(kErrorUncorrectableMemory == cudaErrorECCUncorrectable);
 static_assert(kErrorNotReady == cudaErrorNotReady);
 static_assert(kErrorLaunchFailure == cudaErrorLaunchFailure);
+static_assert(kErrorCaptureFirst == cudaErrorStreamCaptureUnsupported);
+static_assert(kErrorCaptureInvalidated == cudaErrorStreamCaptureInvalidated);
+static_assert(kErrorCaptureLast == cudaErrorStreamCaptureWrongThread);
 
 class CurrentDevice {
  public:
@@ -85,6 +88,17 @@ class CudaDevice final : public Device {
   }
   int SynchronizeStream(cudaStream_t stream) override {
     return Here([&] { return cudaStreamSynchronize(stream); });
+  }
+  int IsCapturing(cudaStream_t stream, bool* capturing) override {
+    return Here([&] {
+      cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+      cudaError_t error = cudaStreamIsCapturing(stream, &status);
+      // The default stream, while a capture of another one forbids its use.
+      const bool forbidden = error == cudaErrorStreamCaptureImplicit;
+      if (forbidden) error = (cudaGetLastError(), cudaSuccess);
+      *capturing = forbidden || status != cudaStreamCaptureStatusNone;
+      return error;
+    });
   }
   int Synchronize() override {
     return Here([] { return cudaDeviceSynchronize(); });

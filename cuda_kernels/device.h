@@ -30,6 +30,10 @@ inline constexpr int kErrorInvalidDevice = 101;
 inline constexpr int kErrorUncorrectableMemory = 214;
 inline constexpr int kErrorNotReady = 600;
 inline constexpr int kErrorLaunchFailure = 719;
+// Calls that do not go together with a capture into a graph: mistakes of who captures, not failures of the device.
+inline constexpr int kErrorCaptureFirst = 900;
+inline constexpr int kErrorCaptureInvalidated = 901;
+inline constexpr int kErrorCaptureLast = 908;
 
 struct DeviceInfo {
   int ordinal = 0;
@@ -61,6 +65,10 @@ class Device {
   // 0: all work of the stream is done; kErrorNotReady: not yet.
   virtual int QueryStream(cudaStream_t stream) = 0;
   virtual int SynchronizeStream(cudaStream_t stream) = 0;
+  // Whether what is queued on the stream is captured into a graph and not carried out, or may not be queued because of
+  // a capture. Of the methods below that take a stream, launches, Copy (not of pageable memory) and Zero can be
+  // captured.
+  virtual int IsCapturing(cudaStream_t stream, bool* capturing) = 0;
 
   // Waits for all work of all streams.
   virtual int Synchronize() = 0;

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import build_tools  # noqa: E402
 import check_paths  # noqa: E402
 import check_sizes  # noqa: E402
+import requirements  # noqa: E402
 import test_summary as summary  # noqa: E402
 
 
@@ -66,6 +67,32 @@ def test_cuda_compiler_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert build_tools.find_nvcc() == str(paths["chosen"])
     monkeypatch.delenv("CUDACXX")
     assert build_tools.find_nvcc() == str(paths["bin"])
+
+
+def test_a_fetched_cuda_compiler_is_for_those_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / ".cache/cuda/nvidia/cu13/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    pip: list[list[str]] = []
+
+    def run(command: list[str], **_kwargs: object) -> subprocess.CompletedProcess:
+        pip.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(build_tools, "ROOT", str(tmp_path))
+    monkeypatch.setattr(build_tools, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build_tools.subprocess, "run", run)
+    pins = requirements.read_pyproject()["project"]["optional-dependencies"]["cuda"]
+    (tmp_path / ".cache/cuda/pinned.txt").write_text("\n".join(pins) + "\n")
+    assert build_tools.fetch_nvcc() == str(nvcc) and not pip
+    # Other versions, or half of them: all anew, and pip's failure is an error.
+    (tmp_path / ".cache/cuda/pinned.txt").write_text("nvidia-cuda-nvcc==12.0\n")
+    with pytest.raises(SystemExit, match="no CUDA compiler could be fetched"):
+        build_tools.fetch_nvcc()
+    assert pip[0][-len(pins) :] == pins and not nvcc.exists()
+    monkeypatch.setattr(build_tools, "find_nvcc", lambda: "/machine/nvcc")
+    assert build_tools.fetch_nvcc() == "/machine/nvcc"
 
 
 SUITE = '<testsuites><testsuite tests="5" failures="{failures}" errors="0" skipped="1"/></testsuites>'

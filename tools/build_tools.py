@@ -3,6 +3,7 @@
 An isolated pip build cannot import the packages of the environment it installs into, but their folder is known.
 Usage (CMake asks so), each prints a path, or an empty line:
     python tools/build_tools.py tensorflow|nvcc
+    python tools/build_tools.py fetched_nvcc
     python tools/build_tools.py hiredis BUILD_FOLDER
 """
 
@@ -51,6 +52,36 @@ def find_nvcc() -> str | None:
         if path and os.access(path, os.X_OK):
             return path
     return None
+
+
+def fetch_nvcc() -> str:
+    """Returns what find_nvcc does; where the machine has none, the pip packages of the extra `cuda`, in .cache/cuda.
+
+    find_nvcc does not look there: a compiler that was fetched for one check must not change what other builds make.
+    """
+    found = find_nvcc()
+    if found:
+        return found
+    from requirements import read_pyproject
+
+    pinned = read_pyproject()["project"]["optional-dependencies"]["cuda"]
+    place = os.path.join(ROOT, ".cache", "cuda")
+    nvcc, done = os.path.join(place, "nvidia", "cu13", "bin", "nvcc"), os.path.join(place, "pinned.txt")
+    wanted = "\n".join(pinned) + "\n"
+    if os.access(nvcc, os.X_OK) and os.path.exists(done):
+        with open(done, encoding="ascii") as file:
+            if file.read() == wanted:
+                return nvcc
+    print(f"fetching a CUDA compiler into {os.path.relpath(place)}", file=sys.stderr)
+    shutil.rmtree(place, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    if subprocess.run([*command, "--target", place, *pinned], stdout=sys.stderr, check=False).returncode != 0:
+        sys.exit("error: no CUDA compiler could be fetched; pip's messages stand above")
+    if not os.access(nvcc, os.X_OK):
+        sys.exit(f"error: the pip packages of the extra 'cuda' brought no compiler: there is no program {nvcc}")
+    with open(done, "w", encoding="ascii") as file:
+        file.write(wanted)
+    return nvcc
 
 
 def _hiredis_places(build_folder: str) -> list[str]:
@@ -117,5 +148,5 @@ def find_tool(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    finders = {"tensorflow": find_tensorflow, "nvcc": find_nvcc, "hiredis": fetch_hiredis}
+    finders = {"tensorflow": find_tensorflow, "nvcc": find_nvcc, "fetched_nvcc": fetch_nvcc, "hiredis": fetch_hiredis}
     print(finders[sys.argv[1]](*sys.argv[2:]) or "")

@@ -75,9 +75,9 @@ LAYERS = (
         ),
         ("pybind11/", "Python.h"),
     ),
-    Layer("cc/tests", (CONTRACTS, "cc/", "cuda_kernels/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
+    Layer("cc/tests", (CONTRACTS, "cc/", "cuda_kernels/", "tests/gpu/"), ("gtest/", "gmock/", "nlohmann/", "rocksdb/")),
     Layer("cuda_kernels", ("cuda_kernels/",), ("cuda", "cub/", "cooperative_groups")),
-    Layer("tests/gpu", ("cuda_kernels/",), ("cuda",)),
+    Layer("tests/gpu", ("cuda_kernels/", "tests/gpu/"), ("cuda",)),
     Layer("examples/cpp", (CONTRACTS,)),
     Layer(
         "benchmarks",
@@ -87,7 +87,7 @@ LAYERS = (
 )
 # Folders below these names must have a layer above.
 NATIVE_ROOTS = ("cc", "cuda_kernels", "examples", "benchmarks", "tests")
-OURS = (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/")
+OURS = (CONTRACTS, "cc/", "cuda_kernels/", "benchmarks/", "tests/gpu/")
 SYSTEM = re.compile(r"(sys|linux|netinet|arpa|net|asm|bits|x86|ext)/|[a-z0-9_]+\.h$")
 THIRD_PARTY_FILES = re.compile(r"cuda|Python\.h|cublas|nccl|zlib\.h|zstd|lz4|hwloc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import gpu_cache_page
 import note_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +41,19 @@ def with_numbers(page: str) -> str:
 def with_tables(page: str) -> str:
     text = (ROOT / page).read_text(encoding="utf-8")
     place = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return place.sub(lambda found: found[1] + note_tables.make(found[2]) + found[3], text)
+    return place.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+
+
+def table(name: str) -> str:
+    return gpu_cache_page.TABLES[name]() if name in gpu_cache_page.TABLES else note_tables.make(name)
 
 
 NOTES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs/design").glob("*.md"))]
 PAGES = {
     "docs/ps.schema.json": schema,
     **{page: functools.partial(with_numbers, page) for page in NUMBERS},
-    **{note: functools.partial(with_tables, note) for note in NOTES},
+    **{note: functools.partial(with_tables, note) for note in [*NOTES, "docs/gpu_cache.md"]},
+    **gpu_cache_page.FIGURES,
 }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
-def _records(name: str) -> list[dict]:
+def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -46,7 +46,7 @@ def load_beside_lookups(records: list[dict]) -> str:
         ]
         start = [about.get("version", ""), about.get("commit", ""), f"{about['load_average']:.1f}", " / ".join(quiet)]
         lines.append([*start, *ratios])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def cache_replacement(records: list[dict]) -> str:
@@ -57,7 +57,7 @@ def cache_replacement(records: list[dict]) -> str:
             text = f"{record['hit_rate']:.3f} ({record['hit_writes']:.3f})"
             cells.setdefault(record["rule"], {})[record["workload"]] = text
     lines = [[rule, *(cells[rule][workload] for workload in workloads)] for rule in cells]
-    return _table(["hit rate (part of the hits that write a mark)", *workloads.values()], lines)
+    return table(["hit rate (part of the hits that write a mark)", *workloads.values()], lines)
 
 
 def uvm_exchange(records: list[dict]) -> str:
@@ -83,7 +83,7 @@ def redis(records: list[dict]) -> str:
         for record in records
         if record["kind"] == "redis"
     ]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def rocksdb(records: list[dict]) -> str:
@@ -99,7 +99,7 @@ def rocksdb(records: list[dict]) -> str:
         for field, value in record.items()
     }  # fmt: skip
     lines = [[what, *(f"{values[kind, size, field]:.1f}" for size in sizes)] for what, (kind, field) in cases.items()]
-    return _table(["times as fast", *(f"rows of {size} bytes" for size in sizes)], lines)
+    return table(["times as fast", *(f"rows of {size} bytes" for size in sizes)], lines)
 
 
 def device_cache(records: list[dict]) -> str:
@@ -111,7 +111,7 @@ def device_cache(records: list[dict]) -> str:
             text = f"{record['whole_ratio']:.2f} / {record['told_ratio']:.2f}"
             cells.setdefault((record["width"], record["zipf"]), []).append(text)
     lines = [[str(width), f"Zipf {zipf}" if zipf else "uniform", *texts] for (width, zipf), texts in cells.items()]
-    return _table(["width", "ids", *(f"{size:,} keys: whole / told" for size in sizes)], lines)
+    return table(["width", "ids", *(f"{size:,} keys: whole / told" for size in sizes)], lines)
 
 
 def device_beside_writer(records: list[dict]) -> str:
@@ -123,7 +123,7 @@ def device_beside_writer(records: list[dict]) -> str:
         for record in records
         if record["kind"] == "device_cache_beside_writer"
     ]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def device_pooled(records: list[dict]) -> str:
@@ -134,7 +134,7 @@ def device_pooled(records: list[dict]) -> str:
             text = f"{record['told_ratio']:.2f} ({record['told_us']:.1f} us)"
             cells.setdefault((record["width"], record["zipf"]), []).append(text)
     lines = [[str(width), f"Zipf {zipf}" if zipf else "uniform", *texts] for (width, zipf), texts in cells.items()]
-    return _table(["width", "ids", *(f"{size:,} output rows" for size in sizes)], lines)
+    return table(["width", "ids", *(f"{size:,} output rows" for size in sizes)], lines)
 
 
 def device_lookup(records: list[dict]) -> str:
@@ -148,7 +148,7 @@ def device_lookup(records: list[dict]) -> str:
         rows = f"{record['rows_us']:.1f} / {record['rows_p99_us']:.1f}"
         alone = ["", ""] if hits else [f"{record['fetch_us']:.1f}", f"{record['copy_us']:.1f}"]
         lines.append([str(record["width"]), f"{record['keys']:,}", what, call, rows, *alone])
-    return _table(["width", "keys", "what", "call: median / p99", "rows: median / p99", "fetch", "copy"], lines)
+    return table(["width", "keys", "what", "call: median / p99", "rows: median / p99", "fetch", "copy"], lines)
 
 
 # By the name in the marker: the lines, and what makes a table of them.
@@ -166,5 +166,5 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
 
 
 def make(name: str) -> str:
-    lines, table = TABLES[name]
-    return table(_records(lines))
+    lines, make_table = TABLES[name]
+    return make_table(read(lines))

@@ -22,6 +22,12 @@ Status DeviceContext::Check(int error, std::string_view what) {
   if (error == cuda::kErrorInvalidValue) {
     return Internal(NameOf(*device_) + ": " + std::string(what) + " was refused: " + device_->ErrorText(error));
   }
+  if (error >= cuda::kErrorCaptureFirst && error <= cuda::kErrorCaptureLast) {
+    return FailedPrecondition(
+        NameOf(*device_) + ": " + std::string(what) + ": " + device_->ErrorText(error) +
+        ". While a stream is captured into a CUDA graph in mode 'global', no other thread may use "
+        "the device freely: capture in mode 'thread local' or 'relaxed'");
+  }
   std::lock_guard lock(mutex_);
   if (failure_.ok()) {
     const StatusCode code = error == cuda::kErrorUncorrectableMemory ? StatusCode::kDataLoss : StatusCode::kInternal;

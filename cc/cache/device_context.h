@@ -36,8 +36,8 @@ class DeviceContext : public std::enable_shared_from_this<DeviceContext> {
   // Numbers the caches of this device, for the gate.
   uint32_t NextCache() { return next_cache_.fetch_add(1); }
 
-  // OK for 0. kResourceExhausted for a lack of memory, kInternal for arguments that a call refuses; any other error is
-  // the device's failure: see above.
+  // OK for 0. kResourceExhausted for a lack of memory, kInternal for arguments that a call refuses, kFailedPrecondition
+  // for what may not be done during a capture into a graph; any other error is the device's failure: see above.
   Status Check(int error, std::string_view what);
   // The failure, or OK.
   Status CheckAlive() const;

@@ -22,6 +22,7 @@ constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 Status DeviceLookup::Lookup(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                             LookupReport* report) const {
   HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
+  HPS_RETURN_IF_ERROR(CheckCapture(lookups, stream));
   LookupReport local;
   for (size_t first = 0; first < lookups.size();) {
     uint64_t positions = 0;
@@ -35,6 +36,29 @@ Status DeviceLookup::Lookup(std::span<const CachedLookup> lookups, DeviceStream 
   }
   if (report != nullptr) *report = local;
   return OkStatus();
+}
+
+Status DeviceLookup::CheckCapture(std::span<const CachedLookup> lookups, DeviceStream stream) const {
+  const auto waits =
+      std::find_if(lookups.begin(), lookups.end(), [](const CachedLookup& each) { return !each.cache->whole(); });
+  if (waits == lookups.end()) return OkStatus();
+  return CheckNotCaptured(waits->cache->spec().name + ": its cache is not held whole, so the lookup", stream);
+}
+
+Status DeviceLookup::CheckCapture(std::span<const PooledLookup> lookups, DeviceStream stream) const {
+  if (lookups.empty()) return OkStatus();
+  return CheckNotCaptured("a pooled lookup", stream);
+}
+
+Status DeviceLookup::CheckNotCaptured(std::string_view which, DeviceStream stream) const {
+  bool capturing = false;
+  HPS_RETURN_IF_ERROR(resources_.context->Check(resources_.context->device().IsCapturing(stream, &capturing),
+                                                "asking whether a stream is being captured"));
+  if (!capturing) return OkStatus();
+  return FailedPrecondition(std::string(which) +
+                            " waits for the device to know what is missing, but its stream is being captured into a "
+                            "CUDA graph. Call it before or behind the graph; what can be captured is a lookup without "
+                            "pooling, all of whose tables have \"embedding_cache_type\": \"static\"");
 }
 
 Status DeviceLookup::CheckCache(const DeviceCache& cache) const {

@@ -15,9 +15,11 @@
 // The rows are complete when the stream has passed the call. On error the answer holds nothing of value, and the stream
 // may still write to it.
 //
+// Captured into a graph: a lookup of whole caches is a launch (one for each 48 tables) and nothing else, so it can be.
+//
 // Thread safety: Lookup may be called from any number of threads, on any streams.
-// Errors: kDeadlineExceeded, kCancelled, kResourceExhausted (a workspace cannot grow so far), what the tiers report,
-// and for ever after a device has failed its failure.
+// Errors: kFailedPrecondition (CheckCapture), kDeadlineExceeded, kCancelled, kResourceExhausted (a workspace cannot
+// grow so far), what the tiers report, and for ever after a device has failed its failure.
 
 #ifndef HPS_CACHE_DEVICE_LOOKUP_H_
 #define HPS_CACHE_DEVICE_LOOKUP_H_
@@ -82,6 +84,11 @@ class DeviceLookup {
   Status LookupPooled(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;
 
+  // kFailedPrecondition where the stream is being captured into a graph and the lookup would wait for the device, which
+  // cannot be captured. A lookup of whole caches alone can. Lookup and LookupPooled ask by themselves.
+  Status CheckCapture(std::span<const CachedLookup> lookups, DeviceStream stream) const;
+  Status CheckCapture(std::span<const PooledLookup> lookups, DeviceStream stream) const;
+
   // Widens int32 keys on the stream.
   Status Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const;
 
@@ -107,6 +114,7 @@ class DeviceLookup {
                      LookupReport* report) const;
   Status TellMistake(const PooledLookup& lookup, const cuda::FirstMistake& mistake, DeviceStream stream) const;
   Status CheckCache(const DeviceCache& cache) const;
+  Status CheckNotCaptured(std::string_view which, DeviceStream stream) const;
   Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;

@@ -71,6 +71,20 @@ struct HostDevice::Stream {
     changed.wait(lock, [&] { return done >= until; });
   }
 
+  // 0 where the stream is not being captured.
+  int SpoilCapture() {
+    std::lock_guard lock(mutex);
+    if (graph == nullptr) return 0;
+    spoilt = true;
+    return cuda::kErrorCaptureFirst;
+  }
+  bool Captures(std::function<void()>* work) {
+    std::lock_guard lock(mutex);
+    if (graph == nullptr) return false;
+    graph->push_back(std::move(*work));
+    return true;
+  }
+
   const std::shared_ptr<Gate> gate;
   const std::atomic<int>& lost;
   bool held = false;  // guarded by the gate
@@ -80,6 +94,8 @@ struct HostDevice::Stream {
   uint64_t queued = 0;
   uint64_t done = 0;
   bool stopping = false;
+  std::unique_ptr<HostGraph> graph;  // while being captured
+  bool spoilt = false;
   std::thread thread;  // last: it uses the others
 };
 
@@ -149,6 +165,7 @@ const char* HostDevice::ErrorText(int error) const {
     case cuda::kErrorOutOfMemory: return "out of memory";
     case cuda::kErrorNotReady: return "device not ready";
     case cuda::kErrorUncorrectableMemory: return "uncorrectable ECC error encountered";
+    case cuda::kErrorCaptureFirst: return "operation not permitted when stream is capturing";
     case cuda::kErrorLaunchFailure: return "unspecified launch failure";
     default: return "unknown error";
   }
@@ -205,7 +222,42 @@ HostDevice::Stream* HostDevice::StreamOf(cudaStream_t stream) {
 
 int HostDevice::Enqueue(cudaStream_t stream, std::function<void()> work) {
   if (const int lost = lost_.load()) return lost;
-  StreamOf(stream)->Push(std::move(work), false);
+  Stream* const to = StreamOf(stream);
+  if (!to->Captures(&work)) to->Push(std::move(work), false);
+  return 0;
+}
+
+int HostDevice::BeginCapture(cudaStream_t stream) {
+  if (stream == nullptr) return cuda::kErrorCaptureFirst;
+  Stream* const captured = StreamOf(stream);
+  std::lock_guard lock(captured->mutex);
+  if (captured->graph != nullptr) return cuda::kErrorInvalidValue;
+  captured->graph = std::make_unique<HostGraph>();
+  captured->spoilt = false;
+  return 0;
+}
+
+int HostDevice::EndCapture(cudaStream_t stream, HostGraph* graph) {
+  Stream* const captured = StreamOf(stream);
+  std::lock_guard lock(captured->mutex);
+  if (captured->graph == nullptr) return cuda::kErrorInvalidValue;
+  *graph = std::move(*captured->graph);
+  captured->graph = nullptr;
+  return captured->spoilt ? cuda::kErrorCaptureInvalidated : 0;
+}
+
+int HostDevice::Replay(const HostGraph& graph, cudaStream_t stream) {
+  for (const std::function<void()>& node : graph) {
+    if (const int error = Enqueue(stream, node)) return error;
+  }
+  return 0;
+}
+
+int HostDevice::IsCapturing(cudaStream_t stream, bool* capturing) {
+  if (const int lost = lost_.load()) return lost;
+  Stream* const asked = StreamOf(stream);
+  std::lock_guard lock(asked->mutex);
+  *capturing = asked->graph != nullptr;
   return 0;
 }
 
@@ -234,9 +286,11 @@ void HostDevice::DestroyStream(cudaStream_t stream) {
 }
 int HostDevice::QueryStream(cudaStream_t stream) {
   if (const int lost = lost_.load()) return lost;
+  if (const int error = StreamOf(stream)->SpoilCapture()) return error;
   return StreamOf(stream)->Idle() ? 0 : cuda::kErrorNotReady;
 }
 int HostDevice::SynchronizeStream(cudaStream_t stream) {
+  if (const int error = StreamOf(stream)->SpoilCapture()) return error;
   StreamOf(stream)->Wait();
   return lost_.load();
 }
@@ -260,6 +314,7 @@ int HostDevice::CreateEvent(cudaEvent_t* event) {
 void HostDevice::DestroyEvent(cudaEvent_t event) { delete reinterpret_cast<Event*>(event); }
 int HostDevice::RecordEvent(cudaEvent_t event, cudaStream_t stream) {
   if (const int lost = lost_.load()) return lost;
+  if (const int error = StreamOf(stream)->SpoilCapture()) return error;
   const auto state = reinterpret_cast<Event*>(event)->state;
   uint64_t number = 0;
   {
@@ -294,6 +349,7 @@ int HostDevice::SynchronizeEvent(cudaEvent_t event) {
   return lost_.load();
 }
 int HostDevice::WaitEvent(cudaStream_t stream, cudaEvent_t event) {
+  if (const int error = StreamOf(stream)->SpoilCapture()) return error;
   const auto state = reinterpret_cast<Event*>(event)->state;
   uint64_t until = 0;
   {

@@ -4,6 +4,8 @@
 // everything above runs as concurrently as over a GPU and the sanitizers see it. New memory is filled with rubbish, and
 // freed memory is gone at once (a GPU may wait with that for running work): both are stricter than CUDA.
 //
+// A stream can be captured as into a CUDA graph, whose nodes are the closures that would have been queued.
+//
 // Faults can be ordered: the n-th allocation fails; the device is lost; streams stand still.
 //
 // Thread safety: as cuda::Device. Streams and events must be destroyed before the device.
@@ -18,6 +20,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "cc/cache/host_kernels.h"
 #include "cuda_kernels/device.h"
@@ -28,6 +32,8 @@ struct HostDeviceOptions {
   int ordinal = 0;
   uint64_t memory_bytes = uint64_t{1} << 40;  // allocations beyond fail: out of memory
 };
+
+using HostGraph = std::vector<std::function<void()>>;
 
 class HostDevice final : public cuda::Device {
  public:
@@ -41,6 +47,12 @@ class HostDevice final : public cuda::Device {
   // While true, streams finish what they are at and begin nothing.
   void Hold(bool hold);
   void HoldStream(cudaStream_t stream, bool hold);
+
+  // Until EndCapture, launches and copies on the stream go into the graph. What has no place there (asking the stream
+  // or waiting for it, events) fails, spoils the capture, and EndCapture says so.
+  int BeginCapture(cudaStream_t stream);
+  int EndCapture(cudaStream_t stream, HostGraph* graph);
+  int Replay(const HostGraph& graph, cudaStream_t stream);
 
   enum Launch {
     kClear,
@@ -74,6 +86,7 @@ class HostDevice final : public cuda::Device {
   void DestroyStream(cudaStream_t stream) override;
   int QueryStream(cudaStream_t stream) override;
   int SynchronizeStream(cudaStream_t stream) override;
+  int IsCapturing(cudaStream_t stream, bool* capturing) override;
   int Synchronize() override;
   int CreateEvent(cudaEvent_t* event) override;
   void DestroyEvent(cudaEvent_t event) override;

@@ -38,6 +38,7 @@ Status DeviceLookup::Widen(std::span<const cuda::WidenPart> parts, DeviceStream 
 Status DeviceLookup::LookupPooled(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                                   LookupReport* report) const {
   HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
+  HPS_RETURN_IF_ERROR(CheckCapture(lookups, stream));
   LookupReport local;
   for (size_t first = 0; first < lookups.size();) {
     uint64_t positions = 0;

@@ -399,7 +399,11 @@ Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPar
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
-  if (!narrow.empty()) HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
+  if (!narrow.empty()) {
+    // Before anything is captured.
+    HPS_RETURN_IF_ERROR(on->lookup->CheckCapture(cached, stream).WithContext("model '" + model->config.name + "'"));
+    HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
+  }
   for (const DeviceLookupPart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
   return on->lookup->Lookup(cached, stream, {limits.deadline, limits.cancelled}, report)
       .WithContext("model '" + model->config.name + "'");
@@ -421,7 +425,10 @@ Status LookupSession::LookupSparseOnDevice(int device, std::span<const DeviceSpa
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
-  if (!narrow.empty()) HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
+  if (!narrow.empty()) {
+    HPS_RETURN_IF_ERROR(on->lookup->CheckCapture(pooled, stream).WithContext("model '" + model->config.name + "'"));
+    HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
+  }
   for (const DeviceSparsePart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
   const Status status = on->lookup->LookupPooled(pooled, stream, {limits.deadline, limits.cancelled}, report);
   // What is wrong with a table's segments names model and table.

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <random>
 #include <set>
 
@@ -54,6 +55,57 @@ class HostDeviceTest : public ::testing::Test {
 
   HostDevice device_{HostDeviceOptions{.ordinal = 5, .memory_bytes = 8 << 20}};
 };
+
+TEST_F(HostDeviceTest, ACapturedStreamDoesNothingUntilItsGraphIsReplayed) {
+  const TestStream stream(device_);
+  const DeviceArray<int> from(device_, std::vector<int>{7}), to(device_, std::vector<int>{0});
+  bool capturing = true;
+  EXPECT_EQ(device_.IsCapturing(stream.get(), &capturing), 0);
+  EXPECT_FALSE(capturing);
+  ASSERT_EQ(device_.BeginCapture(stream.get()), 0);
+  EXPECT_EQ(device_.BeginCapture(stream.get()), cuda::kErrorInvalidValue);
+  EXPECT_EQ(device_.IsCapturing(stream.get(), &capturing), 0);
+  EXPECT_TRUE(capturing);
+  EXPECT_EQ(device_.Copy(to.get(), from.get(), sizeof(int), stream.get()), 0);
+  HostGraph graph;
+  ASSERT_EQ(device_.EndCapture(stream.get(), &graph), 0);
+  EXPECT_EQ(graph.size(), 1u);
+  EXPECT_EQ(to.Get(stream.get())[0], 0);
+  for (const int value : {8, 9}) {
+    EXPECT_EQ(device_.Copy(from.get(), &value, sizeof(int), stream.get()), 0);
+    EXPECT_EQ(device_.Replay(graph, stream.get()), 0);
+    EXPECT_EQ(to.Get(stream.get())[0], value);
+  }
+
+  // What cannot be captured spoils the capture, but the stream is of use again behind it.
+  cudaEvent_t event = nullptr;
+  ASSERT_EQ(device_.CreateEvent(&event), 0);
+  const std::function<int()> mistakes[] = {
+      [&] { return device_.QueryStream(stream.get()); }, [&] { return device_.SynchronizeStream(stream.get()); },
+      [&] { return device_.RecordEvent(event, stream.get()); }, [&] { return device_.WaitEvent(stream.get(), event); }};
+  for (const auto& mistake : mistakes) {
+    ASSERT_EQ(device_.BeginCapture(stream.get()), 0);
+    EXPECT_EQ(mistake(), cuda::kErrorCaptureFirst);
+    EXPECT_EQ(device_.EndCapture(stream.get(), &graph), cuda::kErrorCaptureInvalidated);
+    EXPECT_EQ(mistake(), 0);
+  }
+  device_.DestroyEvent(event);
+  EXPECT_NE(device_.BeginCapture(nullptr), 0) << "the default stream";
+  EXPECT_NE(device_.EndCapture(stream.get(), &graph), 0) << "none has begun";
+}
+
+// Who captures a stream in a way that forbids others the device has not broken it.
+TEST_F(HostDeviceTest, ACapturesErrorsAreNotTheDevicesFailure) {
+  const auto context =
+      DeviceContext::Make(std::make_shared<HostDevice>(HostDeviceOptions{.ordinal = 5, .memory_bytes = 8 << 20}));
+  for (int error = cuda::kErrorCaptureFirst; error <= cuda::kErrorCaptureLast; ++error) {
+    ExpectError(context->Check(error, "a copy"), StatusCode::kFailedPrecondition,
+                {"device 5", "a copy", "CUDA graph", "thread local"});
+  }
+  ASSERT_OK(context->CheckAlive());
+  EXPECT_EQ(context->Check(cuda::kErrorLaunchFailure, "a copy").code(), StatusCode::kInternal);
+  EXPECT_EQ(context->CheckAlive().code(), StatusCode::kInternal);
+}
 
 TEST_F(HostDeviceTest, StreamsKeepOrderAndEventsOrderStreams) {
   TestStream one(device_), two(device_);

@@ -130,6 +130,15 @@ class LookupSession {
   // work is on the stream; the rows are complete when the stream has passed it, and until then keys and rows must stay.
   // Answers are exact unless the model has a hit_rate_threshold (embedding_cache.h, rows_deferred of the report).
   // options.executor has no effect: rows that the cache misses are fetched by the server's own threads.
+  //
+  // While the stream is being captured into a CUDA graph: a call whose tables all have static caches is captured (one
+  // launch for each 48 tables, and one that widens int32 keys). Each replay looks up the keys that then lie at `keys`,
+  // writes `rows`, and sees all updates made before it. Capture in mode 'thread local' or 'relaxed', since the server's
+  // own threads use the device. A graph is bound to the version of the model that it was captured from: destroy it
+  // before that version is replaced, unloaded or closed, and load no model during a capture. What replays look up is in
+  // no counter but rows_defaulted of the cache.
+  // Any other call is refused with kFailedPrecondition before it has touched the stream, and the capture stays good.
+  //
   // Further errors: kInvalidArgument (no cache on the device, keys of another size, int32 keys without wide_keys),
   // kResourceExhausted (no memory on the device for a batch of this size), and for ever after a device has failed its
   // failure, kInternal or kDataLoss; lookups in host memory and on other devices go on. Where supportlonglong is false
@@ -140,7 +149,8 @@ class LookupSession {
   // The sums are those of LookupSparse to the bit, also where rows come from different places. The call waits until the
   // device has found and added up the rows (or knows what is missing), for static caches too: bad row_splits and
   // indices are kInvalidArgument, with the first bad position. Where keys of a table are missing, the rows of that
-  // table's keys are brought together in memory of the device and added up from there.
+  // table's keys are brought together in memory of the device and added up from there. Because it waits it is refused
+  // while the stream is being captured into a CUDA graph (kFailedPrecondition).
   Status LookupSparseOnDevice(int device, std::span<const DeviceSparsePart> lookups, DeviceStream stream,
                               const LookupOptions& options = {}, LookupReport* report = nullptr) const;
 

@@ -1,9 +1,14 @@
-// What the tests of servers with caches on devices share: a server over two host devices, and lookups there.
+// The suite of servers with caches on devices, at the session, over two devices: over the processor everywhere
+// (device_server_test.cc), over the GPUs of the machine where there are any (cuda_server_test.cc), one of which stands
+// for both where there is no second.
 
-#ifndef HPS_TESTS_DEVICE_SERVER_FIXTURE_H_
-#define HPS_TESTS_DEVICE_SERVER_FIXTURE_H_
+#ifndef HPS_TESTS_DEVICE_SERVER_SUITE_H_
+#define HPS_TESTS_DEVICE_SERVER_SUITE_H_
+
+#include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -13,6 +18,7 @@
 #include "cc/core/devices.h"
 #include "cc/tests/cache_fixture.h"
 #include "cc/tests/faulty_store.h"
+#include "cc/tests/tracked_device.h"
 
 namespace hps::testing {
 
@@ -30,14 +36,26 @@ struct DeviceAnswer {
   }
 };
 
-class DeviceServerTest : public ::testing::Test {
+// Where the devices of a suite come from.
+struct ServerFixture {
+  std::string name;  // letters and digits; becomes part of the test's name
+  std::function<std::shared_ptr<cuda::Device>(int ordinal)> open;
+  // Capture of a stream of such a device into a graph, beside which other threads use the device. The captured work can
+  // be queued on a stream again and again; nullptr where the capture has failed.
+  using Graph = std::function<int(cudaStream_t)>;
+  std::function<int(cuda::Device&, cudaStream_t)> begin_capture;
+  std::function<Graph(cuda::Device&, cudaStream_t)> end_capture;
+};
+
+// A server over two devices, and lookups there.
+class DeviceServers {
  protected:
-  void SetUp() override { OpenDevices(); }
+  explicit DeviceServers(ServerFixture fixture) : fixture_(std::move(fixture)) { OpenDevices(); }
 
   void OpenDevices(uint64_t memory_bytes = uint64_t{1} << 40) {
     devices_.clear();
     for (int i = 0; i < kNumDevices; ++i) {
-      devices_.push_back(std::make_shared<HostDevice>(HostDeviceOptions{.ordinal = i, .memory_bytes = memory_bytes}));
+      devices_.push_back(std::make_shared<TrackedDevice>(fixture_.open(i), i, memory_bytes));
     }
   }
   std::shared_ptr<DeviceSource> Source(int count = kNumDevices) const {
@@ -131,13 +149,37 @@ class DeviceServerTest : public ::testing::Test {
   }
   uint64_t Bytes(int device) const { return devices_[static_cast<size_t>(device)]->allocated_bytes(); }
 
+  const ServerFixture fixture_;
   TempFolder folder_;
-  std::vector<std::shared_ptr<HostDevice>> devices_;
+  std::vector<std::shared_ptr<TrackedDevice>> devices_;
   const std::shared_ptr<Faults> faults_ = std::make_shared<Faults>();
   std::map<std::string, std::shared_ptr<TableStore>> stores_;  // of the last server, by tier
   bool shared_volatile_ = false;                               // other nodes share it
 };
 
+class DeviceServerSuite : public ::testing::TestWithParam<ServerFixture>, public DeviceServers {
+ protected:
+  DeviceServerSuite() : DeviceServers(GetParam()) {}
+};
+
+// Caches of whole tables in the ways that their rows may lie.
+class DeviceRowsSuite : public DeviceServerSuite {};
+
+// Those of the predecessor's serving backend: one or several models on one or several devices of a node, each with
+// several instances (sessions).
+class SharingScenarios : public DeviceServerSuite {
+ protected:
+  struct Placed {
+    std::string model;
+    int device;
+    int version;
+  };
+  // Several instances of each, at once: every row is its model's, and nobody takes more caches for it.
+  void RunInstances(const ParameterServer& server, const std::vector<Placed>& placed, int instances);
+  // By model and device.
+  static std::vector<uint64_t> CacheBytes(const ParameterServer& server);
+};
+
 }  // namespace hps::testing
 
-#endif  // HPS_TESTS_DEVICE_SERVER_FIXTURE_H_
+#endif  // HPS_TESTS_DEVICE_SERVER_SUITE_H_

@@ -1,5 +1,5 @@
-// Servers whose caches hold whole tables with rows elsewhere or otherwise than as float32 on the device, over two host
-// devices: enable_pagelock, uvm, fp8_quant.
+// Servers whose caches hold whole tables with rows elsewhere than on the device, or otherwise than as float32:
+// enable_pagelock, uvm, fp8_quant.
 
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cc/cache/cache_plan.h"
-#include "cc/tests/device_server_fixture.h"
+#include "cc/tests/device_server_suite.h"
 
 namespace hps::testing {
 namespace {
@@ -18,10 +18,10 @@ constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
 const std::vector<Key> kKeys = KeyRange(0, 1000);
 const std::vector<Key> kSome = KeyRange(100, 50);
 
-using DeviceRowsTest = DeviceServerTest;
+}  // namespace
 
 // Rows in pinned memory: everything as with static caches, but for where the rows lie.
-TEST_F(DeviceRowsTest, PinnedRowsServeAndCountAsTheHostsMemory) {
+TEST_P(DeviceRowsSuite, PinnedRowsServeAndCountAsTheHostsMemory) {
   ModelConfig model = Model("m", 1, {0, 1}, {1000, 300});
   model.cache_type = CacheType::kStatic;
   model.enable_pagelock = true;
@@ -71,7 +71,7 @@ TEST_F(DeviceRowsTest, PinnedRowsServeAndCountAsTheHostsMemory) {
 }
 
 // Rows of a bucket shared between device and host: every key is there, and often read rows come to the device.
-TEST_F(DeviceRowsTest, UvmServesEveryKeyAndLearnsWhichRowsAreHot) {
+TEST_P(DeviceRowsSuite, UvmServesEveryKeyAndLearnsWhichRowsAreHot) {
   ModelConfig model = Model("m", 1, {0, 1}, {20'000});
   model.cache_type = CacheType::kUvm;
   model.gpucacheper = 0.3;  // three of seven
@@ -103,7 +103,7 @@ TEST_F(DeviceRowsTest, UvmServesEveryKeyAndLearnsWhichRowsAreHot) {
   for (const auto& device : devices_) EXPECT_EQ(device->allocations(), 0u);
 }
 
-TEST_F(DeviceRowsTest, EightBitRowsAreWithinTheirBound) {
+TEST_P(DeviceRowsSuite, EightBitRowsAreWithinTheirBound) {
   ModelConfig model = Model("m", 1, {0});
   model.cache_type = CacheType::kStatic;
   model.fp8_quant = true;
@@ -129,5 +129,6 @@ TEST_F(DeviceRowsTest, EightBitRowsAreWithinTheirBound) {
               {"model 'm'", "fp8_quant", "\"static\"", "\"uvm\""});
 }
 
-}  // namespace
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(DeviceRowsSuite);
+
 }  // namespace hps::testing
