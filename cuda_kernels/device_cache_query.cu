@@ -506,7 +506,7 @@ int LaunchAny(const QueryPart* parts, int num_parts, const QueryWorkspace& works
     if (parts[i].key_stride == 0 || stride < parts[i].table.row_bytes || stride % 4 != 0) return cudaErrorInvalidValue;
   }
   return num_parts == 1 && IsPacked(parts[0]) ? Launch<1>(parts, 1, workspace, stamp, stream)
-                        : Launch<kMaxQueryParts>(parts, num_parts, workspace, stamp, stream);
+                                              : Launch<kMaxQueryParts>(parts, num_parts, workspace, stamp, stream);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct CachedLookup {
   uint32_t table = 0;                  // for the row source
   const Key* keys = nullptr;           // (count), device memory
   uint32_t count = 0;
-  void* rows = nullptr;  // (count, row_bytes), device memory, written
+  void* rows = nullptr;     // (count, row_bytes), device memory, written
   uint32_t key_stride = 1;  // as QueryPart's, as is the next
   uint32_t row_stride = 0;
 };

@@ -67,8 +67,8 @@ class LookupStackedOp : public tf::OpKernel {
     TensorFlowExecutor executor(context);
     const OpCancellation cancellation(context);
     const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
-    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options)
-                                      : LookupOnHost(context, *session, options));
+    OP_REQUIRES_OK(
+        context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options) : LookupOnHost(context, *session, options));
   }
 
  private:
