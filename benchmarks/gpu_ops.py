@@ -37,7 +37,7 @@ BATCHES = (1_024, 16_384, 65_536, 131_072)
 def write_models(folder: Path) -> tuple[str, np.ndarray]:
     """ps.json's path, and the rows of the single table, whose first ones are those of t0.
 
-    Models "dynamic" and "static" have tables t0 .. t25, "one dynamic" and "one static" the single one.
+    Models "dynamic" and "static" have tables t0 .. t25, "one_dynamic" and "one_static" the single one.
     """
     rows = np.random.default_rng(1).random((SINGLE_ROWS, WIDTH), dtype="f4") - 0.5
 
@@ -65,7 +65,7 @@ def write_models(folder: Path) -> tuple[str, np.ndarray]:
 
     dynamic, static = {"init_ec": True}, {"embedding_cache_type": "static"}
     models = [model("dynamic", many, **dynamic), model("static", many, **static)]
-    models += [model("one dynamic", single, **dynamic), model("one static", single, **static)]
+    models += [model("one_dynamic", single, **dynamic), model("one_static", single, **static)]
     path = folder / "ps.json"
     path.write_text(json.dumps({"supportlonglong": True, "models": models}))
     return str(path), rows
@@ -125,8 +125,8 @@ def measure_ops(rows: np.ndarray, empty_op: str | None, seconds: float) -> None:
     peers = {
         "tf.nn.embedding_lookup": lambda ids: tf.nn.embedding_lookup(variable, ids),
         "tf.gather": lambda ids: tf.raw_ops.ResourceGather(resource=variable.handle, indices=ids, dtype=tf.float32),
-        "dynamic cache": lambda ids: lookup(server, [ids], [TableRef("one dynamic", "t", WIDTH)])[0],
-        "static cache": lambda ids: lookup(server, [ids], [TableRef("one static", "t", WIDTH)])[0],
+        "dynamic cache": lambda ids: lookup(server, [ids], [TableRef("one_dynamic", "t", WIDTH)])[0],
+        "static cache": lambda ids: lookup(server, [ids], [TableRef("one_static", "t", WIDTH)])[0],
     }
     if empty_op:
         empty = tf.load_op_library(empty_op).hps_benchmark_empty_kernel

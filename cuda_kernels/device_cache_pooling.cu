@@ -16,11 +16,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "cuda_kernels/cache_rows.cuh"
 #include "cuda_kernels/device_cache_access.cuh"
 #include "cuda_kernels/pooling_sums.cuh"
+#include "cuda_kernels/resident_blocks.cuh"
 
 namespace hps::cuda {
 namespace {
@@ -35,7 +35,6 @@ constexpr uint64_t kRounds = 2;     // at least so many turns of each warp, if o
 constexpr uint64_t kTurnKeys = 64;  // about so many keys in a turn of a warp, if output rows have fewer
 constexpr int kAttempts = 16;
 constexpr uint32_t kNowhere = ~uint32_t{0};
-constexpr int kMaxDevices = 64;
 constexpr uint64_t kManyWaves = 2;  // blocks for each that is resident at once, where there is enough to do
 constexpr uint64_t kEnoughRounds = 8;
 
@@ -361,20 +360,7 @@ Kernel<kMaxParts> HurryingKernelOf(const Shape& shape, int* number) {
 }
 
 constexpr int kNumKernels = 46;
-uint32_t ResidentBlocks(const void* kernel, int number) {
-  static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  std::atomic<uint32_t>* const place = device < kMaxDevices ? &known[device][number] : nullptr;
-  uint32_t blocks = place != nullptr ? place->load(std::memory_order_relaxed) : 0;
-  if (blocks != 0) return blocks;
-  int each = 0, processors = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  blocks = static_cast<uint32_t>(std::max(1, each * processors));
-  if (place != nullptr) place->store(blocks, std::memory_order_relaxed);
-  return blocks;
-}
+ResidentBlocks<kNumKernels, kThreads> resident_blocks;
 
 Shape ShapeOf(const PooledPart& part) {
   Shape shape;
@@ -416,7 +402,7 @@ int Launch(const PooledPart* parts, int num_parts, const Shape& shape, const Poo
   uint32_t group_rows = 1;
   if (shape.CanHurry()) {
     kernel = HurryingKernelOf<kMaxParts>(shape, &number);
-    resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), 24 + number + (kMaxParts == 1 ? 0 : 3));
+    resident = resident_blocks.Of(reinterpret_cast<const void*>(kernel), 24 + number + (kMaxParts == 1 ? 0 : 3));
   }
   if (kernel == nullptr || rows > resident * kWarps) {
     if constexpr (kMaxParts == 1) {
@@ -430,7 +416,7 @@ int Launch(const PooledPart* parts, int num_parts, const Shape& shape, const Poo
                               : KernelOf<AnyRows, kMaxParts, false>(shape, &number);
       number += shape.weighted ? 38 : 30;
     }
-    resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
+    resident = resident_blocks.Of(reinterpret_cast<const void*>(kernel), number);
     // Side by side, and one after the other as well where they have few keys; but fewer where there are not enough of
     // them to keep every warp busy for some rounds.
     const uint32_t side = 32 / static_cast<uint32_t>(shape.lanes);

@@ -18,10 +18,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "cuda_kernels/cache_rows.cuh"
 #include "cuda_kernels/device_cache_access.cuh"
+#include "cuda_kernels/resident_blocks.cuh"
 
 namespace hps::cuda {
 namespace {
@@ -30,7 +30,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kStepKeys = 16;        // of a warp at a time
 constexpr uint32_t kWarpKeys = 128;  // at most so many keys go to one warp
-constexpr int kMaxDevices = 64;
 // Blocks for each that is resident at once: one where the device has little to do (a second round would be a ragged
 // one), many where there is enough, so that the end is less ragged.
 constexpr uint64_t kManyWaves = 16;
@@ -447,21 +446,7 @@ Kernel<kMaxParts> KernelOf(Shape shape, bool uniform, int* number) {
                      : KernelOf<PlainRows, kMaxParts>(shape);
 }
 
-// Blocks of the kernel that this device holds at once. `number` tells the kernels apart.
-uint32_t ResidentBlocks(const void* kernel, int number) {
-  static std::atomic<uint32_t> known[kMaxDevices][kNumKernels];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  std::atomic<uint32_t>* const place = device < kMaxDevices ? &known[device][number] : nullptr;
-  uint32_t blocks = place != nullptr ? place->load(std::memory_order_relaxed) : 0;
-  if (blocks != 0) return blocks;
-  int each = 0, processors = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  blocks = static_cast<uint32_t>(std::max(1, each * processors));
-  if (place != nullptr) place->store(blocks, std::memory_order_relaxed);
-  return blocks;
-}
+ResidentBlocks<kNumKernels, kThreads> resident_blocks;
 
 // The widest word that all addresses allow, and as many lanes as a row has such words.
 Shape ShapeOf(const QueryPart& part) {
@@ -500,7 +485,7 @@ int Launch(const QueryPart* parts, int num_parts, const QueryWorkspace& workspac
   if (plan.num_parts == 0) return stamp == 0 ? 0 : PublishNothing(workspace, stamp, stream);
   int number = 0;
   const Kernel<kMaxParts> kernel = KernelOf<kMaxParts>(plan.parts[0].shape, uniform, &number);
-  const uint64_t resident = ResidentBlocks(reinterpret_cast<const void*>(kernel), number);
+  const uint64_t resident = resident_blocks.Of(reinterpret_cast<const void*>(kernel), number);
   const bool enough = positions >= kEnoughRounds * resident * kWarps * kStepKeys;
   const uint64_t wanted = resident * (enough ? kManyWaves : 1);
   uint32_t blocks = 0;

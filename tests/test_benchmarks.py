@@ -207,7 +207,8 @@ def tree(tmp_path):
     """A copy of what a recording reads and writes."""
     for folder in ("benchmarks", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for file in ("README.md", "tools/generate_docs.py", "tools/note_tables.py", "tests/services.py"):
+    tools = [f"tools/{name}.py" for name in ("generate_docs", "gpu_cache_page", "note_tables")]
+    for file in ("README.md", *tools, "tests/services.py", "cuda_kernels/cache_bucket.h"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
     return tmp_path

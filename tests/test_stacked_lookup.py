@@ -72,6 +72,17 @@ def test_in_keras_models(rows, rng, tmp_path):
     assert again.get_layer("stacked").get_config() == model.get_layer("stacked").get_config()
 
 
+def test_in_a_saved_model(rows, rng, tmp_path):
+    module = tf.Module()
+    module.stacked = layer()
+    serve = tf.function(module.stacked, input_signature=[tf.TensorSpec([None, TABLES], tf.int64)])
+    tf.saved_model.save(module, tmp_path / "model", signatures=serve)
+    loaded = tf.saved_model.load(tmp_path / "model")
+    ids = rng.integers(0, ROWS, (8, TABLES))
+    (found,) = loaded.signatures["serving_default"](tf.constant(ids)).values()
+    np.testing.assert_array_equal(found, expected(rows, ids))
+
+
 def test_in_a_function_of_unknown_shape(rows, rng):
     function = tf.function(layer(), input_signature=[tf.TensorSpec(None, tf.int64)])
     ids = rng.integers(0, ROWS, (4, 2, TABLES))

@@ -44,7 +44,8 @@ def load_beside_lookups(records: list[dict]) -> str:
             _with_range(measured[name]["p99_ratio"], measured[name]["p99_ratio_quartiles"]) if name in measured else ""
             for name in tiers
         ]
-        start = [about.get("version", ""), about.get("commit", ""), f"{about['load_average']:.1f}", " / ".join(quiet)]
+        load = f"{about['load_average']:.1f}" if "load_average" in about else ""
+        start = [about.get("version", ""), about.get("commit", ""), load, " / ".join(quiet)]
         lines.append([*start, *ratios])
     return table(head, lines)
 

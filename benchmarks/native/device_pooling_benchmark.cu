@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "benchmarks/native/full_cache.cuh"
-#include "benchmarks/native/run_record.h"
 #include "cuda_kernels/device_pooling.h"
 
 namespace hps::cuda {
@@ -242,21 +241,9 @@ class Benchmark : FullCache {
   uint32_t stamp_ = 0;
 };
 
-int Main(int argc, char** argv) {
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  cudaDeviceProp device;
-  CHECK(cudaGetDeviceProperties(&device, 0));
-  std::printf(
-      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"device_pooling_benchmark\", \"commit\": \"%s\", "
-      "\"machine\": \"%s\", \"cuda\": \"%d.%d\"}\n",
-      UtcNow().c_str(), argc > 1 ? argv[1] : Commit().c_str(), device.name, CUDART_VERSION / 1000,
-      CUDART_VERSION % 1000 / 10);
-  const std::pair<uint32_t, uint64_t> shapes[] = {{16, 40'000'000}, {64, 10'000'000}, {128, 5'000'000}};
-  for (const auto& [width, rows] : shapes) Benchmark(width, rows).Run();
-  return 0;
-}
-
 }  // namespace
 }  // namespace hps::cuda
 
-int main(int argc, char** argv) { return hps::cuda::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return hps::cuda::RunEachWidth<hps::cuda::Benchmark>("device_pooling_benchmark", argc, argv);
+}

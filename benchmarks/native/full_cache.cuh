@@ -12,8 +12,10 @@
 #include <cstdlib>
 #include <functional>
 #include <random>
+#include <utility>
 #include <vector>
 
+#include "benchmarks/native/run_record.h"
 #include "cuda_kernels/device_cache.h"
 
 namespace hps::cuda {
@@ -154,6 +156,23 @@ class FullCache {
     }
   }
 };
+
+// Runs Benchmark(width, resident rows).Run() for each width that is measured, behind the line of the run. The first
+// argument is the commit, where git cannot tell it.
+template <typename Benchmark>
+int RunEachWidth(const char* command, int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  cudaDeviceProp device;
+  CHECK(cudaGetDeviceProperties(&device, 0));
+  std::printf(
+      "{\"kind\": \"run\", \"date\": \"%s\", \"command\": \"%s\", \"commit\": \"%s\", \"machine\": \"%s\", "
+      "\"cuda\": \"%d.%d\"}\n",
+      UtcNow().c_str(), command, argc > 1 ? argv[1] : Commit().c_str(), device.name, CUDART_VERSION / 1000,
+      CUDART_VERSION % 1000 / 10);
+  const std::pair<uint32_t, uint64_t> shapes[] = {{16, 40'000'000}, {64, 10'000'000}, {128, 5'000'000}};
+  for (const auto& [width, rows] : shapes) Benchmark(width, rows).Run();
+  return 0;
+}
 
 }  // namespace hps::cuda
 

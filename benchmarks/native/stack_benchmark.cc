@@ -7,6 +7,7 @@
 // compile it with HPS_STACK_BENCHMARK_PUBLIC then.
 
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -179,6 +180,7 @@ void MeasureLoad(uint64_t rows) {
     WriteTable(folder / "served", kServedRows, kWidth);
     WriteTable(folder / "a", loaded_rows, kWidth);
     WriteTable(folder / "b", loaded_rows, kWidth);
+    ::sync();  // else the system writes them out while it measures
     ServerConfig config;
     config.models = {Model("served", folder / "served", kWidth)};
     config.volatile_db.num_partitions = 4;

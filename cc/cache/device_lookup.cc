@@ -17,24 +17,49 @@ void Count(Counter* counter, uint64_t n) {
 
 constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 
+uint32_t CountOf(const CachedLookup& lookup) { return lookup.count; }
+uint32_t CountOf(const PooledLookup& lookup) { return lookup.part.count; }
+
 }  // namespace
 
 Status DeviceLookup::Lookup(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
-                            LookupReport* report) const {
+                            LookupReport* report, std::span<const cuda::WidenPart> narrow) const {
+  return InLaunches(lookups, narrow, stream, limits, report, &DeviceLookup::LookupTogether);
+}
+
+Status DeviceLookup::LookupPooled(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
+                                  LookupReport* report, std::span<const cuda::WidenPart> narrow) const {
+  return InLaunches(lookups, narrow, stream, limits, report, &DeviceLookup::PoolTogether);
+}
+
+template <typename Asked>
+Status DeviceLookup::InLaunches(std::span<const Asked> lookups, std::span<const cuda::WidenPart> narrow,
+                                DeviceStream stream, const FetchLimits& limits, LookupReport* report,
+                                Together<Asked> together) const {
   HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
   HPS_RETURN_IF_ERROR(CheckCapture(lookups, stream));
+  HPS_RETURN_IF_ERROR(Widen(narrow, stream));
   LookupReport local;
   for (size_t first = 0; first < lookups.size();) {
     uint64_t positions = 0;
     size_t last = first;
     while (last < lookups.size() && last - first < cuda::kMaxQueryParts &&
-           (last == first || positions + lookups[last].count <= kMostPositions)) {
-      positions += lookups[last++].count;
+           (last == first || positions + CountOf(lookups[last]) <= kMostPositions)) {
+      positions += CountOf(lookups[last++]);
     }
-    HPS_RETURN_IF_ERROR(LookupTogether(lookups.subspan(first, last - first), stream, limits, &local));
+    HPS_RETURN_IF_ERROR((this->*together)(lookups.subspan(first, last - first), stream, limits, &local));
     first = last;
   }
   if (report != nullptr) *report = local;
+  return OkStatus();
+}
+
+Status DeviceLookup::Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const {
+  for (size_t first = 0; first < parts.size(); first += cuda::kMaxQueryParts) {
+    const size_t n = std::min<size_t>(parts.size() - first, cuda::kMaxQueryParts);
+    HPS_RETURN_IF_ERROR(resources_.context->Check(
+        resources_.context->device().Widen(parts.data() + first, static_cast<int>(n), stream), "widening int32 keys"));
+  }
   return OkStatus();
 }
 

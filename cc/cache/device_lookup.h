@@ -42,7 +42,7 @@ struct CachedLookup {
   uint32_t table = 0;                  // for the row source
   const Key* keys = nullptr;           // (count), device memory
   uint32_t count = 0;
-  void* rows = nullptr;  // (count, row_bytes), device memory, written
+  void* rows = nullptr;     // (count, row_bytes), device memory, written
   uint32_t key_stride = 1;  // as QueryPart's, as is the next
   uint32_t row_stride = 0;
 };
@@ -75,22 +75,17 @@ class DeviceLookup {
                const DeviceLookupOptions& options)
       : resources_(std::move(resources)), source_(std::move(source)), inserts_(std::move(inserts)), options_(options) {}
 
+  // narrow: int32 keys that are widened on the stream before, into keys of the lookups.
+  // kFailedPrecondition where the stream is being captured into a graph and the lookup would wait for the device, which
+  // cannot be captured; nothing was put on the stream then. A lookup of whole caches alone can be captured.
   Status Lookup(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
-                LookupReport* report) const;
+                LookupReport* report, std::span<const cuda::WidenPart> narrow = {}) const;
 
   // Pooled: one launch finds and adds up the rows of all tables of a call, and the host waits for its word. Tables that
   // miss keys are then looked up as above, into memory of the workspace, and their rows are added up from there: the
   // sums are the same bits. Row_splits and indices that are no good: kInvalidArgument.
   Status LookupPooled(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
-                      LookupReport* report) const;
-
-  // kFailedPrecondition where the stream is being captured into a graph and the lookup would wait for the device, which
-  // cannot be captured. A lookup of whole caches alone can. Lookup and LookupPooled ask by themselves.
-  Status CheckCapture(std::span<const CachedLookup> lookups, DeviceStream stream) const;
-  Status CheckCapture(std::span<const PooledLookup> lookups, DeviceStream stream) const;
-
-  // Widens int32 keys on the stream.
-  Status Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const;
+                      LookupReport* report, std::span<const cuda::WidenPart> narrow = {}) const;
 
  private:
   enum class Way { kNone, kFetch, kDefer, kDefault };
@@ -100,6 +95,17 @@ class DeviceLookup {
     uint32_t count = 0;
     Way way = Way::kNone;
   };
+
+  // Of a call as many lookups at a time as one launch takes.
+  template <typename Asked>
+  using Together = Status (DeviceLookup::*)(std::span<const Asked> lookups, DeviceStream stream,
+                                            const FetchLimits& limits, LookupReport* report) const;
+  template <typename Asked>
+  Status InLaunches(std::span<const Asked> lookups, std::span<const cuda::WidenPart> narrow, DeviceStream stream,
+                    const FetchLimits& limits, LookupReport* report, Together<Asked> together) const;
+  Status CheckCapture(std::span<const CachedLookup> lookups, DeviceStream stream) const;
+  Status CheckCapture(std::span<const PooledLookup> lookups, DeviceStream stream) const;
+  Status Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const;
 
   Status LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                         LookupReport* report) const;

@@ -25,35 +25,6 @@ cuda::Pooling PoolingOf(Combiner combiner) {
 
 }  // namespace
 
-Status DeviceLookup::Widen(std::span<const cuda::WidenPart> parts, DeviceStream stream) const {
-  HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
-  for (size_t first = 0; first < parts.size(); first += cuda::kMaxQueryParts) {
-    const size_t n = std::min<size_t>(parts.size() - first, cuda::kMaxQueryParts);
-    HPS_RETURN_IF_ERROR(resources_.context->Check(
-        resources_.context->device().Widen(parts.data() + first, static_cast<int>(n), stream), "widening int32 keys"));
-  }
-  return OkStatus();
-}
-
-Status DeviceLookup::LookupPooled(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
-                                  LookupReport* report) const {
-  HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
-  HPS_RETURN_IF_ERROR(CheckCapture(lookups, stream));
-  LookupReport local;
-  for (size_t first = 0; first < lookups.size();) {
-    uint64_t positions = 0;
-    size_t last = first;
-    while (last < lookups.size() && last - first < cuda::kMaxQueryParts &&
-           (last == first || positions + lookups[last].part.count <= LookupWorkspace::kMostPositions)) {
-      positions += lookups[last++].part.count;
-    }
-    HPS_RETURN_IF_ERROR(PoolTogether(lookups.subspan(first, last - first), stream, limits, &local));
-    first = last;
-  }
-  if (report != nullptr) *report = local;
-  return OkStatus();
-}
-
 Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                                   LookupReport* report) const {
   std::array<cuda::PooledPart, cuda::kMaxQueryParts> storage;

@@ -119,7 +119,7 @@ Status CheckDeviceKeys(const Model& model, const Part& part) {
   return OkStatus();
 }
 
-// The keys as int64, packed; those that must be widened before are added to *narrow.
+// The keys as int64; those that must be widened before are added to *narrow, and are packed then.
 template <typename Part>
 const Key* KeysOnDevice(const Part& part, uint32_t stride, std::vector<cuda::WidenPart>* narrow) {
   if (part.key_bytes == sizeof(Key)) return static_cast<const Key*>(part.keys);
@@ -399,13 +399,8 @@ Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPar
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
-  if (!narrow.empty()) {
-    // Before anything is captured.
-    HPS_RETURN_IF_ERROR(on->lookup->CheckCapture(cached, stream).WithContext("model '" + model->config.name + "'"));
-    HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
-  }
   for (const DeviceLookupPart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
-  return on->lookup->Lookup(cached, stream, {limits.deadline, limits.cancelled}, report)
+  return on->lookup->Lookup(cached, stream, {limits.deadline, limits.cancelled}, report, narrow)
       .WithContext("model '" + model->config.name + "'");
 }
 
@@ -425,12 +420,8 @@ Status LookupSession::LookupSparseOnDevice(int device, std::span<const DeviceSpa
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
-  if (!narrow.empty()) {
-    HPS_RETURN_IF_ERROR(on->lookup->CheckCapture(pooled, stream).WithContext("model '" + model->config.name + "'"));
-    HPS_RETURN_IF_ERROR(on->lookup->Widen(narrow, stream));
-  }
   for (const DeviceSparsePart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
-  const Status status = on->lookup->LookupPooled(pooled, stream, {limits.deadline, limits.cancelled}, report);
+  const Status status = on->lookup->LookupPooled(pooled, stream, {limits.deadline, limits.cancelled}, report, narrow);
   // What is wrong with a table's segments names model and table.
   if (status.code() == StatusCode::kInvalidArgument) return status;
   return status.WithContext("model '" + model->config.name + "'");

@@ -16,6 +16,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <tuple>
 
@@ -132,8 +133,8 @@ class ParameterServer::Impl {
   Status Load(const ModelConfig& config, bool replace, const std::atomic<bool>* cancelled) {
     HPS_RETURN_IF_ERROR(CheckProcess());
     std::lock_guard load_lock(load_mutex_);
-    return WithinLimits("model '" + config.name + "' cannot be loaded",
-                        [&] { return LoadLocked(config, replace, cancelled); });
+    return BesideLookups("model '" + config.name + "' cannot be loaded",
+                         [&] { return LoadLocked(config, replace, cancelled); });
   }
 
   Status Unload(std::string_view name) {
@@ -146,8 +147,10 @@ class ParameterServer::Impl {
       if (auto found = slots_.find(name); found != slots_.end()) slot = slots_.extract(found).mapped();
     }
     if (!slot) return NoSuchModel(name);
-    LetGo(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
-    return OkStatus();
+    return BesideLookups("model '" + slot->name() + "' cannot be unloaded", [&] {
+      LetGo(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
+      return OkStatus();
+    });
   }
 
   Status UpdateRows(std::string_view model, uint32_t table, std::span<const Key> keys, ConstRowBuffer rows) {
@@ -316,7 +319,7 @@ class ParameterServer::Impl {
     options.load_persistent = config_.persistent_db.initialize_after_startup;
     if (started_) HPS_RETURN_IF_ERROR(CheckDevices(std::span(&config, 1)));
     if (slot) slot->updates().BeginVersion();
-    Result<std::shared_ptr<Model>> built = BuildBesideLookups(config, options);
+    Result<std::shared_ptr<Model>> built = BuildModel(config, *resources_, options);
     if (!built.ok()) {
       if (slot) slot->updates().AbandonVersion();
       return built.status();
@@ -406,19 +409,23 @@ class ParameterServer::Impl {
     }
   }
 
-  // While models are served, on a thread that leaves them room.
-  Result<std::shared_ptr<Model>> BuildBesideLookups(const ModelConfig& config, const BuildOptions& options) {
-    auto& executor = static_cast<LoadExecutor&>(*resources_->load_executor);
-    executor.StandBack(started_);
-    if (!started_) return BuildModel(config, *resources_, options);
-    std::optional<Result<std::shared_ptr<Model>>> model;
-    std::thread loader([&] {
-      StandBackForLookups();
-      model.emplace(
-          WithinLimits("model '" + config.name + "'", [&] { return BuildModel(config, *resources_, options); }));
-    });
-    loader.join();
-    return *std::move(model);
+  // Runs work that nobody who looks up waits for: once models are served, on a thread that leaves them room.
+  // REQUIRES: load_mutex_ is held.
+  template <typename Work>
+  Status BesideLookups(const std::string& what, Work&& work) {
+    static_cast<LoadExecutor&>(*resources_->load_executor).StandBack(true);
+    Status status;
+    std::thread thread;
+    try {
+      thread = std::thread([&] {
+        StandBackForLookups();
+        status = WithinLimits(what, work);
+      });
+    } catch (const std::system_error&) {  // no more threads
+      return WithinLimits(what, work);
+    }
+    thread.join();
+    return status;
   }
 
   // What CheckBuilt says of a model that came after the configuration.

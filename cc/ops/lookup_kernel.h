@@ -104,6 +104,42 @@ inline Result<int> ServingGpu(tensorflow::OpKernelContext* context, const Lookup
   return served ? gpu : -1;
 }
 
+// A lookup op: where its lookup is made, with what threads, and when it is given up.
+class LookupKernel : public tensorflow::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  // It may wait for tiers; TensorFlow then runs others beside it.
+  bool IsExpensive() override { return true; }
+
+  void Compute(tensorflow::OpKernelContext* context) override {
+    auto session = SessionOf(context, Handle(context), attributes_.model);
+    OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
+    auto gpu = MayUseCaches() ? ServingGpu(context, *session) : -1;
+    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
+    TensorFlowExecutor executor(context);
+    const OpCancellation cancellation(context);
+    const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
+    OP_REQUIRES_OK(
+        context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options) : LookupOnHost(context, *session, options));
+  }
+
+ protected:
+  // Of the server: input 0.
+  virtual std::string Handle(tensorflow::OpKernelContext* context) const {
+    return tensorflow::HandleFromInput(context, 0).name();
+  }
+  virtual bool MayUseCaches() const { return true; }
+  virtual absl::Status LookupOnHost(tensorflow::OpKernelContext* context, const LookupSession& session,
+                                    const LookupOptions& options) = 0;
+  virtual absl::Status LookupOnGpu(tensorflow::OpKernelContext* context, const LookupSession& session, int gpu,
+                                   const LookupOptions& options) = 0;
+
+  int num_tables() const { return static_cast<int>(attributes_.widths.size()); }
+
+  LookupAttributes attributes_;
+};
+
 // The keys of a tensor in host memory as 64-bit; int32 ones are widened into *buffer, which must outlive the span.
 template <typename T>
 absl::Status KeysOf(const HostTensors& tensors, const tensorflow::Tensor& tensor, tensorflow::Tensor* buffer,

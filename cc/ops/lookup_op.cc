@@ -55,31 +55,20 @@ widths: float32 values in a row of each table; another width than the table's is
 )doc");
 
 template <typename T>
-class LookupOp : public tf::OpKernel {
+class LookupOp : public LookupKernel {
  public:
-  explicit LookupOp(tf::OpKernelConstruction* context) : OpKernel(context) {
+  explicit LookupOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Read(context));
     OP_REQUIRES_OK(context, context->GetAttr("M", &found_count_));
   }
 
-  bool IsExpensive() override { return true; }
-
-  void Compute(tf::OpKernelContext* context) override {
-    auto session = SessionOf(context, tf::HandleFromInput(context, 0).name(), attributes_.model);
-    OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
-    // Caches do not tell whether a tier holds a key.
-    auto gpu = found_count_ == 0 ? ServingGpu(context, *session) : -1;
-    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
-    TensorFlowExecutor executor(context);
-    const OpCancellation cancellation(context);
-    const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
-    OP_REQUIRES_OK(
-        context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options) : LookupOnHost(context, *session, options));
-  }
-
  private:
-  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session, const LookupOptions& options) {
-    const int tables = static_cast<int>(attributes_.widths.size());
+  // Caches do not tell whether a tier holds a key.
+  bool MayUseCaches() const override { return found_count_ == 0; }
+
+  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session,
+                            const LookupOptions& options) override {
+    const int tables = num_tables();
     HostTensors tensors(context);
     std::vector<DenseLookup> lookups(tables);
     std::vector<tf::Tensor> keys(tables);
@@ -104,8 +93,8 @@ class LookupOp : public tf::OpKernel {
   }
 
   absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu,
-                           const LookupOptions& options) {
-    const int tables = static_cast<int>(attributes_.widths.size());
+                           const LookupOptions& options) override {
+    const int tables = num_tables();
     std::vector<DeviceLookupPart> lookups(tables);
     std::vector<tf::Tensor> wide_keys(tables);
     for (int i = 0; i < tables; ++i) {
@@ -122,7 +111,6 @@ class LookupOp : public tf::OpKernel {
     return ToTensorFlow(session.LookupOnDevice(gpu, lookups, StreamOf(context), options));
   }
 
-  LookupAttributes attributes_;
   int found_count_ = 0;
 };
 

@@ -76,9 +76,9 @@ combined: per table, float32 [rows, width]; an output row without keys is zero.
 combiners: per table.
 )doc");
 
-// Shapes of ids and segments; *rows is set to the number of output rows.
+// Shapes of ids and segments; *output is set to that of the combined rows.
 absl::Status CheckShapes(bool row_splits, const tf::Tensor& keys, const tf::Tensor& segments,
-                         const tf::Tensor& dense_shape, int64_t* rows) {
+                         const tf::Tensor& dense_shape, int32_t width, tf::TensorShape* output) {
   if (keys.dims() != 1) {
     return absl::InvalidArgumentError("sparse ids: values must have rank 1, but have the shape " +
                                       keys.shape().DebugString());
@@ -88,8 +88,7 @@ absl::Status CheckShapes(bool row_splits, const tf::Tensor& keys, const tf::Tens
       return absl::InvalidArgumentError("ragged ids: row_splits must have the shape [rows + 1], but have " +
                                         segments.shape().DebugString());
     }
-    *rows = segments.NumElements() - 1;
-    return absl::OkStatus();
+    return tf::TensorShape::BuildTensorShape({segments.NumElements() - 1, width}, output);
   }
   if (segments.dims() != 2 || segments.dim_size(0) != keys.NumElements()) {
     return absl::InvalidArgumentError("sparse ids: indices must have the shape [" + std::to_string(keys.NumElements()) +
@@ -101,11 +100,12 @@ absl::Status CheckShapes(bool row_splits, const tf::Tensor& keys, const tf::Tens
                                       " entries to match the indices, but has the shape " +
                                       dense_shape.shape().DebugString());
   }
-  *rows = dense_shape.flat<int64_t>()(0);
-  if (*rows < 0) return absl::InvalidArgumentError("sparse ids: dense_shape[0] is negative: " + std::to_string(*rows));
-  tf::TensorShape shape;
-  if (*rows == std::numeric_limits<int64_t>::max() || !tf::TensorShape::BuildTensorShape({*rows + 1}, &shape).ok()) {
-    return absl::InvalidArgumentError("sparse ids: dense_shape[0] is too large: " + std::to_string(*rows));
+  const int64_t rows = dense_shape.flat<int64_t>()(0);
+  if (rows < 0) return absl::InvalidArgumentError("sparse ids: dense_shape[0] is negative: " + std::to_string(rows));
+  tf::TensorShape splits;
+  if (rows == std::numeric_limits<int64_t>::max() || !tf::TensorShape::BuildTensorShape({rows + 1}, &splits).ok() ||
+      !tf::TensorShape::BuildTensorShape({rows, width}, output).ok()) {
+    return absl::InvalidArgumentError("sparse ids: dense_shape[0] is too large: " + std::to_string(rows));
   }
   return absl::OkStatus();
 }
@@ -145,9 +145,9 @@ struct HeldTensors {
 };
 
 template <typename T>
-class LookupSparseOp : public tf::OpKernel {
+class LookupSparseOp : public LookupKernel {
  public:
-  explicit LookupSparseOp(tf::OpKernelConstruction* context) : OpKernel(context) {
+  explicit LookupSparseOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Read(context));
     std::string format;
     OP_REQUIRES_OK(context, context->GetAttr("segment_format", &format));
@@ -168,23 +168,10 @@ class LookupSparseOp : public tf::OpKernel {
     }
   }
 
-  bool IsExpensive() override { return true; }
-
-  void Compute(tf::OpKernelContext* context) override {
-    auto session = SessionOf(context, tf::HandleFromInput(context, 0).name(), attributes_.model);
-    OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
-    auto gpu = ServingGpu(context, *session);
-    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
-    TensorFlowExecutor executor(context);
-    const OpCancellation cancellation(context);
-    const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
-    OP_REQUIRES_OK(
-        context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options) : LookupOnHost(context, *session, options));
-  }
-
  private:
-  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session, const LookupOptions& options) {
-    const int tables = static_cast<int>(attributes_.widths.size());
+  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session,
+                            const LookupOptions& options) override {
+    const int tables = num_tables();
     HostTensors tensors(context);
     std::vector<SparseLookup> lookups(tables);
     std::vector<HeldTensors> held(tables);
@@ -195,21 +182,22 @@ class LookupSparseOp : public tf::OpKernel {
       TF_RETURN_IF_ERROR(tensors.Input(1 + i, &of.keys));
       TF_RETURN_IF_ERROR(tensors.Input(1 + tables + i, &of.segments));
       const tf::Tensor& dense_shape = context->input(1 + 2 * tables + i);
-      int64_t rows = 0;
-      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, of.keys, of.segments, dense_shape, &rows));
+      tf::TensorShape shape;
+      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, of.keys, of.segments, dense_shape, attributes_.widths[i], &shape));
       lookup.combiner = combiners_[i];
       TF_RETURN_IF_ERROR(KeysOf<T>(tensors, of.keys, &of.wide_keys, &lookup.keys));
       if (!row_splits_) {
         TF_RETURN_IF_ERROR(SplitsFromIndices(tensors, of.segments, dense_shape, of.keys.NumElements(), &of.splits));
       }
-      lookup.row_splits = std::span(Int64s(row_splits_ ? of.segments : of.splits), static_cast<size_t>(rows) + 1);
+      lookup.row_splits =
+          std::span(Int64s(row_splits_ ? of.segments : of.splits), static_cast<size_t>(shape.dim_size(0)) + 1);
       if (weight_count_ > 0) {
         TF_RETURN_IF_ERROR(CheckWeights(context->input(1 + 3 * tables + i), of.keys));
         TF_RETURN_IF_ERROR(tensors.Input(1 + 3 * tables + i, &of.weights));
         lookup.weights = std::span(of.weights.flat<float>().data(), lookup.keys.size());
       }
       tf::Tensor output;
-      TF_RETURN_IF_ERROR(tensors.AllocateOutput(i, {rows, attributes_.widths[i]}, &output));
+      TF_RETURN_IF_ERROR(tensors.AllocateOutput(i, shape, &output));
       lookup.output = output.flat<float>().data();
     }
     TF_RETURN_IF_ERROR(ToTensorFlow(session.LookupSparse(lookups, options)));
@@ -217,8 +205,8 @@ class LookupSparseOp : public tf::OpKernel {
   }
 
   absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu,
-                           const LookupOptions& options) {
-    const int tables = static_cast<int>(attributes_.widths.size());
+                           const LookupOptions& options) override {
+    const int tables = num_tables();
     std::vector<DeviceSparsePart> lookups(tables);
     std::vector<tf::Tensor> wide_keys(tables);
     for (int i = 0; i < tables; ++i) {
@@ -227,8 +215,9 @@ class LookupSparseOp : public tf::OpKernel {
       const tf::Tensor& keys = context->input(1 + i);
       const tf::Tensor& segments = context->input(1 + tables + i);
       const tf::Tensor& dense_shape = context->input(1 + 2 * tables + i);
-      int64_t rows = 0;
-      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, keys, segments, dense_shape, &rows));
+      tf::TensorShape shape;
+      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, keys, segments, dense_shape, attributes_.widths[i], &shape));
+      const int64_t rows = shape.dim_size(0);
       if (rows > std::numeric_limits<uint32_t>::max()) {
         return absl::InvalidArgumentError(std::to_string(rows) + " output rows of one table in one lookup on a GPU");
       }
@@ -248,7 +237,7 @@ class LookupSparseOp : public tf::OpKernel {
         lookup.weights = weights.flat<float>().data();
       }
       tf::Tensor* output = nullptr;
-      TF_RETURN_IF_ERROR(context->allocate_output(i, {rows, attributes_.widths[i]}, &output));
+      TF_RETURN_IF_ERROR(context->allocate_output(i, shape, &output));
       lookup.output = output->flat<float>().data();
     }
     return ToTensorFlow(session.LookupSparseOnDevice(gpu, lookups, StreamOf(context), options));
@@ -264,7 +253,6 @@ class LookupSparseOp : public tf::OpKernel {
     return reinterpret_cast<const int64_t*>(tensor.flat<int64_t>().data());
   }
 
-  LookupAttributes attributes_;
   bool row_splits_ = false;
   int weight_count_ = 0;
   std::vector<Combiner> combiners_;

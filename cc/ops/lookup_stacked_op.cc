@@ -46,43 +46,30 @@ widths: float32 values in a row of each table: all the same.
 )doc");
 
 template <typename T>
-class LookupStackedOp : public tf::OpKernel {
+class LookupStackedOp : public LookupKernel {
  public:
-  explicit LookupStackedOp(tf::OpKernelConstruction* context) : OpKernel(context) {
+  explicit LookupStackedOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
     OP_REQUIRES_OK(context, attributes_.ReadStacked(context));
-  }
-
-  bool IsExpensive() override { return true; }
-
-  void Compute(tf::OpKernelContext* context) override {
-    const tf::TensorShape& shape = context->input(1).shape();
-    const int64_t tables = static_cast<int64_t>(attributes_.widths.size());
-    OP_REQUIRES(context, shape.dims() >= 1 && shape.dim_size(shape.dims() - 1) == tables,
-                absl::InvalidArgumentError("stacked ids: the last dimension must count the " + std::to_string(tables) +
-                                           " tables, but the shape is " + shape.DebugString()));
-    auto session = SessionOf(context, tf::HandleFromInput(context, 0).name(), attributes_.model);
-    OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
-    auto gpu = ServingGpu(context, *session);
-    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
-    TensorFlowExecutor executor(context);
-    const OpCancellation cancellation(context);
-    const LookupOptions options{.executor = &executor, .cancelled = cancellation.flag()};
-    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, options)
-                                      : LookupOnHost(context, *session, options));
   }
 
  private:
   static constexpr size_t kGrain = 1024;  // samples of a table that are copied at a time
 
-  int64_t tables() const { return static_cast<int64_t>(attributes_.widths.size()); }
+  int64_t tables() const { return num_tables(); }
   int64_t width() const { return attributes_.widths[0]; }
+  // Of the rows; the keys' last dimension must count the tables.
   absl::Status RowsShape(const tf::Tensor& keys, tf::TensorShape* shape) const {
     *shape = keys.shape();
+    if (shape->dims() < 1 || shape->dim_size(shape->dims() - 1) != tables()) {
+      return absl::InvalidArgumentError("stacked ids: the last dimension must count the " + std::to_string(tables()) +
+                                        " tables, but the shape is " + shape->DebugString());
+    }
     return shape->AddDimWithStatus(width());
   }
 
   // The tiers take keys and give rows of a table one after another.
-  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session, const LookupOptions& options) {
+  absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session,
+                            const LookupOptions& options) override {
     HostTensors tensors(context);
     tf::Tensor keys, sorted_keys, sorted_rows, rows;
     TF_RETURN_IF_ERROR(tensors.Input(1, &keys));
@@ -116,14 +103,14 @@ class LookupStackedOp : public tf::OpKernel {
   }
 
   absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu,
-                           const LookupOptions& options) {
+                           const LookupOptions& options) override {
     const tf::Tensor& keys = context->input(1);
+    tf::TensorShape shape;
+    TF_RETURN_IF_ERROR(RowsShape(keys, &shape));
     const int64_t samples = keys.NumElements() / tables();
     if (samples > std::numeric_limits<uint32_t>::max()) {
       return absl::InvalidArgumentError(std::to_string(samples) + " samples in one lookup on a GPU; split it");
     }
-    tf::TensorShape shape;
-    TF_RETURN_IF_ERROR(RowsShape(keys, &shape));
     tf::Tensor* rows = nullptr;
     TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &rows));
     tf::Tensor wide_keys;
@@ -146,8 +133,6 @@ class LookupStackedOp : public tf::OpKernel {
     }
     return ToTensorFlow(session.LookupOnDevice(gpu, lookups, StreamOf(context), options));
   }
-
-  LookupAttributes attributes_;
 };
 
 HPS_REGISTER_LOOKUP("HierarchicalParameterServer>LookupStacked", LookupStackedOp, "Tkeys", .HostMemory("server"));

@@ -279,7 +279,8 @@ TEST_P(SparseDeviceSuite, DenseLookupsTakeInt32Keys) {
               {"table 't16'", "keys of 16 bytes", "int64"});
 }
 
-// Ids as [samples, tables] and rows as [samples, all widths]: a launch finds and leaves them there, and touches no more.
+// Ids as [samples, tables] and rows as [samples, all widths]: a launch finds and leaves them there, and touches no
+// more.
 TEST_P(SparseDeviceSuite, KeysAndRowsOfSeveralTablesLieSideBySide) {
   constexpr uint32_t kSamples = 700, kGap = 3;
   constexpr float kUntouched = 12345.0f;

@@ -79,6 +79,21 @@ def test_missing_keys_have_the_default(on_gpu):
     assert (rows[1:4] == DEFAULT_VALUE).all()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize("name", ["w7", "w64"])
+def test_stacked_rows(on_gpu, rng, name, dtype):
+    ids = rng.integers(0, ROWS + 20, (700, 3))
+    width = on_gpu.width(name)
+    layer = hps.StackedLookupLayer("main", [name] * 3, width)
+    known = np.concatenate([on_gpu.rows[name], np.full((20, width), DEFAULT_VALUE, "f4")])
+    before = looked_up()
+    for _ in range(2):
+        np.testing.assert_array_equal(layer(tf.constant(ids, dtype)), known[ids])
+    assert looked_up() > before
+    with pytest.raises(tf.errors.InvalidArgumentError, match="last dimension|must be 3"):
+        layer(tf.zeros([5, 2], dtype))
+
+
 def test_found_masks(on_gpu):
     rows, found = rows_of([tf.constant([3, -1, ROWS - 1])], "w7", with_found=True)
     assert found[0].numpy().tolist() == [True, False, True]

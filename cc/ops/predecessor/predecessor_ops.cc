@@ -68,64 +68,53 @@ class InitOp : public tf::OpKernel {
 };
 
 template <typename T>
-class LookupOp : public tf::OpKernel {
+class LookupOp : public LookupKernel {
  public:
-  explicit LookupOp(tf::OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("model_name", &model_));
-    int table = 0;
-    int width = 0;
-    OP_REQUIRES_OK(context, context->GetAttr("table_id", &table));
-    OP_REQUIRES_OK(context, context->GetAttr("emb_vec_size", &width));
-    table_ = static_cast<uint32_t>(table);
-    width_ = static_cast<uint32_t>(width);
+  explicit LookupOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("model_name", &attributes_.model));
+    attributes_.table_ids.resize(1);
+    attributes_.widths.resize(1);
+    OP_REQUIRES_OK(context, context->GetAttr("table_id", &attributes_.table_ids[0]));
+    OP_REQUIRES_OK(context, context->GetAttr("emb_vec_size", &attributes_.widths[0]));
   }
-
-  void Compute(tf::OpKernelContext* context) override {
-    auto session = SessionOf(context, kDefaultHandle, model_);
-    OP_REQUIRES_OK(context, ToTensorFlow(session.status()));
-    auto gpu = ServingGpu(context, *session);
-    OP_REQUIRES_OK(context, ToTensorFlow(gpu.status()));
-    const tf::Tensor& values = context->input(0);
-    tf::TensorShape shape = values.shape();
-    OP_REQUIRES_OK(context, shape.AddDimWithStatus(width_));
-    OP_REQUIRES_OK(context, *gpu >= 0 ? LookupOnGpu(context, *session, *gpu, values, shape)
-                                      : LookupOnHost(context, *session, shape));
-  }
-  bool IsExpensive() override { return true; }
 
  private:
+  std::string Handle(tf::OpKernelContext* context) const override { return kDefaultHandle; }
+
   absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session,
-                            const tf::TensorShape& shape) const {
+                            const LookupOptions& options) override {
     HostTensors tensors(context);
     tf::Tensor keys, wide_keys, rows;
+    tf::TensorShape shape;
+    DenseLookup lookup;
+    TF_RETURN_IF_ERROR(attributes_.SetTable(session, 0, &lookup));
+    TF_RETURN_IF_ERROR(RowsShape(context, &shape));
     TF_RETURN_IF_ERROR(tensors.Input(0, &keys));
     TF_RETURN_IF_ERROR(tensors.AllocateOutput(0, shape, &rows));
-    DenseLookup lookup;
-    lookup.table = table_;
-    lookup.width = width_;
     lookup.rows = rows.flat<float>().data();
     TF_RETURN_IF_ERROR(KeysOf<T>(tensors, keys, &wide_keys, &lookup.keys));
-    TensorFlowExecutor executor(context);
-    TF_RETURN_IF_ERROR(ToTensorFlow(session.Lookup(std::span(&lookup, 1), {.executor = &executor})));
+    TF_RETURN_IF_ERROR(ToTensorFlow(session.Lookup(std::span(&lookup, 1), options)));
     return tensors.Finish();
   }
 
-  absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu, const tf::Tensor& keys,
-                           const tf::TensorShape& shape) const {
+  absl::Status LookupOnGpu(tf::OpKernelContext* context, const LookupSession& session, int gpu,
+                           const LookupOptions& options) override {
     tf::Tensor wide_keys;
     tf::Tensor* rows = nullptr;
-    TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &rows));
+    tf::TensorShape shape;
     DeviceLookupPart lookup;
-    lookup.table = table_;
-    lookup.width = width_;
+    TF_RETURN_IF_ERROR(attributes_.SetTable(session, 0, &lookup));
+    TF_RETURN_IF_ERROR(RowsShape(context, &shape));
+    TF_RETURN_IF_ERROR(context->allocate_output(0, shape, &rows));
     lookup.rows = rows->flat<float>().data();
-    TF_RETURN_IF_ERROR(SetDeviceKeys<T>(context, keys, &wide_keys, &lookup));
-    return ToTensorFlow(session.LookupOnDevice(gpu, std::span(&lookup, 1), StreamOf(context)));
+    TF_RETURN_IF_ERROR(SetDeviceKeys<T>(context, context->input(0), &wide_keys, &lookup));
+    return ToTensorFlow(session.LookupOnDevice(gpu, std::span(&lookup, 1), StreamOf(context), options));
   }
 
-  std::string model_;
-  uint32_t table_ = 0;
-  uint32_t width_ = 0;
+  absl::Status RowsShape(tf::OpKernelContext* context, tf::TensorShape* shape) const {
+    *shape = context->input(0).shape();
+    return shape->AddDimWithStatus(attributes_.widths[0]);
+  }
 };
 
 REGISTER_KERNEL_BUILDER(Name("Init").Device(tf::DEVICE_CPU), InitOp);
