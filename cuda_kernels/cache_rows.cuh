@@ -13,6 +13,7 @@ namespace hps::cuda {
 // float32, all in one place.
 struct PlainRows {
   static __device__ __forceinline__ bool LeavesMarks(const CacheTable& table) { return !table.whole; }
+  static __device__ __forceinline__ bool ChangePlaces(const CacheTable&) { return false; }
   // row_bytes: the table's, perhaps known to the compiler.
   template <typename Word>
   static __device__ __forceinline__ Word Load(const CacheTable& table, uint32_t slot, uint32_t row_bytes,
@@ -63,6 +64,7 @@ struct Int8Word<float4> {
 // Whatever the table says. Products are never joined with sums: the host adds up the same bits.
 struct AnyRows {
   static __device__ __forceinline__ bool LeavesMarks(const CacheTable& table) { return cuda::LeavesMarks(table); }
+  static __device__ __forceinline__ bool ChangePlaces(const CacheTable& table) { return RowsChangePlaces(table); }
   template <typename Word>
   static __device__ __forceinline__ Word Load(const CacheTable& table, uint32_t slot, uint32_t, uint32_t word) {
     const char* const row = StoredRow(table, slot / kCacheWays, slot % kCacheWays);

@@ -44,10 +44,10 @@ struct CacheTable {
   void* pinned_rows = nullptr;
 };
 
+// Whether rows of a bucket change places (LaunchExchange).
+HPS_HOST_DEVICE bool RowsChangePlaces(const CacheTable& table) { return table.device_ways < uint32_t{kCacheWays}; }
 // Of tables that never give a row up only those leave marks of use that exchange rows.
-HPS_HOST_DEVICE bool LeavesMarks(const CacheTable& table) {
-  return !table.whole || table.device_ways < uint32_t{kCacheWays};
-}
+HPS_HOST_DEVICE bool LeavesMarks(const CacheTable& table) { return !table.whole || RowsChangePlaces(table); }
 
 // Where the row of a way lies. Rows of 4-byte values, at multiples of 4.
 HPS_HOST_DEVICE char* StoredRow(const CacheTable& table, uint64_t bucket, uint32_t way) {

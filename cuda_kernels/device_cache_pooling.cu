@@ -281,6 +281,8 @@ __device__ __forceinline__ uint32_t RunPart(const PartPlan& plan, const PooledWo
     for (int attempt = 0; !done && attempt < kAttempts; ++attempt) {
       if (attempt > 0) __nanosleep(200);
       done = AddGroup<Rows, Word, kLanes, kPasses, kWeighted, 1, true>(plan, group, workspace, window, &missing);
+      // Of two rows that change places one has its key nowhere for a moment.
+      if (missing != 0 && Rows::ChangePlaces(part.query.table)) done = false;
     }
     if (!done) {
       missing = 0;

@@ -34,7 +34,7 @@ constexpr uint32_t kWarpKeys = 128;  // at most so many keys go to one warp
 // one), many where there is enough, so that the end is less ragged.
 constexpr uint64_t kManyWaves = 16;
 constexpr uint64_t kEnoughRounds = 8;
-constexpr int kAttempts = 64;  // under writers that come again and again; then the key counts as missing
+constexpr int kAttempts = 64;  // under writers that come again and again; then the key counts as missing, and is fetched
 
 constexpr int kWideRows = 4;
 
@@ -159,25 +159,36 @@ __device__ __forceinline__ uint32_t OutputStep(const QueryPart& part, uint32_t w
   return kStrided ? part.output_stride / static_cast<uint32_t>(sizeof(Word)) : words;
 }
 
-// One key by the whole warp, as often as it takes: the way of the query where a writer was about.
+// Whether a bucket is not as it was at the first look; of a whole warp, which holds its quarters.
+__device__ bool IsChanged(const Warp& warp, const CacheTable& table, uint64_t bucket, const BucketQuarter& before) {
+  const BucketQuarter after = LoadQuarter(table.buckets + bucket, warp.quarter());
+  return __any_sync(warp.mask, QuarterChanged(before, after, warp.quarter()));
+}
+
+// One key by the whole warp, as often as it takes: the way of the query where a writer was about. A table that is held
+// whole has no other place to get the row from, so there it is never given up; writers finish, whoever waits for them.
 template <typename Rows, typename Word>
 __device__ bool QueryAgain(const Warp& warp, const CacheTable& table, int64_t key, Word* output) {
   const uint64_t hash = CacheHash(key);
 #pragma unroll 1
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+  for (int attempt = 0; table.whole || attempt < kAttempts; ++attempt) {
     uint64_t bucket = FirstBucket(hash, table.num_buckets);
     BucketQuarter before = LoadQuarter(table.buckets + bucket, warp.quarter());
     int way = warp.WayOf(before, key);
-    if (way < 0 && (warp.StateOf(before) & kStateOverflowed)) {
+    // Of two rows that change places one has its key nowhere for a moment.
+    bool hidden = way < 0 && Rows::ChangePlaces(table) && IsChanged(warp, table, bucket, before);
+    if (way < 0 && !hidden && (warp.StateOf(before) & kStateOverflowed)) {
       bucket = SecondBucket(hash, table.num_buckets);
       before = LoadQuarter(table.buckets + bucket, warp.quarter());
       way = warp.WayOf(before, key);
+      hidden = way < 0 && Rows::ChangePlaces(table) && IsChanged(warp, table, bucket, before);
     }
-    if (way < 0) return false;
-    CopyRow<Rows>(table, static_cast<uint32_t>(bucket * kCacheWays + way), output, table.row_bytes / sizeof(Word),
-                  warp.lane);
-    const BucketQuarter after = LoadQuarter(table.buckets + bucket, warp.quarter());
-    if (!__any_sync(warp.mask, QuarterChanged(before, after, warp.quarter()))) return true;
+    if (!hidden) {
+      if (way < 0) return false;
+      CopyRow<Rows>(table, static_cast<uint32_t>(bucket * kCacheWays + way), output, table.row_bytes / sizeof(Word),
+                    warp.lane);
+      if (!IsChanged(warp, table, bucket, before)) return true;
+    }
     __nanosleep(100);
   }
   return false;
@@ -192,7 +203,7 @@ __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing,
   const uint32_t words = part.table.row_bytes / sizeof(Word);
   const int64_t key = part.keys[kStrided ? uint64_t{index} * part.key_stride : index];
   Word* const output = static_cast<Word*>(part.output) + uint64_t{index} * OutputStep<Word, kStrided>(part, words);
-  if (!missing && QueryAgain<Rows, Word>(warp, part.table, key, output)) return false;
+  if ((!missing || Rows::ChangePlaces(part.table)) && QueryAgain<Rows, Word>(warp, part.table, key, output)) return false;
 #pragma unroll 1
   for (uint32_t word = warp.lane; word < words; word += 32) __stcs(output + word, Filled<Word>(part.default_value));
   if (warp.lane == 0) {
