@@ -73,7 +73,7 @@ def uvm_exchange(records: list[dict]) -> str:
         for ways, found in cells.items()
     ]
     head = ["rows on the device", "ideal, Zipf", "as placed"]
-    return _table([*head, *(f"{text}: met there (rows moved a read)" for text in workloads.values())], lines)
+    return table([*head, *(f"{text}: met there (rows moved a read)" for text in workloads.values())], lines)
 
 
 def redis(records: list[dict]) -> str:
