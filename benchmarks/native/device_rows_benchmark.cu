@@ -52,7 +52,7 @@ class Rows : FullCache {
     CHECK(LaunchUntoldQuery(&part, 1, stream_));
   }
   void Settle() {
-    for (int round = 0; round < 8; ++round) {
+    for (int round = 0; round < 4; ++round) {
       for (int i = 0; i < kBatches; ++i) {
         Ask(i, 1 << 18);
         if (i % 4 == 3) CHECK(LaunchExchange(table_, 0, num_buckets_, stream_));
@@ -108,5 +108,5 @@ class Benchmark {
 
 int main(int argc, char** argv) {
   return hps::cuda::RunEachWidth<hps::cuda::Benchmark>("device_rows_benchmark", argc, argv,
-                                                       {{16, 8'000'000}, {64, 2'000'000}, {128, 1'000'000}});
+                                                       {{16, 4'000'000}, {64, 1'000'000}, {128, 500'000}});
 }
