@@ -74,7 +74,8 @@ def runs() -> str:
     lines = []
     for what, (name, kinds) in sources.items():
         run, _ = _last_run(name, kinds)
-        lines.append([what, run.get("gpu") or run["machine"], run.get("commit", ""), run["date"], f"`benchmarks/results/{name}`"])
+        machine = run.get("gpu") or run["machine"]
+        lines.append([what, machine, run.get("commit", ""), run["date"], f"`benchmarks/results/{name}`"])
     return note_tables.table(["what", "machine", "commit", "date", "lines"], lines)
 
 

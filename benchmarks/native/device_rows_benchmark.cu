@@ -1,5 +1,6 @@
-// What it costs a query of a table that is held whole that its rows lie elsewhere or are smaller, beside rows of float32
-// in device memory on the same GPU in the same run. Each line of output is one measurement in JSON; rows are checked.
+// What it costs a query of a table that is held whole that its rows lie elsewhere or are smaller, beside rows of
+// float32 in device memory on the same GPU in the same run. Each line of output is one measurement in JSON; rows are
+// checked.
 //
 //   float32          in device memory, as they are
 //   int8             8-bit values with a scale (fp8_quant)
