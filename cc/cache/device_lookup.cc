@@ -11,10 +11,6 @@
 namespace hps {
 namespace {
 
-void Count(Counter* counter, uint64_t n) {
-  if (counter != nullptr && n > 0) counter->Add(n);
-}
-
 constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 
 uint32_t CountOf(const CachedLookup& lookup) { return lookup.count; }
@@ -126,7 +122,7 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
         resources_.context->device().UntoldQuery(parts.data(), static_cast<int>(parts.size()), stream),
         "a query of the cache"));
     report->rows_unwaited += positions;
-    Count(options_.metrics.rows_unwaited, positions);
+    for (const CachedLookup& lookup : lookups) lookup.cache->CountAnswered(lookup.count);
     return OkStatus();
   }
   HPS_ASSIGN_OR_RETURN(
@@ -146,11 +142,13 @@ Status DeviceLookup::LookupWith(LookupWorkspace& workspace, std::span<const Cach
   HPS_RETURN_IF_ERROR(workspace.Wait(stream, limits.deadline, limits.cancelled));
   uint64_t positions = 0;
   for (const cuda::QueryPart& part : parts) positions += part.count;
-  const uint64_t hits = positions - workspace.missing_positions();
-  report->rows_from_cache += hits;
-  Count(options_.metrics.rows_from_cache, hits);
-  if (workspace.missing().empty()) return OkStatus();
-  return HandleMisses(lookups, parts, workspace, read_at, stream, limits, report);
+  report->rows_from_cache += positions - workspace.missing_positions();
+  Status status;
+  if (!workspace.missing().empty()) {
+    status = HandleMisses(lookups, parts, workspace, read_at, stream, limits, report);
+  }
+  for (const CachedLookup& lookup : lookups) lookup.cache->CountAnswered(lookup.count);
+  return status;
 }
 
 // Gives each table its missing keys; scratch.index tells which ones of the workspace's list they are.
@@ -202,6 +200,26 @@ Status DeviceLookup::SortMissing(std::span<const cuda::QueryPart> parts, LookupW
   return OkStatus();
 }
 
+// By their missing keys, but to none more than it has positions. The sum is right.
+void DeviceLookup::ShareRepeated(std::span<const cuda::QueryPart> parts, uint32_t repeated,
+                                 std::span<MissingPart> missing) {
+  if (repeated == 0) return;
+  uint64_t keys = 0;
+  for (const MissingPart& part : missing) keys += part.count;
+  uint32_t left = repeated;
+  for (const bool rest : {false, true}) {
+    for (size_t p = 0; p < parts.size() && left > 0; ++p) {
+      MissingPart& part = missing[p];
+      if (part.count == 0) continue;
+      const uint64_t share = rest ? left : uint64_t{repeated} * part.count / keys;
+      const uint64_t room = parts[p].count - part.count - part.repeated;
+      const auto given = static_cast<uint32_t>(std::min({share, room, uint64_t{left}}));
+      part.repeated += given;
+      left -= given;
+    }
+  }
+}
+
 Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                                   LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
                                   const FetchLimits& limits, LookupReport* report) const {
@@ -210,6 +228,7 @@ Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::sp
   std::array<MissingPart, cuda::kMaxQueryParts> storage;
   const std::span<MissingPart> missing(storage.data(), parts.size());
   HPS_RETURN_IF_ERROR(SortMissing(parts, workspace, missing));
+  ShareRepeated(parts, repeated, missing);
 
   bool fetches = false;
   for (size_t p = 0; p < parts.size(); ++p) {
@@ -220,16 +239,17 @@ Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::sp
     const double hit_rate = 1.0 - static_cast<double>(charged) / parts[p].count;
     if (lookups[p].cache->whole()) {
       part.way = Way::kDefault;
+      lookups[p].cache->CountMissing(DeviceCache::Missing::kDefaulted, part.count, part.repeated);
       report->rows_from_default += part.count;
     } else if (inserts_ != nullptr && options_.hit_rate_threshold && hit_rate >= *options_.hit_rate_threshold) {
       part.way = Way::kDefer;
       report->rows_deferred += part.count;
-      Count(options_.metrics.rows_deferred, part.count);
+      lookups[p].cache->CountMissing(DeviceCache::Missing::kDeferred, part.count, part.repeated);
       const auto begin = workspace.scratch().keys.begin() + part.first;
       inserts_->Enqueue({lookups[p].cache, source_, lookups[p].table, std::vector<Key>(begin, begin + part.count)});
     } else {
       part.way = Way::kFetch;
-      Count(options_.metrics.rows_missed, part.count);
+      lookups[p].cache->CountMissing(DeviceCache::Missing::kFetched, part.count, part.repeated);
       fetches = true;
     }
   }
@@ -309,7 +329,6 @@ Status DeviceLookup::FetchAndFill(std::span<const CachedLookup> lookups, std::sp
     }
     lookups[p].cache->CountOutdated(scratch.outdated.size() - before);
   }
-  Count(options_.metrics.rows_outdated, scratch.outdated.size());
   return workspace.Fill(parts, parts.size() == 1 && all_there, scratch.outdated, stream);
 }
 

@@ -11,10 +11,6 @@
 namespace hps {
 namespace {
 
-void Count(Counter* counter, uint64_t n) {
-  if (counter != nullptr && n > 0) counter->Add(n);
-}
-
 size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 cuda::Pooling PoolingOf(Combiner combiner) {
@@ -92,9 +88,8 @@ Status DeviceLookup::PoolMissing(WorkspacePool::Lease& workspace, std::span<cons
   for (size_t i = 0; i < parts.size(); ++i) {
     const uint64_t count = parts[i].query.count;
     if ((missing >> i & 1) == 0) {
-      const bool whole = lookups[i].cache->whole();
-      (whole ? report->rows_unwaited : report->rows_from_cache) += count;
-      Count(whole ? options_.metrics.rows_unwaited : options_.metrics.rows_from_cache, count);
+      (lookups[i].cache->whole() ? report->rows_unwaited : report->rows_from_cache) += count;
+      lookups[i].cache->CountAnswered(count);
       continue;
     }
     dense.push_back({lookups[i].cache, lookups[i].part.table, lookups[i].keys, parts[i].query.count, nullptr});
