@@ -29,7 +29,7 @@ struct DeviceResources {
 // Gives all rows of a table, in chunks, and returns its visitor's error or its own.
 using RowScan = std::function<Status(const ScanVisitor& visitor)>;
 
-class DeviceCache final : public EmbeddingCache {
+class DeviceCache final : public EmbeddingCache, public std::enable_shared_from_this<DeviceCache> {
  public:
   // An empty cache. kInvalidArgument: row_bytes; kResourceExhausted names the bytes and what holds them.
   static Result<std::shared_ptr<DeviceCache>> Make(const DeviceResources& resources, const CacheSpec& spec);

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <vector>
 
+#include "cc/cache/call_array.h"
+
 namespace hps {
 namespace {
 
@@ -34,7 +36,7 @@ Status DeviceLookup::InLaunches(std::span<const Asked> lookups, std::span<const 
                                 Together<Asked> together) const {
   HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
   HPS_RETURN_IF_ERROR(CheckCapture(lookups, stream));
-  HPS_RETURN_IF_ERROR(Widen(narrow, stream));
+  if (!narrow.empty()) HPS_RETURN_IF_ERROR(Widen(narrow, stream));
   LookupReport local;
   for (size_t first = 0; first < lookups.size();) {
     uint64_t positions = 0;
@@ -63,20 +65,22 @@ Status DeviceLookup::CheckCapture(std::span<const CachedLookup> lookups, DeviceS
   const auto waits =
       std::find_if(lookups.begin(), lookups.end(), [](const CachedLookup& each) { return !each.cache->whole(); });
   if (waits == lookups.end()) return OkStatus();
-  return CheckNotCaptured(waits->cache->spec().name + ": its cache is not held whole, so the lookup", stream);
+  return CheckNotCaptured([&] { return waits->cache->spec().name + ": its cache is not held whole, so the lookup"; },
+                          stream);
 }
 
 Status DeviceLookup::CheckCapture(std::span<const PooledLookup> lookups, DeviceStream stream) const {
   if (lookups.empty()) return OkStatus();
-  return CheckNotCaptured("a pooled lookup", stream);
+  return CheckNotCaptured([] { return std::string("a pooled lookup"); }, stream);
 }
 
-Status DeviceLookup::CheckNotCaptured(std::string_view which, DeviceStream stream) const {
+template <typename Name>
+Status DeviceLookup::CheckNotCaptured(const Name& which, DeviceStream stream) const {
   bool capturing = false;
   HPS_RETURN_IF_ERROR(resources_.context->Check(resources_.context->device().IsCapturing(stream, &capturing),
                                                 "asking whether a stream is being captured"));
   if (!capturing) return OkStatus();
-  return FailedPrecondition(std::string(which) +
+  return FailedPrecondition(which() +
                             " waits for the device to know what is missing, but its stream is being captured into a "
                             "CUDA graph. Call it before or behind the graph; what can be captured is a lookup without "
                             "pooling, all of whose tables have \"embedding_cache_type\": \"static\"");
@@ -98,15 +102,15 @@ Status DeviceLookup::CheckCache(const DeviceCache& cache) const {
 
 Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream,
                                     const FetchLimits& limits, LookupReport* report) const {
-  std::array<cuda::QueryPart, cuda::kMaxQueryParts> storage;
+  CallArray<cuda::QueryPart> storage;
   uint64_t positions = 0;
   bool all_whole = true;
   for (size_t i = 0; i < lookups.size(); ++i) {
     const DeviceCache& cache = *lookups[i].cache;
     HPS_RETURN_IF_ERROR(CheckCache(cache));
     lookups[i].cache->CountAsked(lookups[i].count);
-    storage[i] = {cache.table(),   lookups[i].keys,       lookups[i].count,     cache.spec().default_value,
-                  lookups[i].rows, lookups[i].key_stride, lookups[i].row_stride};
+    storage.Add({cache.table(), lookups[i].keys, lookups[i].count, cache.spec().default_value, lookups[i].rows,
+                 lookups[i].key_stride, lookups[i].row_stride});
     positions += lookups[i].count;
     all_whole = all_whole && cache.whole();
   }
@@ -116,7 +120,7 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
     return InvalidArgument(std::to_string(positions) + " keys of one table in one lookup on a device; split it, " +
                            std::to_string(kMostPositions) + " is the most");
   }
-  const std::span<const cuda::QueryPart> parts(storage.data(), lookups.size());
+  const std::span<const cuda::QueryPart> parts = storage.all();
   if (all_whole) {  // nobody has to wait or to know
     HPS_RETURN_IF_ERROR(resources_.context->Check(
         resources_.context->device().UntoldQuery(parts.data(), static_cast<int>(parts.size()), stream),
@@ -246,7 +250,8 @@ Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::sp
       report->rows_deferred += part.count;
       lookups[p].cache->CountMissing(DeviceCache::Missing::kDeferred, part.count, part.repeated);
       const auto begin = workspace.scratch().keys.begin() + part.first;
-      inserts_->Enqueue({lookups[p].cache, source_, lookups[p].table, std::vector<Key>(begin, begin + part.count)});
+      inserts_->Enqueue({lookups[p].cache->shared_from_this(), source_, lookups[p].table,
+                         std::vector<Key>(begin, begin + part.count)});
     } else {
       part.way = Way::kFetch;
       lookups[p].cache->CountMissing(DeviceCache::Missing::kFetched, part.count, part.repeated);

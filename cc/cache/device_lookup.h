@@ -39,7 +39,7 @@ namespace hps {
 
 // One table's part of a call.
 struct CachedLookup {
-  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup
+  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup; need not own it, if the caller does
   uint32_t table = 0;                  // for the row source
   const Key* keys = nullptr;           // (count), device memory
   uint32_t count = 0;
@@ -112,7 +112,8 @@ class DeviceLookup {
                      LookupReport* report) const;
   Status TellMistake(const PooledLookup& lookup, const cuda::FirstMistake& mistake, DeviceStream stream) const;
   Status CheckCache(const DeviceCache& cache) const;
-  Status CheckNotCaptured(std::string_view which, DeviceStream stream) const;
+  template <typename Name>  // gives a string
+  Status CheckNotCaptured(const Name& which, DeviceStream stream) const;
   Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;

@@ -3,9 +3,9 @@
 // answer and nothing more.
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
+#include "cc/cache/call_array.h"
 #include "cc/cache/device_lookup.h"
 
 namespace hps {
@@ -23,9 +23,9 @@ cuda::Pooling PoolingOf(Combiner combiner) {
 
 Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                                   LookupReport* report) const {
-  std::array<cuda::PooledPart, cuda::kMaxQueryParts> storage;
-  std::array<cuda::IndexPart, cuda::kMaxQueryParts> index_storage;
-  size_t num_indices = 0, num_splits = 0;
+  CallArray<cuda::PooledPart> storage;
+  CallArray<cuda::IndexPart> index_storage;
+  size_t num_splits = 0;
   for (size_t i = 0; i < lookups.size(); ++i) {
     const DeviceCache& cache = *lookups[i].cache;
     const DeviceSparsePart& asked = lookups[i].part;
@@ -37,7 +37,7 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
     }
     report->keys += asked.count;
     lookups[i].cache->CountAsked(asked.count);
-    cuda::PooledPart& part = storage[i];
+    cuda::PooledPart& part = storage.Add({});
     part.query = {cache.table(), lookups[i].keys, asked.count, cache.spec().default_value, nullptr};
     part.rows = asked.rows;
     part.pooling = PoolingOf(asked.combiner);
@@ -46,12 +46,12 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
     part.output = asked.output;
     if (asked.row_splits != nullptr) continue;
     part.from_indices = true;
-    index_storage[num_indices++] = {asked.indices, asked.rank, asked.dense_shape,       asked.count,
-                                    asked.rows,    nullptr,    static_cast<uint32_t>(i)};
+    index_storage.Add(
+        {asked.indices, asked.rank, asked.dense_shape, asked.count, asked.rows, nullptr, static_cast<uint32_t>(i)});
     num_splits += size_t{asked.rows} + 1;
   }
-  const std::span<cuda::PooledPart> parts(storage.data(), lookups.size());
-  const std::span<cuda::IndexPart> indices(index_storage.data(), num_indices);
+  const std::span<cuda::PooledPart> parts = storage.all();
+  const std::span<cuda::IndexPart> indices = index_storage.all();
   // The launch needs no room for keys; what is missing will.
   HPS_ASSIGN_OR_RETURN(WorkspacePool::Lease workspace,
                        resources_.workspaces->Acquire(1, limits.deadline, limits.cancelled));
