@@ -285,8 +285,8 @@ Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerRes
   walk.keys = missing_keys;
   walk.rows = fetched.data();
   walk.skip_volatile = in_place;
-  HPS_RETURN_IF_ERROR(FetchRows(std::span(&walk, 1), executor, *resources.executor, limits, report)
-                          .WithContext(TableContext(model, lookup.table)));
+  const Status fetched_rows = FetchRows(std::span(&walk, 1), executor, *resources.executor, limits, report);
+  if (!fetched_rows.ok()) return fetched_rows.WithContext(TableContext(model, lookup.table));
   for (size_t i = 0; i < missing.size(); ++i) (*rows)[missing[i]] = fetched.data() + i * row_bytes;
   executor.ParallelFor(incomplete.size(), kKeysPerPiece / kKeysPerBlock, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) Combine(request, incomplete[i].first, incomplete[i].last);

@@ -81,8 +81,9 @@ struct CacheMiss {
 
 struct CacheStats {
   // Of lookups: keys_asked is rows_served and the next four together, so that rows_served / keys_asked is the hit rate.
-  // While lookups run, and where one has failed, rows_served may be some less. What replays of CUDA graphs look up is
-  // in rows_defaulted alone, so of such a cache nothing is to be learnt from these.
+  // While lookups run, and where one has failed, rows_served may be some less; of a cache that nobody waits for some
+  // more, until the device has counted what was missing. Replays of CUDA graphs count in rows_defaulted alone, so of a
+  // cache that they read nothing is to be learnt from these.
   uint64_t keys_asked = 0;      // with repetitions
   uint64_t rows_served = 0;     // that were in the cache
   uint64_t rows_missed = 0;     // keys that were fetched while the lookup waited, each once a call
