@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kNumModels = 24, kNumTables = 4;
 constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
-// The driver gives memory in pieces of so much: an allocation takes at most that more than it asked for.
+// The driver has memory in pieces of so much: an allocation takes at most that more than it asked for.
 constexpr uint64_t kDriverPiece = uint64_t{2} << 20;
 
 struct ManyModels {
@@ -173,11 +173,15 @@ TEST_P(ManyModelsSuite, TakeTheMemoryThatWasPlanned) {
       sum += need.device;
       allocations += memory.allocations();
     }
-    // As the devices themselves have it. What small allocations are rounded up to counts beside small tables only.
-    const uint64_t taken = free_before - FreeOfDevices();
-    std::cout << "planned for both devices: " << sum << " bytes, " << taken << " are gone there" << std::endl;
-    EXPECT_LE(taken, sum + sum / 10 + (large ? 0 : allocations * kDriverPiece));
-    EXPECT_GE(taken, sum - sum / 10);
+    // As the devices themselves have it. What the driver rounds up, or keeps of what earlier tests gave back, counts
+    // beside small tables only.
+    const auto taken = static_cast<double>(free_before) - static_cast<double>(FreeOfDevices());
+    const auto wanted = static_cast<double>(sum);
+    const double slack = large ? 0.0 : static_cast<double>(allocations * kDriverPiece);
+    std::cout << "planned for both devices: " << sum << " bytes; gone there: " << static_cast<int64_t>(taken)
+              << std::endl;
+    EXPECT_LE(taken, 1.1 * wanted + slack);
+    EXPECT_GE(taken, 0.9 * wanted - slack);
   };
   expect_as_planned();
   for (int turn = 0; turn < 2; ++turn) {
