@@ -29,6 +29,7 @@ struct alignas(16) CacheActivity {
   uint32_t ended = 0;
   uint64_t untold_missing = 0;  // positions that LaunchUntoldQuery answered with the default
   uint64_t exchanged = 0;       // by LaunchExchange: rows that came to lie in device memory
+  uint64_t unused = 0;          // hosts copy it whole: no byte may be left as it was
 };
 
 struct CacheTable {

@@ -215,7 +215,7 @@ Status CacheWriter::Dump(const cuda::CacheTable& table, uint64_t first, uint64_t
     const size_t bytes = kKeysAt + (end - begin) * kBucketBytes;
     HPS_ASSIGN_OR_RETURN(Buffer * buffer, NextBuffer(bytes));
     auto* const count = reinterpret_cast<uint32_t*>(buffer->device.get());
-    int error = device.Zero(count, sizeof(uint32_t), stream_.get());
+    int error = device.Zero(count, bytes, stream_.get());  // all of it is copied, however many keys there are
     if (error == 0) {
       error = device.Dump(table, begin, end, reinterpret_cast<int64_t*>(buffer->device.get() + kKeysAt), count,
                           stream_.get());
