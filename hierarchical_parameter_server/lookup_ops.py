@@ -6,6 +6,7 @@ The layers are built from these. Gradients stop at the rows; only the weights of
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from .resource import ServerResource
 
 COMBINERS = ("sum", "mean", "sqrtn")
 
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,120}")
 _NARROW_INTEGERS = (tf.int8, tf.int16, tf.uint8, tf.uint16, tf.uint32)
 
 
@@ -81,16 +83,14 @@ def _refuse_xla() -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _table_attributes(tables: tuple[TableRef, ...]) -> dict:
-    model = tables[0].model
-    names = [table.table for table in tables]
-    by_name = isinstance(names[0], str)
-    return {
-        "model": model,
-        "table_names": names if by_name else [],
-        "table_ids": [] if by_name else names,
-        "widths": [table.width for table in tables],
-    }
+def _listed(tables: tuple[TableRef, ...]) -> str:
+    """The ops' attribute ``tables``, see cc/ops/table_list.h."""
+    for name in (tables[0].model, *(table.table for table in tables if isinstance(table.table, str))):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"models and tables have names of 1 to 120 letters, digits, '_' and '-', got {name!r}")
+    entries = (f"{table.table}" if isinstance(table.table, str) else f"#{table.table}" for table in tables)
+    widths = (table.width for table in tables)
+    return f"{tables[0].model}/" + ",".join(f"{entry}:{width}" for entry, width in zip(entries, widths, strict=True))
 
 
 def lookup(server: ServerResource, keys: Sequence[tf.Tensor], tables: Sequence[TableRef], with_found: bool = False):
@@ -109,10 +109,10 @@ def lookup(server: ServerResource, keys: Sequence[tf.Tensor], tables: Sequence[T
         A list of float32 tensors of shape S + [width]; with ``with_found`` also a list of bool tensors of shape S.
     """
     _refuse_xla()
-    rows, found = _native.ops().hierarchical_parameter_server_lookup(
-        server=server.handle, keys=keys, M=len(tables) if with_found else 0, **_table_attributes(tuple(tables))
-    )
-    return (rows, found) if with_found else rows
+    ops = _native.ops()
+    if with_found:
+        return ops.hierarchical_parameter_server_lookup_with_found(server.handle, keys, _listed(tuple(tables)))
+    return ops.hierarchical_parameter_server_lookup(server.handle, keys, _listed(tuple(tables)))
 
 
 def lookup_stacked(server: ServerResource, keys: tf.Tensor, tables: Sequence[TableRef]) -> tf.Tensor:
@@ -129,7 +129,7 @@ def lookup_stacked(server: ServerResource, keys: tf.Tensor, tables: Sequence[Tab
     """
     _refuse_xla()
     return _native.ops().hierarchical_parameter_server_lookup_stacked(
-        server=server.handle, keys=keys, **_table_attributes(tuple(tables))
+        server.handle, keys, _listed(tuple(tables))
     )
 
 
@@ -157,11 +157,12 @@ def lookup_sparse(
         weights=list(weights or []),
         combiners=list(combiners),
         segment_format=segments[0].format,
-        **_table_attributes(tuple(tables)),
+        tables=_listed(tuple(tables)),
     )
 
 
 tf.no_gradient("HierarchicalParameterServer>Lookup")
+tf.no_gradient("HierarchicalParameterServer>LookupWithFound")
 tf.no_gradient("HierarchicalParameterServer>LookupStacked")
 
 
@@ -176,20 +177,13 @@ def _lookup_sparse_gradient(op, *gradients):
     results = [None] * len(op.inputs)
     if op.get_attr("W") == 0:
         return results
-    names, ids = op.get_attr("table_names"), op.get_attr("table_ids")
+    model, _, listed = op.get_attr("tables").decode().partition("/")
+    listed = listed.split(",")
     segment_format = op.get_attr("segment_format").decode()
     for i in range(tables):
         keys, segments = op.inputs[1 + i], op.inputs[1 + tables + i]
         weights = op.inputs[1 + 3 * tables + i]
-        rows, _ = _native.ops().hierarchical_parameter_server_lookup(
-            server=op.inputs[0],
-            keys=[keys],
-            M=0,
-            model=op.get_attr("model"),
-            table_names=names[i : i + 1],
-            table_ids=ids[i : i + 1],
-            widths=op.get_attr("widths")[i : i + 1],
-        )
+        rows = _native.ops().hierarchical_parameter_server_lookup(op.inputs[0], [keys], f"{model}/{listed[i]}")
         row_ids = _row_ids(segments, segment_format)
         along_row = tf.reduce_sum(rows[0] * tf.gather(gradients[i], row_ids), axis=-1)
         along_output = tf.gather(tf.reduce_sum(op.outputs[i] * gradients[i], axis=-1), row_ids)

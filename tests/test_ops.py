@@ -86,21 +86,29 @@ def test_sparse_shape_function_of_indices():
 
 
 @pytest.mark.parametrize(
-    ("attributes", "message"),
+    ("tables_attribute", "message"),
     [
-        ({"widths": []}, "widths has 0 entries for 1 key tensors"),
-        ({"widths": [0]}, "emb_vec_size must be positive, got 0"),
-        ({"table_ids": [0]}, "one table name or one table id for each of the 1 tables, not both"),
-        ({"table_names": []}, "one table name or one table id for each"),
-        ({"M": 2}, r"M must be 0 \(no found masks\) or N, got 2"),
+        ("main/w7:7,w16:16", "tables has 2 entries for 1 key tensors"),
+        ("main/w7:0", "emb_vec_size must be positive, got 0"),
+        ("main/w7:-1", "emb_vec_size must be positive, got -1"),
+        ("", "tables must be like model/table:width,table:width"),
+        ("main", "tables must be like .* but are \"main\""),
+        ("main/", "tables must be like"),
+        ("/w7:7", "tables must be like"),
+        ("main/w7", "tables must be like"),
+        ("main/:7", "tables must be like"),
+        ("main/w7:seven", "tables must be like"),
+        ("main/w7:7,", "tables must be like"),
+        ("main/#:7", "tables must be like"),
+        ("main/#one:7", "tables must be like"),
+        ("main/w7:99999999999", "tables must be like"),
     ],
 )
-def test_attributes_are_checked_when_the_graph_is_built(attributes, message):
+def test_attributes_are_checked_when_the_graph_is_built(tables_attribute, message):
     @tf.function
     def build(keys):
-        given = {"M": 0, "model": "main", "table_names": ["w7"], "table_ids": [], "widths": [7], **attributes}
         handle = server_resource("").handle
-        return _native.ops().hierarchical_parameter_server_lookup(server=handle, keys=[keys], **given)
+        return _native.ops().hierarchical_parameter_server_lookup(server=handle, keys=[keys], tables=tables_attribute)
 
     with pytest.raises(ValueError, match=message):
         build.get_concrete_function(tf.TensorSpec([3], tf.int64))
@@ -362,6 +370,7 @@ def test_a_jitted_function_may_use_the_rows(tables):
     [
         ([TableRef("nobody", "w7", 7)], tf.errors.NotFoundError, "nobody.*main"),
         ([TableRef("main", "w8", 7)], tf.errors.NotFoundError, "w8.*w7"),
+        ([TableRef("main", "w7:7,w16", 16)], ValueError, "names of 1 to 120 letters.*w7:7,w16"),
         ([TableRef("main", 6, 7)], InvalidArgumentError, "has no table 6; it has 6 tables, numbered from 0"),
         ([TableRef("main", -1, 7)], InvalidArgumentError, "table_id must not be negative, got -1"),
         ([TableRef("main", "w7", 8)], InvalidArgumentError, "'w7'.*have 7 values.*emb_vec_size 8"),
@@ -379,9 +388,8 @@ def test_unknown_names_and_widths(tables, refs, error, message):
 
 def test_float_keys():
     handle = server_resource("").handle
-    arguments = {"M": 0, "model": "main", "table_names": ["w7"], "table_ids": [], "widths": [7]}
     with pytest.raises((TypeError, InvalidArgumentError), match="float"):
-        _native.ops().hierarchical_parameter_server_lookup(server=handle, keys=[tf.constant([1.0])], **arguments)
+        _native.ops().hierarchical_parameter_server_lookup(server=handle, keys=[tf.constant([1.0])], tables="main/w7:7")
 
 
 INDICES = [[0, 0], [0, 1], [2, 0]]
@@ -502,9 +510,7 @@ def test_init_arguments(no_server, arguments, error, message):
 def test_handle_that_nobody_bound():
     handle = _native.ops().hierarchical_parameter_server_server_handle(handle="nobody")
     with pytest.raises(tf.errors.FailedPreconditionError, match="'nobody' was not initialised.*HPS_INIT is not 'off'"):
-        _native.ops().hierarchical_parameter_server_lookup(
-            server=handle, keys=[tf.constant([1])], M=0, model="main", table_names=["w7"], table_ids=[], widths=[7]
-        )
+        _native.ops().hierarchical_parameter_server_lookup(server=handle, keys=[tf.constant([1])], tables="main/w7:7")
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse"])

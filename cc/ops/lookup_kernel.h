@@ -11,6 +11,7 @@
 
 #include "cc/ops/gpu_devices.h"
 #include "cc/ops/host_tensors.h"
+#include "cc/ops/table_list.h"
 #include "cc/ops/tf_bridge.h"
 #include "hps/lookup_session.h"
 #include "hps/server_registry.h"
@@ -20,70 +21,53 @@
 
 namespace hps {
 
-// Attributes of a lookup op: which tables of which model, and how wide their rows must be.
-struct LookupAttributes {
-  std::string model;
-  std::vector<std::string> table_names;  // either names
-  std::vector<int32_t> table_ids;        // or numbers, one per list entry
-  std::vector<int32_t> widths;
-
+// Attributes of a lookup op.
+struct LookupAttributes : TableList {
   template <typename Context>  // OpKernelConstruction or InferenceContext
   absl::Status Read(Context* context) {
+    std::string text;
+    TF_RETURN_IF_ERROR(context->GetAttr("tables", &text));
+    return Parse(text);
+  }
+
+  // Of an op with as many tensors of keys.
+  template <typename Context>
+  absl::Status ReadEach(Context* context) {
+    TF_RETURN_IF_ERROR(Read(context));
     int count = 0;
     TF_RETURN_IF_ERROR(context->GetAttr("N", &count));
-    TF_RETURN_IF_ERROR(context->GetAttr("widths", &widths));
-    if (widths.size() != static_cast<size_t>(count)) {
-      return absl::InvalidArgumentError("widths has " + std::to_string(widths.size()) + " entries for " +
-                                        std::to_string(count) + " key tensors");
-    }
-    return ReadTables(context);
+    if (tables.size() == static_cast<size_t>(count)) return absl::OkStatus();
+    return absl::InvalidArgumentError("tables has " + std::to_string(tables.size()) + " entries for " +
+                                      std::to_string(count) + " key tensors");
   }
 
   // Of an op with one tensor of keys for all tables.
   template <typename Context>
   absl::Status ReadStacked(Context* context) {
-    TF_RETURN_IF_ERROR(context->GetAttr("widths", &widths));
-    if (widths.empty()) return absl::InvalidArgumentError("widths is empty: name at least one table");
-    for (int32_t width : widths) {
-      if (width == widths[0]) continue;
+    TF_RETURN_IF_ERROR(Read(context));
+    for (const ListedTable& table : tables) {
+      if (table.width == tables[0].width) continue;
       return absl::InvalidArgumentError("tables that are looked up stacked must be equally wide, but there are " +
-                                        std::to_string(widths[0]) + " and " + std::to_string(width));
-    }
-    return ReadTables(context);
-  }
-
-  template <typename Context>
-  absl::Status ReadTables(Context* context) {
-    TF_RETURN_IF_ERROR(context->GetAttr("model", &model));
-    TF_RETURN_IF_ERROR(context->GetAttr("table_names", &table_names));
-    TF_RETURN_IF_ERROR(context->GetAttr("table_ids", &table_ids));
-    const size_t tables = widths.size();
-    if (!(table_names.size() == tables && table_ids.empty()) && !(table_ids.size() == tables && table_names.empty())) {
-      return absl::InvalidArgumentError("give one table name or one table id for each of the " +
-                                        std::to_string(tables) + " tables, not both");
-    }
-    for (int32_t width : widths) {
-      if (width <= 0) {
-        return absl::InvalidArgumentError("emb_vec_size must be positive, got " + std::to_string(width));
-      }
+                                        std::to_string(tables[0].width) + " and " + std::to_string(table.width));
     }
     return absl::OkStatus();
-  }
-
-  // Index in its model of the i-th table of the op.
-  Result<uint32_t> Table(const LookupSession& session, size_t i) const {
-    if (!table_names.empty()) return session.FindTable(table_names[i]);
-    if (table_ids[i] < 0) return InvalidArgument("table_id must not be negative, got " + std::to_string(table_ids[i]));
-    return static_cast<uint32_t>(table_ids[i]);  // the session checks the upper end
   }
 
   // Table and width of the i-th table's part of a lookup.
   template <typename Lookup>
   absl::Status SetTable(const LookupSession& session, size_t i, Lookup* lookup) const {
-    const Result<uint32_t> table = Table(session, i);
-    if (!table.ok()) return ToTensorFlow(table.status());
-    lookup->table = *table;
-    lookup->width = static_cast<uint32_t>(widths[i]);
+    const ListedTable& table = tables[i];
+    lookup->width = static_cast<uint32_t>(table.width);
+    if (table.name.empty()) {
+      if (table.number < 0) {
+        return absl::InvalidArgumentError("table_id must not be negative, got " + std::to_string(table.number));
+      }
+      lookup->table = static_cast<uint32_t>(table.number);  // the session checks the upper end
+      return absl::OkStatus();
+    }
+    const Result<uint32_t> found = session.FindTable(table.name);
+    if (!found.ok()) return ToTensorFlow(found.status());
+    lookup->table = *found;
     return absl::OkStatus();
   }
 };
@@ -135,7 +119,7 @@ class LookupKernel : public tensorflow::OpKernel {
   virtual absl::Status LookupOnGpu(tensorflow::OpKernelContext* context, const LookupSession& session, int gpu,
                                    const LookupOptions& options) = 0;
 
-  int num_tables() const { return static_cast<int>(attributes_.widths.size()); }
+  int num_tables() const { return static_cast<int>(attributes_.tables.size()); }
 
   LookupAttributes attributes_;
 };

@@ -1,5 +1,5 @@
-// HierarchicalParameterServer>Lookup: rows for keys, several tables in one call. Not stateful, with a resource input:
-// lookups of one function run side by side, and none is folded into a constant.
+// HierarchicalParameterServer>Lookup and >LookupWithFound: rows for keys, several tables in one call. Not stateful,
+// with a resource input: lookups of one function run side by side, and none is folded into a constant.
 
 #include "cc/ops/lookup_kernel.h"
 #include "tensorflow/core/common_runtime/input_colocation_exemption_registry.h"
@@ -12,59 +12,63 @@ namespace tf = tensorflow;
 using tf::shape_inference::InferenceContext;
 using tf::shape_inference::ShapeHandle;
 
+absl::Status SetShapes(InferenceContext* context, bool found) {
+  LookupAttributes attributes;
+  TF_RETURN_IF_ERROR(attributes.ReadEach(context));
+  const int tables = static_cast<int>(attributes.tables.size());
+  for (int i = 0; i < tables; ++i) {
+    ShapeHandle rows;
+    ShapeHandle keys = context->input(1 + i);
+    TF_RETURN_IF_ERROR(context->Concatenate(keys, context->Vector(attributes.tables[i].width), &rows));
+    context->set_output(i, rows);
+    if (found) context->set_output(tables + i, keys);
+  }
+  return absl::OkStatus();
+}
+
 REGISTER_OP("HierarchicalParameterServer>Lookup")
     .Input("server: resource")
     .Input("keys: N * Tkeys")
     .Output("rows: N * float")
-    .Output("found: M * bool")
     .Attr("N: int >= 1")
-    .Attr("M: int >= 0")
     .Attr("Tkeys: {int32, int64}")
-    .Attr("model: string")
-    .Attr("table_names: list(string) = []")
-    .Attr("table_ids: list(int) = []")
-    .Attr("widths: list(int)")
-    .SetShapeFn([](InferenceContext* context) {
-      LookupAttributes attributes;
-      TF_RETURN_IF_ERROR(attributes.Read(context));
-      int found = 0;
-      TF_RETURN_IF_ERROR(context->GetAttr("M", &found));
-      const int tables = static_cast<int>(attributes.widths.size());
-      if (found != 0 && found != tables) {
-        return absl::InvalidArgumentError("M must be 0 (no found masks) or N, got " + std::to_string(found));
-      }
-      for (int i = 0; i < tables; ++i) {
-        ShapeHandle rows;
-        ShapeHandle keys = context->input(1 + i);
-        TF_RETURN_IF_ERROR(context->Concatenate(keys, context->Vector(attributes.widths[i]), &rows));
-        context->set_output(i, rows);
-        if (found != 0) context->set_output(tables + i, keys);
-      }
-      return absl::OkStatus();
-    })
+    .Attr("tables: string")
+    .SetShapeFn([](InferenceContext* context) { return SetShapes(context, /*found=*/false); })
     .Doc(R"doc(
 Looks up the rows of keys, for several tables of one model in one call.
 
 server: handle of the parameter server.
 keys: per table, of any shape S.
 rows: per table, float32 of shape S + [width]; the row of a key that no tier holds is the table's default value.
-found: per table, of shape S: true where a tier held the key. Empty list when M is 0.
-table_names: the tables by name; or
-table_ids: by their number in the model.
-widths: float32 values in a row of each table; another width than the table's is an error.
+tables: model/table:width,table:width,... with one table for each of the keys, by its name or by # and its number in the
+  model; another width than the table's is an error.
 )doc");
 
-template <typename T>
+REGISTER_OP("HierarchicalParameterServer>LookupWithFound")
+    .Input("server: resource")
+    .Input("keys: N * Tkeys")
+    .Output("rows: N * float")
+    .Output("found: N * bool")
+    .Attr("N: int >= 1")
+    .Attr("Tkeys: {int32, int64}")
+    .Attr("tables: string")
+    .SetShapeFn([](InferenceContext* context) { return SetShapes(context, /*found=*/true); })
+    .Doc(R"doc(
+As Lookup, in host memory, and says of each key whether a tier holds it.
+
+found: per table, of shape S: true where a tier held the key.
+)doc");
+
+template <typename T, bool kFound>
 class LookupOp : public LookupKernel {
  public:
   explicit LookupOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
-    OP_REQUIRES_OK(context, attributes_.Read(context));
-    OP_REQUIRES_OK(context, context->GetAttr("M", &found_count_));
+    OP_REQUIRES_OK(context, attributes_.ReadEach(context));
   }
 
  private:
   // Caches do not tell whether a tier holds a key.
-  bool MayUseCaches() const override { return found_count_ == 0; }
+  bool MayUseCaches() const override { return !kFound; }
 
   absl::Status LookupOnHost(tf::OpKernelContext* context, const LookupSession& session,
                             const LookupOptions& options) override {
@@ -79,11 +83,11 @@ class LookupOp : public LookupKernel {
       TF_RETURN_IF_ERROR(tensors.Input(1 + i, &keys[i]));
       TF_RETURN_IF_ERROR(KeysOf<T>(tensors, keys[i], &wide_keys[i], &lookup.keys));
       tf::TensorShape shape = keys[i].shape();
-      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attributes_.widths[i]));
+      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attributes_.tables[i].width));
       tf::Tensor rows;
       TF_RETURN_IF_ERROR(tensors.AllocateOutput(i, shape, &rows));
       lookup.rows = rows.flat<float>().data();
-      if (found_count_ == 0) continue;
+      if (!kFound) continue;
       tf::Tensor found;
       TF_RETURN_IF_ERROR(tensors.AllocateOutput(tables + i, keys[i].shape(), &found));
       lookup.found = found.flat<bool>().data();
@@ -103,23 +107,27 @@ class LookupOp : public LookupKernel {
       TF_RETURN_IF_ERROR(attributes_.SetTable(session, i, &lookup));
       TF_RETURN_IF_ERROR(SetDeviceKeys<T>(context, keys, &wide_keys[i], &lookup));
       tf::TensorShape shape = keys.shape();
-      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attributes_.widths[i]));
+      TF_RETURN_IF_ERROR(shape.AddDimWithStatus(attributes_.tables[i].width));
       tf::Tensor* rows = nullptr;
       TF_RETURN_IF_ERROR(context->allocate_output(i, shape, &rows));
       lookup.rows = rows->flat<float>().data();
     }
     return ToTensorFlow(session.LookupOnDevice(gpu, lookups, StreamOf(context), options));
   }
-
-  int found_count_ = 0;
 };
 
-HPS_REGISTER_LOOKUP("HierarchicalParameterServer>Lookup", LookupOp, "Tkeys", .HostMemory("server"));
+template <typename T>
+using RowsOp = LookupOp<T, false>;
+template <typename T>
+using RowsAndFoundOp = LookupOp<T, true>;
+HPS_REGISTER_LOOKUP("HierarchicalParameterServer>Lookup", RowsOp, "Tkeys", .HostMemory("server"));
+HPS_REGISTER_LOOKUP("HierarchicalParameterServer>LookupWithFound", RowsAndFoundOp, "Tkeys", .HostMemory("server"));
 
 }  // namespace
 }  // namespace hps
 
 namespace tensorflow {
-// The handle stays on the CPU, wherever the lookup runs.
+// The handle stays on the CPU, wherever lookups run.
 REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>Lookup");
+REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>LookupWithFound");
 }  // namespace tensorflow

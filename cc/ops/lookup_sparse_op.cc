@@ -45,21 +45,18 @@ REGISTER_OP("HierarchicalParameterServer>LookupSparse")
     .Attr("N: int >= 1")
     .Attr("W: int >= 0")
     .Attr("Tkeys: {int32, int64}")
-    .Attr("model: string")
-    .Attr("table_names: list(string) = []")
-    .Attr("table_ids: list(int) = []")
-    .Attr("widths: list(int)")
+    .Attr("tables: string")
     .Attr("combiners: list({'sum', 'mean', 'sqrtn'})")
     .Attr("segment_format: {'indices', 'row_splits'}")
     .SetShapeFn([](InferenceContext* context) {
       LookupAttributes attributes;
-      TF_RETURN_IF_ERROR(attributes.Read(context));
+      TF_RETURN_IF_ERROR(attributes.ReadEach(context));
       std::string format;
       TF_RETURN_IF_ERROR(context->GetAttr("segment_format", &format));
-      const int tables = static_cast<int>(attributes.widths.size());
+      const int tables = static_cast<int>(attributes.tables.size());
       for (int i = 0; i < tables; ++i) {
         DimensionHandle rows = RowDimension(context, format == "row_splits", 1 + tables + i, 1 + 2 * tables + i);
-        context->set_output(i, context->Matrix(rows, attributes.widths[i]));
+        context->set_output(i, context->Matrix(rows, attributes.tables[i].width));
       }
       return absl::OkStatus();
     })
@@ -73,6 +70,7 @@ segments: per table; segment_format "indices": a SparseTensor's indices [n, rank
 dense_shapes: per table, the SparseTensor's dense shape [rank], which bounds the indices; not read for row_splits.
 weights: per table, one weight per key, shape [n]; empty list when W is 0.
 combined: per table, float32 [rows, width]; an output row without keys is zero.
+tables: as of Lookup.
 combiners: per table.
 )doc");
 
@@ -148,14 +146,14 @@ template <typename T>
 class LookupSparseOp : public LookupKernel {
  public:
   explicit LookupSparseOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
-    OP_REQUIRES_OK(context, attributes_.Read(context));
+    OP_REQUIRES_OK(context, attributes_.ReadEach(context));
     std::string format;
     OP_REQUIRES_OK(context, context->GetAttr("segment_format", &format));
     row_splits_ = format == "row_splits";
     OP_REQUIRES_OK(context, context->GetAttr("W", &weight_count_));
     std::vector<std::string> combiners;
     OP_REQUIRES_OK(context, context->GetAttr("combiners", &combiners));
-    const size_t tables = attributes_.widths.size();
+    const size_t tables = attributes_.tables.size();
     OP_REQUIRES(context, combiners.size() == tables,
                 absl::InvalidArgumentError("combiners must name one combiner for each of the " +
                                            std::to_string(tables) + " tables"));
@@ -183,7 +181,8 @@ class LookupSparseOp : public LookupKernel {
       TF_RETURN_IF_ERROR(tensors.Input(1 + tables + i, &of.segments));
       const tf::Tensor& dense_shape = context->input(1 + 2 * tables + i);
       tf::TensorShape shape;
-      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, of.keys, of.segments, dense_shape, attributes_.widths[i], &shape));
+      TF_RETURN_IF_ERROR(
+          CheckShapes(row_splits_, of.keys, of.segments, dense_shape, attributes_.tables[i].width, &shape));
       lookup.combiner = combiners_[i];
       TF_RETURN_IF_ERROR(KeysOf<T>(tensors, of.keys, &of.wide_keys, &lookup.keys));
       if (!row_splits_) {
@@ -216,7 +215,7 @@ class LookupSparseOp : public LookupKernel {
       const tf::Tensor& segments = context->input(1 + tables + i);
       const tf::Tensor& dense_shape = context->input(1 + 2 * tables + i);
       tf::TensorShape shape;
-      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, keys, segments, dense_shape, attributes_.widths[i], &shape));
+      TF_RETURN_IF_ERROR(CheckShapes(row_splits_, keys, segments, dense_shape, attributes_.tables[i].width, &shape));
       const int64_t rows = shape.dim_size(0);
       if (rows > std::numeric_limits<uint32_t>::max()) {
         return absl::InvalidArgumentError(std::to_string(rows) + " output rows of one table in one lookup on a GPU");

@@ -20,10 +20,7 @@ REGISTER_OP("HierarchicalParameterServer>LookupStacked")
     .Input("keys: Tkeys")
     .Output("rows: float")
     .Attr("Tkeys: {int32, int64}")
-    .Attr("model: string")
-    .Attr("table_names: list(string) = []")
-    .Attr("table_ids: list(int) = []")
-    .Attr("widths: list(int)")
+    .Attr("tables: string")
     .SetShapeFn([](InferenceContext* context) {
       LookupAttributes attributes;
       TF_RETURN_IF_ERROR(attributes.ReadStacked(context));
@@ -31,8 +28,8 @@ REGISTER_OP("HierarchicalParameterServer>LookupStacked")
       TF_RETURN_IF_ERROR(context->WithRankAtLeast(context->input(1), 1, &keys));
       DimensionHandle tables;
       TF_RETURN_IF_ERROR(
-          context->WithValue(context->Dim(keys, -1), static_cast<int64_t>(attributes.widths.size()), &tables));
-      TF_RETURN_IF_ERROR(context->Concatenate(keys, context->Vector(attributes.widths[0]), &rows));
+          context->WithValue(context->Dim(keys, -1), static_cast<int64_t>(attributes.tables.size()), &tables));
+      TF_RETURN_IF_ERROR(context->Concatenate(keys, context->Vector(attributes.tables[0].width), &rows));
       context->set_output(0, rows);
       return absl::OkStatus();
     })
@@ -42,7 +39,7 @@ Looks up one row of each of several tables of equal width for each sample.
 server: handle of the parameter server.
 keys: of shape S + [tables]; the last dimension counts the tables.
 rows: float32 of shape S + [tables, width]; the row of a key that no tier holds is the table's default value.
-widths: float32 values in a row of each table: all the same.
+tables: as of Lookup, all of one width.
 )doc");
 
 template <typename T>
@@ -56,7 +53,7 @@ class LookupStackedOp : public LookupKernel {
   static constexpr size_t kGrain = 1024;  // samples of a table that are copied at a time
 
   int64_t tables() const { return num_tables(); }
-  int64_t width() const { return attributes_.widths[0]; }
+  int64_t width() const { return attributes_.tables[0].width; }
   // Of the rows; the keys' last dimension must count the tables.
   absl::Status RowsShape(const tf::Tensor& keys, tf::TensorShape* shape) const {
     *shape = keys.shape();

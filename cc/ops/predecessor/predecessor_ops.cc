@@ -72,10 +72,9 @@ class LookupOp : public LookupKernel {
  public:
   explicit LookupOp(tf::OpKernelConstruction* context) : LookupKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("model_name", &attributes_.model));
-    attributes_.table_ids.resize(1);
-    attributes_.widths.resize(1);
-    OP_REQUIRES_OK(context, context->GetAttr("table_id", &attributes_.table_ids[0]));
-    OP_REQUIRES_OK(context, context->GetAttr("emb_vec_size", &attributes_.widths[0]));
+    attributes_.tables.resize(1);
+    OP_REQUIRES_OK(context, context->GetAttr("table_id", &attributes_.tables[0].number));
+    OP_REQUIRES_OK(context, context->GetAttr("emb_vec_size", &attributes_.tables[0].width));
   }
 
  private:
@@ -113,7 +112,7 @@ class LookupOp : public LookupKernel {
 
   absl::Status RowsShape(tf::OpKernelContext* context, tf::TensorShape* shape) const {
     *shape = context->input(0).shape();
-    return shape->AddDimWithStatus(attributes_.widths[0]);
+    return shape->AddDimWithStatus(attributes_.tables[0].width);
   }
 };
 
