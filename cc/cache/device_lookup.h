@@ -38,7 +38,7 @@ namespace hps {
 
 // One table's part of a call.
 struct CachedLookup {
-  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup
+  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup, or shared with its workspaces
   uint32_t table = 0;                  // for the row source
   const Key* keys = nullptr;           // (count), device memory
   uint32_t count = 0;

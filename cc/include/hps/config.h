@@ -41,6 +41,7 @@ struct ModelConfig {
   std::string name;
   std::vector<TableConfig> tables;
   uint32_t max_batch_size = 64;  // sizes buffers, is no limit
+  bool share_tables = false;     // with all models that say so and name the same folders: one copy of rows and caches
   // GPU cache.
   bool gpucache = true;
   double gpucacheper = 0.2;
