@@ -257,6 +257,7 @@ Result<std::shared_ptr<SharedTable>> SharedTables::Build(const ModelConfig& hidd
   }
   auto table = std::make_shared<SharedTable>(hidden.name, hidden.tables[0].path, std::move(version), resources_);
   table->slot.Publish(model);
+  for (const Entry& entry : entries()) entry.table->outdated |= entry.table->slot.name() == hidden.name;
   if (model->caches) model->caches->Start(*resources_->devices);
   std::lock_guard lock(mutex_);
   entries_.push_back({table, {}});
@@ -334,7 +335,7 @@ void SharedTables::LetGoOf(SharedTable& table) {
   const std::string stored = PersistentTableOf(*model);
   let_go_(std::move(model));
   TableStore* const persistent = resources_->persistent_store.get();
-  if (!Writable(persistent)) return;
+  if (!table.outdated || !Writable(persistent)) return;
   // A generation that was kept for a model, and that the record does not name any more.
   const auto record = ReadModelRecord(*persistent, table.slot.name());
   if (!record.ok()) return;

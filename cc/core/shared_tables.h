@@ -41,6 +41,7 @@ struct SharedTable {
   const std::string folder;   // canonical
   const std::string version;  // of its rows: what a load would give is compared with it
   ModelSlot slot;             // the model of one table; its versions differ by their devices only
+  bool outdated = false;      // the folder's rows were loaded again, for others; of SharedTables
 };
 
 // The name of a folder's rows in stores and metrics. `path` need not be canonical.

@@ -165,6 +165,9 @@ class DeviceServerSuite : public ::testing::TestWithParam<ServerFixture>, public
 // Caches of whole tables in the ways that their rows may lie.
 class DeviceRowsSuite : public DeviceServerSuite {};
 
+// Models that share tables: their rows and their caches.
+class SharedTablesSuite : public DeviceServerSuite {};
+
 // Those of the predecessor's serving backend: one or several models on one or several devices of a node, each with
 // several instances (sessions).
 class SharingScenarios : public DeviceServerSuite {
