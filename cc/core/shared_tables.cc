@@ -5,12 +5,9 @@
 #include "cc/core/shared_tables.h"
 
 #include <algorithm>
-#include <cctype>
-#include <filesystem>
 #include <map>
 #include <optional>
 
-#include "cc/base/hash.h"
 #include "cc/core/model_record.h"
 #include "hps/log.h"
 #include "hps/model_reader.h"
@@ -20,20 +17,12 @@ namespace {
 
 constexpr const char* kRows = "rows";  // the table's name within its model
 
-std::string Canonical(const std::string& path) {
-  std::error_code error;
-  const std::filesystem::path canonical = std::filesystem::weakly_canonical(path, error);
-  std::string text = error ? std::filesystem::path(path).lexically_normal().string() : canonical.string();
-  while (text.size() > 1 && text.back() == '/') text.pop_back();  // of a folder that is not there
-  return text;
-}
-
 // The model of one table that a model's table is part of.
 ModelConfig HiddenModel(const ModelConfig& model, const TableConfig& table, std::vector<int32_t> devices) {
   ModelConfig hidden = model;
   hidden.share_tables = false;
   hidden.tables = {table};
-  hidden.tables[0].path = Canonical(table.path);
+  hidden.tables[0].path = CanonicalFolder(table.path);
   hidden.tables[0].name = kRows;
   hidden.name = SharedTableName(table.path);
   hidden.deployed_devices = std::move(devices);
@@ -112,20 +101,6 @@ std::string PersistentTableOf(const Model& model) {
 }
 
 }  // namespace
-
-std::string SharedTableName(const std::string& path) {
-  constexpr size_t kMostOfName = 60;
-  const std::string canonical = Canonical(path);
-  std::string name = std::filesystem::path(canonical).filename().string().substr(0, kMostOfName);
-  for (char& c : name) {
-    if (!std::isalnum(static_cast<unsigned char>(c)) && c != '_' && c != '-') c = '_';
-  }
-  uint64_t hash = canonical.size();
-  for (const char c : canonical) hash = SlotHash(hash ^ static_cast<unsigned char>(c));
-  char digits[17];
-  std::snprintf(digits, sizeof(digits), "%016llx", static_cast<unsigned long long>(hash));
-  return "shared-" + name + "-" + digits;
-}
 
 std::vector<int32_t> SharedTables::DevicesOf(const ModelConfig& model) const {
   return ModelCaches::Wanted(model, resources_->devices.get()) ? model.deployed_devices : std::vector<int32_t>();

@@ -3,8 +3,8 @@
 // A shared table is one folder's rows: one table in each tier and one cache on each device, for all models that share
 // tables and name the folder. It is built, recorded, claimed, updated and let go of as a model of its own with the
 // single table "rows", which no session can reach: a model's table borrows its tiers and caches when it is built
-// (ModelTable::shared), so a lookup takes the same way as over tables of the model's own. In stores and metrics it has
-// a name made of the folder's canonical path, whichever model comes first.
+// (ModelTable::shared), so a lookup takes the same way as over tables of the model's own. In stores and metrics that
+// model has a name made of the folder's canonical path (SharedTableName), whichever model comes first.
 //
 // The rows of a folder have versions, as models have. A model that is loaded or replaced joins the rows that are held
 // where a load would give just those; where the folder has changed since, it gets new ones, and models that are not
@@ -43,9 +43,6 @@ struct SharedTable {
   ModelSlot slot;             // the model of one table; its versions differ by their devices only
   bool outdated = false;      // the folder's rows were loaded again, for others; of SharedTables
 };
-
-// The name of a folder's rows in stores and metrics. `path` need not be canonical.
-std::string SharedTableName(const std::string& path);
 
 class SharedTables {
  public:

@@ -61,6 +61,8 @@ TEST_F(SharedTablesTest, TheNameIsThatOfTheFolderHoweverItIsWritten) {
   for (const char* path : {"t/", "t/.", "t/../t", "link", "link/"}) EXPECT_EQ(SharedTableName(folder_ / path), name);
   EXPECT_NE(SharedTableName(folder_ / "t2"), name);
   EXPECT_NE(SharedTableName(folder_ / "t/t"), name);
+  // Stores are full of it.
+  EXPECT_EQ(SharedTableName("/nowhere/item features"), "shared-item-features-79ae7f27d8de9f5d");
   // Of a folder that is not there, too; and what a store allows.
   EXPECT_EQ(SharedTableName(folder_ / "gone"), SharedTableName(folder_ / "gone/"));
   const std::string odd = SharedTableName("/" + std::string(200, 'x') + "\xc3\xa4 .{}");

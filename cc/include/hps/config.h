@@ -146,6 +146,12 @@ Result<ModelConfig> ParseModelConfig(std::string_view json, std::string_view ori
 Status MakePathsAbsolute(const std::string& folder, ServerConfig* config);
 Status MakePathsAbsolute(const std::string& folder, ModelConfig* model);
 
+// A table's folder however it is written: absolute, without links, also where it is not there.
+std::string CanonicalFolder(const std::string& path);
+// The name that stores and metrics have, in the place of a model's, for the rows that models share (share_tables): made
+// of the canonical folder. Its one table is "rows".
+std::string SharedTableName(const std::string& path);
+
 // The configuration in one normal form: every key spelt out, sorted, without secrets and without `origin`. Equal
 // configurations give equal text.
 std::string CanonicalJson(const ServerConfig& config);
