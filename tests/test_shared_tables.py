@@ -113,6 +113,12 @@ def test_memory_counts_shared_rows_and_caches_once(tmp_path, folder, capsys):
     plan_of(True, {"a": [0], "b": [0]})
     assert main(["memory", str(tmp_path / "ps.json"), "--gpu-memory", "1GiB"]) == 0
     assert "shared: a/items" in capsys.readouterr().out
+    differing = [
+        sharing("a", folder, gpucache=True),
+        sharing("b", folder, gpucache=True, gpucacheper=0.7),
+    ]
+    refused = memory_plan(write_config(tmp_path / "ps.json", differing), gpu_memory=1 << 30)
+    assert "b/items: its cache is not as that of the models that share its folder" in "".join(refused.notes)
     pinned = [
         memory_plan(
             write_config(
@@ -153,5 +159,5 @@ def test_inference_params_have_the_key(folder):
         maxnum_catfeature_query_per_table_per_sample=[1],
         share_tables=True,
     )
-    with hps.ParameterServer(hps.ParameterServerConfig(params)) as server:
+    with hps.ParameterServer(hps.ParameterServerConfig(inference_params_array=[params])) as server:
         assert server.stats()["shared_tables"][0]["models"] == ["a"]

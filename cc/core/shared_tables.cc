@@ -5,6 +5,7 @@
 #include "cc/core/shared_tables.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <map>
 #include <optional>
 
@@ -34,8 +35,8 @@ struct Difference {
 };
 
 std::string Text(double value) {
-  std::string text = std::to_string(value);
-  text.erase(std::max(text.find_last_not_of('0') + 1, text.find('.') + 2));
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
   return text;
 }
 

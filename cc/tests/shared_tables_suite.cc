@@ -317,10 +317,10 @@ TEST_P(SharedTablesSuite, WhatMustBeTheSameIsRefusedBeforeAnythingIsLoaded) {
       {"fp8_quant", "false", "true", [](ModelConfig& m) { m.fp8_quant = true; }},
       {"cache_refresh_percentage_per_iteration", "0.1", "0.5",
        [](ModelConfig& m) { m.cache_refresh_percentage_per_iteration = 0.5; }},
-      {"refresh_delay", "0.0", "2.0", [](ModelConfig& m) { m.refresh_delay_seconds = 2; }},
-      {"refresh_interval", "0.0", "1.5", [](ModelConfig& m) { m.refresh_interval_seconds = 1.5; }},
-      {"default_value_for_each_table", "-1.0", "7.0", [](ModelConfig& m) { m.tables[0].default_value = 7; }},
-      {"embedding_vecsize_per_table", "4.0", "8.0", [](ModelConfig& m) { m.tables[0].width = 8; }},
+      {"refresh_delay", "0", "2", [](ModelConfig& m) { m.refresh_delay_seconds = 2; }},
+      {"refresh_interval", "0", "1.5", [](ModelConfig& m) { m.refresh_interval_seconds = 1.5; }},
+      {"default_value_for_each_table", "-1", "7", [](ModelConfig& m) { m.tables[0].default_value = 7; }},
+      {"embedding_vecsize_per_table", "4", "8", [](ModelConfig& m) { m.tables[0].width = 8; }},
   };
   auto server = Open({a});
   const uint64_t bytes = Bytes(0), upserts = faults_->upserts();

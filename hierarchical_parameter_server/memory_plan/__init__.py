@@ -211,7 +211,7 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
                           "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
         return
     pinned = pinned_rows = pinned_largest = 0
-    counted: set[tuple[int, str]] = set()  # devices and shared tables that have their cache there
+    counted: dict[tuple[int, str], tuple] = {}  # caches of shared tables, by device and name
     for model in models:
         tables = [table for table in plan.tables if table.model == model["model"]]
         try:
@@ -226,11 +226,15 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
                 plan.gpus[device].items["buffers of writes to caches"] = _native.cache_writer_bytes
                 pinned += _native.cache_writer_bytes
             cached = 0
-            for table, (rows, size, pinned_size) in zip(tables, table_caches, strict=True):
-                table.gpu_rows = rows
-                if table.shared_as and (device, table.shared_as) in counted:
+            for table, cache in zip(tables, table_caches, strict=True):
+                table.gpu_rows, size, pinned_size = cache
+                if table.shared_as and counted.setdefault((device, table.shared_as), cache) is not cache:
+                    if counted[device, table.shared_as] != cache:
+                        plan.notes.append(
+                            f"{table.name}: its cache is not as that of the models that share its folder "
+                            f"{table.folder}: a server refuses the load"
+                        )
                     continue
-                counted.add((device, table.shared_as))
                 table.gpu_bytes = size
                 cached += size
                 model_pinned += pinned_size
