@@ -31,7 +31,7 @@ struct ModelTable {
   std::string name;
   TierStack stack;
   std::shared_ptr<SharedTable> shared = nullptr;  // whose tiers and caches these are; nullptr: the model's own
-  std::string source;  // where this version's rows came from: "folder" or "persistent"
+  std::string source;                             // where this version's rows came from: "folder" or "persistent"
   LoadReport load;
 };
 

@@ -71,7 +71,7 @@ struct CacheBuildOptions {
   Executor* io_executor = nullptr;  // likewise
   const std::atomic<bool>* cancelled = nullptr;
   CacheParts parts = CacheParts::kAll;  // kWorkspaces: all tables are shared
-  const ModelCaches* kept = nullptr;    // of the version before, of the same tables: stay where the model has the device
+  const ModelCaches* kept = nullptr;  // of the version before, of the same tables: stay where the model has the device
 };
 
 class ModelCaches {

@@ -79,8 +79,8 @@ Status Refuse(const Difference& difference, const std::string& folder, const std
   const bool same = there == here;
   return InvalidArgument("model '" + here + "' shares the table folder " + folder + " with " +
                          (same ? "itself, as it is loaded or in another table" : "model '" + there + "'") +
-                         " (\"share_tables\": true), but " + difference.key + " is " + difference.there + " there and " +
-                         difference.here + " here; give both the same, or leave share_tables out" +
+                         " (\"share_tables\": true), but " + difference.key + " is " + difference.there +
+                         " there and " + difference.here + " here; give both the same, or leave share_tables out" +
                          (same ? "" : " of one") + ". Of rows that are loaded it changes when no model uses them");
 }
 
@@ -260,8 +260,8 @@ Status SharedTables::SetDevices(SharedTable& table, ModelConfig config, const st
     options.cancelled = cancelled;
     options.parts = CacheParts::kTables;
     options.kept = before->caches.get();
-    auto caches = ModelCaches::Build(model->config, std::span(&cached, 1), options, *resources_->devices,
-                                     resources_->metrics);
+    auto caches =
+        ModelCaches::Build(model->config, std::span(&cached, 1), options, *resources_->devices, resources_->metrics);
     if (!caches.ok()) {
       table.slot.updates().AbandonVersion();
       return caches.status();
@@ -290,9 +290,8 @@ void SharedTables::ReleaseOne(const std::string& model, const std::vector<int32_
     const auto found =
         std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.table.get() == &table; });
     if (found == entries_.end()) return;  // the server was closed
-    const auto use = std::find_if(found->uses.begin(), found->uses.end(), [&](const Use& each) {
-      return each.model == model && each.devices == devices;
-    });
+    const auto use = std::find_if(found->uses.begin(), found->uses.end(),
+                                  [&](const Use& each) { return each.model == model && each.devices == devices; });
     if (use != found->uses.end()) found->uses.erase(use);
     for (const Use& each : found->uses) wanted = Union(std::move(wanted), each.devices);
     (found->uses.empty() ? unused : used) = found->table;
@@ -302,7 +301,8 @@ void SharedTables::ReleaseOne(const std::string& model, const std::vector<int32_
   const auto current = used->slot.Current();
   if (!current.ok() || wanted.size() == (*current)->config.deployed_devices.size()) return;
   const Status set = SetDevices(*used, (*current)->config, wanted, nullptr);
-  if (!set.ok()) Log(LogLevel::kWarning, "shared table folder " + used->folder + ": its caches stay: " + set.ToString());
+  if (!set.ok())
+    Log(LogLevel::kWarning, "shared table folder " + used->folder + ": its caches stay: " + set.ToString());
 }
 
 void SharedTables::LetGoOf(SharedTable& table) {

@@ -41,8 +41,8 @@ TEST_P(SharedTablesSuite, OneCopyOfRowsAndCaches) {
     ModelConfig rows = Model("rows", 1, {0, 1}, {1000, 300});
     rows.init_ec = true;
     const std::vector<uint64_t> counts = {1000, 300};
-    const uint64_t needed = kWriterBytes + Planned(rows, CacheParts::kTables, counts) +
-                            2 * Planned(rows, CacheParts::kWorkspaces, counts);
+    const uint64_t needed =
+        kWriterBytes + Planned(rows, CacheParts::kTables, counts) + 2 * Planned(rows, CacheParts::kWorkspaces, counts);
     const std::vector<ModelConfig> models = {Sharing(rows, "a", {0, 1}), Sharing(rows, "b", {0, 1})};
     OpenDevices(needed - 1);
     const uint64_t upserts = faults_->upserts();
@@ -330,7 +330,7 @@ TEST_P(SharedTablesSuite, WhatMustBeTheSameIsRefusedBeforeAnythingIsLoaded) {
     const std::vector<std::string> parts = {"model 'b' shares", rows.tables[0].path, "model 'a'", "share_tables",
                                             each.key + " is " + each.there + " there and " + each.here + " here"};
     ExpectError(ParameterServer::Open(Config({a, other}), Options()).status(), StatusCode::kInvalidArgument, parts);
-    if (each.key == "embedding_vecsize_per_table") continue;  // the folder has one width
+    if (each.key == "embedding_vecsize_per_table") continue;                      // the folder has one width
     const bool plans = each.key != "enable_pagelock" && each.key != "fp8_quant";  // need another type
     ExpectError(server->LoadModel(other), StatusCode::kInvalidArgument, plans ? parts : std::vector{each.key});
     other.deployed_devices.clear();

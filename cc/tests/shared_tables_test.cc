@@ -229,8 +229,9 @@ TEST_F(SharedTablesTest, SeveralProcessesOverSharedMemory) {
   config.volatile_db.type = VolatileType::kMultiProcessHashMap;
   config.volatile_db.shared_memory_name = folder_.path().filename().string();
   config.volatile_db.shared_memory_bytes = 16 << 20;
-  RunNodes(*this, config, [&](const char* name) { return Model(name); },
-           [&](uint32_t version) { WriteTable(folder_ / "t", kKeys, kWidth, version); });
+  RunNodes(
+      *this, config, [&](const char* name) { return Model(name); },
+      [&](uint32_t version) { WriteTable(folder_ / "t", kKeys, kWidth, version); });
   ::shm_unlink(("/" + config.volatile_db.shared_memory_name).c_str());
 }
 
@@ -239,8 +240,9 @@ TEST_F(SharedTablesTest, SeveralNodesOverRedis) {
   ServerConfig config = Config(Tiers::kVolatile, {});
   config.volatile_db.type = VolatileType::kRedisCluster;
   config.volatile_db.address = redis->address_list();
-  RunNodes(*this, config, [&](const char* name) { return Model(name); },
-           [&](uint32_t version) { WriteTable(folder_ / "t", kKeys, kWidth, version); });
+  RunNodes(
+      *this, config, [&](const char* name) { return Model(name); },
+      [&](uint32_t version) { WriteTable(folder_ / "t", kKeys, kWidth, version); });
   // A node that takes what the others have put there, also later.
   config.volatile_db.initialize_after_startup = false;
   config.models = {Model("a"), Model("b")};
