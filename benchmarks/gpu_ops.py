@@ -122,11 +122,12 @@ def report(kind: str, taken: dict, base: str, **about) -> None:
 def measure_ops(rows: np.ndarray, empty_op: str | None, seconds: float) -> None:
     variable = tf.Variable(rows)
     server = server_resource("")
+    dynamic, static = [TableRef("one_dynamic", "t", WIDTH)], [TableRef("one_static", "t", WIDTH)]
     peers = {
         "tf.nn.embedding_lookup": lambda ids: tf.nn.embedding_lookup(variable, ids),
         "tf.gather": lambda ids: tf.raw_ops.ResourceGather(resource=variable.handle, indices=ids, dtype=tf.float32),
-        "dynamic cache": lambda ids: lookup(server, [ids], [TableRef("one_dynamic", "t", WIDTH)])[0],
-        "static cache": lambda ids: lookup(server, [ids], [TableRef("one_static", "t", WIDTH)])[0],
+        "dynamic cache": lambda ids: lookup(server, [ids], dynamic)[0],
+        "static cache": lambda ids: lookup(server, [ids], static)[0],
     }
     if empty_op:
         empty = tf.load_op_library(empty_op).hps_benchmark_empty_kernel

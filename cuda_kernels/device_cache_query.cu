@@ -34,7 +34,8 @@ constexpr uint32_t kWarpKeys = 128;  // at most so many keys go to one warp
 // one), many where there is enough, so that the end is less ragged.
 constexpr uint64_t kManyWaves = 16;
 constexpr uint64_t kEnoughRounds = 8;
-constexpr int kAttempts = 64;  // under writers that come again and again; then the key counts as missing, and is fetched
+constexpr int kAttempts =
+    64;  // under writers that come again and again; then the key counts as missing, and is fetched
 
 constexpr int kWideRows = 4;
 
@@ -203,7 +204,8 @@ __device__ bool FinishRarely(const PartPlan& plan, uint32_t index, bool missing,
   const uint32_t words = part.table.row_bytes / sizeof(Word);
   const int64_t key = part.keys[kStrided ? uint64_t{index} * part.key_stride : index];
   Word* const output = static_cast<Word*>(part.output) + uint64_t{index} * OutputStep<Word, kStrided>(part, words);
-  if ((!missing || Rows::ChangePlaces(part.table)) && QueryAgain<Rows, Word>(warp, part.table, key, output)) return false;
+  if ((!missing || Rows::ChangePlaces(part.table)) && QueryAgain<Rows, Word>(warp, part.table, key, output))
+    return false;
 #pragma unroll 1
   for (uint32_t word = warp.lane; word < words; word += 32) __stcs(output + word, Filled<Word>(part.default_value));
   if (warp.lane == 0) {

@@ -385,14 +385,15 @@ __global__ void __launch_bounds__(kThreads) FillKernel(const __grid_constant__ F
   });
 }
 
-// Writes that no lookup waits for use an eighth of the device: a query that comes meanwhile finds room on every
-// multiprocessor. So they still change more rows than the link can bring.
+// Writes that no lookup waits for use a sixteenth of the device: a query that comes meanwhile finds room on every
+// multiprocessor. So they still change wide rows as fast as the link brings them, and narrow ones faster than tiers do.
 unsigned BackgroundBlocks(uint64_t tiles) {
   int device = 0, processors = 1;
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
-  return static_cast<unsigned>(std::min<uint64_t>((tiles + kThreads / kLanes - 1) / (kThreads / kLanes), processors));
+  const uint64_t most = std::max(1, processors / 2);
+  return static_cast<unsigned>(std::min<uint64_t>((tiles + kThreads / kLanes - 1) / (kThreads / kLanes), most));
 }
 
 unsigned BlocksFor(uint64_t tiles_or_threads, uint64_t per_block) {

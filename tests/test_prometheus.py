@@ -114,6 +114,21 @@ def documented():
     return {name for name in names if not name.startswith(("hps_cache_", "hps_workspaces_", "hps_device_"))}
 
 
+def test_metrics_of_devices_are_documented_too():
+    """No server here has them all; each has a HELP line, and these are what the page is compared with."""
+    root = Path(__file__).parent.parent
+    source = (root / "cc/metrics/metrics.cc").read_text(encoding="utf-8")
+    helped = set(re.findall(r'^ +\{"(hps_\w+)",', source, re.MULTILINE))
+    page = (root / "docs/operations.md").read_text(encoding="utf-8")
+    names = set()
+    for cell, labels in re.findall(r"^\| (`hps_\w+_.*?) \| (.*?) \|", page, re.MULTILINE):
+        first, *others = re.findall(r"`(\w+)`", cell)
+        names |= {first} | {re.sub(r"_[a-z]+(_[a-z]+)$", rf"{other.rstrip('_')}\1", first) for other in others}
+        if re.match("`hps_cache_(rows|fills|memory|pinned|keys_asked)", cell):
+            assert labels == "model, table, device", first
+    assert names == helped
+
+
 def test_each_family_is_described_once(configs):
     with hps.ParameterServer(configs[0]) as server:
         server.lookup(np.arange(200), "a")

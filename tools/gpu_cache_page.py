@@ -40,14 +40,7 @@ COLOURS |= {"NVE": "#d55e00", "HKV": "#009e73", "HPS static": "#cc79a7", "HPS": 
 
 
 def _last_run(name: str, kinds: tuple[str, ...]) -> tuple[dict, list[dict]]:
-    """The last run of a file that has lines of these kinds, and these lines."""
-    runs: list[tuple[dict, list[dict]]] = []
-    for record in note_tables.read(name):
-        if record["kind"] == "run":
-            runs.append((record, []))
-        elif record["kind"] in kinds:
-            runs[-1][1].append(record)
-    return next((run, lines) for run, lines in reversed(runs) if lines)
+    return note_tables.last_run(note_tables.read(name), *kinds)
 
 
 def _rate(keys: int, microseconds: float) -> float:
@@ -73,13 +66,16 @@ def runs() -> str:
     sources = {
         "the cache alone": ("device_cache.jsonl", ("device_cache_hits",)),
         "pooled": ("device_cache.jsonl", ("device_cache_pooled",)),
+        "rows elsewhere or smaller": ("device_cache.jsonl", ("device_cache_rows",)),
+        "TensorFlow": ("tensorflow_gpu.jsonl", ("gpu_op", "gpu_model")),
         "whole lookups": ("device_lookup.jsonl", ("device_lookup_hits", "device_lookup_misses")),
         "peers": ("gpu_peers.jsonl", ("gpu_peer",)),
     }
     lines = []
     for what, (name, kinds) in sources.items():
         run, _ = _last_run(name, kinds)
-        lines.append([what, run["machine"], run.get("commit", ""), run["date"], f"`benchmarks/results/{name}`"])
+        machine = run.get("gpu") or run["machine"]
+        lines.append([what, machine, run.get("commit", ""), run["date"], f"`benchmarks/results/{name}`"])
     return note_tables.table(["what", "machine", "commit", "date", "lines"], lines)
 
 

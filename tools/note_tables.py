@@ -14,6 +14,17 @@ def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
+def last_run(records: list[dict], *kinds: str) -> tuple[dict, list[dict]]:
+    """The last run that has lines of these kinds, and these lines."""
+    runs: list[tuple[dict, list[dict]]] = []
+    for record in records:
+        if record["kind"] == "run":
+            runs.append((record, []))
+        elif record["kind"] in kinds:
+            runs[-1][1].append(record)
+    return next((run, lines) for run, lines in reversed(runs) if lines)
+
+
 def table(head: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
 
@@ -73,7 +84,7 @@ def uvm_exchange(records: list[dict]) -> str:
         for ways, found in cells.items()
     ]
     head = ["rows on the device", "ideal, Zipf", "as placed"]
-    return _table([*head, *(f"{text}: met there (rows moved a read)" for text in workloads.values())], lines)
+    return table([*head, *(f"{text}: met there (rows moved a read)" for text in workloads.values())], lines)
 
 
 def redis(records: list[dict]) -> str:
@@ -109,10 +120,42 @@ def device_cache(records: list[dict]) -> str:
     cells: dict[tuple[int, float], list[str]] = {}
     for record in records:
         if record["kind"] == "device_cache_hits":
-            text = f"{record['whole_ratio']:.2f} / {record['told_ratio']:.2f}"
+            text = f"{record['whole_ratio']:.2f} / {record['told_ratio']:.2f} ({record['told_of_telling']:.2f})"
             cells.setdefault((record["width"], record["zipf"]), []).append(text)
     lines = [[str(width), f"Zipf {zipf}" if zipf else "uniform", *texts] for (width, zipf), texts in cells.items()]
     return table(["width", "ids", *(f"{size:,} keys: whole / told" for size in sizes)], lines)
+
+
+def device_rows(records: list[dict]) -> str:
+    """A line for each width and way of lying, a column for each distribution and size of the batch."""
+    _, found = last_run(records, "device_cache_rows")
+    columns = sorted({(record["zipf"], record["keys"]) for record in found})
+    cells: dict[tuple[int, str], dict[tuple[float, int], str]] = {}
+    for record in found:
+        plain = record["rows"] == "float32"
+        text = f"{record['us']:.1f} us" if plain else f"{record['times_float32']:.1f}"
+        cells.setdefault((record["width"], record["rows"]), {})[record["zipf"], record["keys"]] = text
+    lines = [[str(width), rows, *(texts[at] for at in columns)] for (width, rows), texts in cells.items()]
+    titles = [f"{'Zipf' if zipf else 'uniform'}, {keys:,} keys" for zipf, keys in columns]
+    return table(["width", "rows", *titles], lines)
+
+
+def _tensorflow(records: list[dict], kind: str, base: str) -> str:
+    _, found = last_run(records, kind)
+    sizes = sorted({record["batch"] for record in found})
+    cells: dict[str, list[str]] = {}
+    for record in found:
+        cells.setdefault(record["peer"], []).append(f"{record['done_us']:,.0f} us ({record['times_as_fast']:.2f})")
+    lines = [[peer, *texts] for peer, texts in cells.items()]
+    return table([f"time (times as fast as {base})", *(f"{size:,}" for size in sizes)], lines)
+
+
+def tensorflow_ops(records: list[dict]) -> str:
+    return _tensorflow(records, "gpu_op", "tf.nn.embedding_lookup")
+
+
+def tensorflow_model(records: list[dict]) -> str:
+    return _tensorflow(records, "gpu_model", "native")
 
 
 def device_beside_writer(records: list[dict]) -> str:
@@ -140,9 +183,7 @@ def device_pooled(records: list[dict]) -> str:
 
 def device_lookup(records: list[dict]) -> str:
     lines = []
-    for record in records:
-        if record["kind"] == "run":
-            continue
+    for record in last_run(records, "device_lookup_hits", "device_lookup_misses")[1]:
         hits = record["kind"] == "device_lookup_hits"
         what = f"{record['cache']} cache, all hit" if hits else f"dynamic cache, {record['missing_keys']:,.0f} missing"
         call = f"{record['call_us']:.1f} / {record['call_p99_us']:.1f}" if hits else ""
@@ -160,7 +201,10 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "device_cache": ("device_cache.jsonl", device_cache),
     "device_beside_writer": ("device_cache.jsonl", device_beside_writer),
     "device_pooled": ("device_cache.jsonl", device_pooled),
+    "device_rows": ("device_cache.jsonl", device_rows),
     "device_lookup": ("device_lookup.jsonl", device_lookup),
+    "tensorflow_ops": ("tensorflow_gpu.jsonl", tensorflow_ops),
+    "tensorflow_model": ("tensorflow_gpu.jsonl", tensorflow_model),
     "redis": ("redis.jsonl", redis),
     "rocksdb": ("rocksdb.jsonl", rocksdb),
 }

@@ -189,6 +189,22 @@ void DeviceCache::CountAsked(uint64_t keys) {
   if (steps > 0) resources_.writer->TryExchange(cache_, steps * (step / cuda::kCacheWays + 1), &next_exchanged_);
 }
 
+// Released, so that who sees the keys sees what was missing of them.
+void DeviceCache::CountAnswered(uint64_t keys) {
+  if (keys > 0) answered_.fetch_add(keys, std::memory_order_release);
+}
+
+void DeviceCache::CountMissing(Missing what, uint64_t keys, uint64_t repeated) {
+  missing_[static_cast<size_t>(what)].fetch_add(keys, std::memory_order_relaxed);
+  if (repeated > 0) repeated_.fetch_add(repeated, std::memory_order_relaxed);
+}
+
+void DeviceCache::CountOutdated(uint64_t rows) {
+  if (rows == 0) return;
+  counters_.outdated.fetch_add(rows, std::memory_order_relaxed);
+  fills_outdated_.fetch_add(rows, std::memory_order_relaxed);
+}
+
 Status DeviceCache::Preload(const RowScan& scan) {
   const Stamp read_at = Now();
   uint64_t rows = 0;
@@ -225,6 +241,15 @@ void DeviceCache::ShareWith(const std::shared_ptr<WorkspacePool>& workspaces) {
 
 CacheStats DeviceCache::stats() const {
   CacheStats stats;
+  stats.keys_asked = answered_.load(std::memory_order_acquire);
+  const auto missing = [&](Missing what) {
+    return missing_[static_cast<size_t>(what)].load(std::memory_order_relaxed);
+  };
+  stats.rows_missed = missing(Missing::kFetched);
+  stats.rows_deferred = missing(Missing::kDeferred);
+  stats.rows_defaulted = missing(Missing::kDefaulted);
+  stats.rows_repeated = repeated_.load(std::memory_order_relaxed);
+  stats.fills_outdated = fills_outdated_.load(std::memory_order_relaxed);
   stats.rows_inserted = counters_.inserted.load(std::memory_order_relaxed);
   stats.rows_evicted = counters_.evicted.load(std::memory_order_relaxed);
   stats.rows_updated = counters_.updated.load(std::memory_order_relaxed);
@@ -235,9 +260,11 @@ CacheStats DeviceCache::stats() const {
   stats.pinned_bytes = pinned_rows_.bytes();
   cuda::CacheActivity activity;
   if (whole() && resources_.writer->Download(&activity, cache_.table.activity, sizeof(activity)).ok()) {
-    stats.rows_defaulted = activity.untold_missing;
+    stats.rows_defaulted += activity.untold_missing;
     stats.rows_exchanged = activity.exchanged;
   }
+  const uint64_t not_served = stats.rows_missed + stats.rows_deferred + stats.rows_defaulted + stats.rows_repeated;
+  stats.rows_served = stats.keys_asked - std::min(stats.keys_asked, not_served);
   return stats;
 }
 
@@ -253,6 +280,9 @@ Status DeviceCache::Query(const Key* keys, uint32_t count, void* rows, DeviceStr
   if (status.ok()) status = workspace->Wait(stream, deadline, nullptr);
   if (status.ok()) {
     for (const cuda::MissingKey& missing : workspace->missing()) misses->push_back({missing.key, missing.position});
+    CountMissing(whole() ? Missing::kDefaulted : Missing::kFetched, misses->size(),
+                 workspace->missing_positions() - misses->size());
+    CountAnswered(count);
   }
   const Status ended = workspace->End(stream);
   return status.ok() ? ended : status;

@@ -32,7 +32,7 @@ struct DeviceResources {
 // Gives all rows of a table, in chunks, and returns its visitor's error or its own.
 using RowScan = std::function<Status(const ScanVisitor& visitor)>;
 
-class DeviceCache final : public EmbeddingCache {
+class DeviceCache final : public EmbeddingCache, public std::enable_shared_from_this<DeviceCache> {
  public:
   // An empty cache. kInvalidArgument: row_bytes; kResourceExhausted names the bytes and what holds them.
   static Result<std::shared_ptr<DeviceCache>> Make(const DeviceResources& resources, const CacheSpec& spec);
@@ -77,11 +77,16 @@ class DeviceCache final : public EmbeddingCache {
   uint32_t number() const { return cache_.number; }
   // Static, and every row of the table was placed: a missing key is one that no tier had then.
   bool whole() const { return cache_.table.whole; }
-  // Lookups tell how many keys they have asked for. From time to time one of them starts an exchange of rows, behind
-  // the writes of the device; it never waits.
+  // Lookups tell how many keys they ask for. From time to time one of them starts an exchange of rows, behind the
+  // writes of the device; it never waits.
   void CountAsked(uint64_t keys);
+  // For stats(): how many a lookup has asked for, once it knows what was missing and has told that.
+  void CountAnswered(uint64_t keys);
+  // What a lookup did with missing keys, and how many further positions they had.
+  enum class Missing { kFetched, kDeferred, kDefaulted };
+  void CountMissing(Missing what, uint64_t keys, uint64_t repeated);
   // Rows that a fill has put in place and that were taken out again, because they had been updated meanwhile.
-  void CountOutdated(uint64_t rows) { counters_.outdated.fetch_add(rows, std::memory_order_relaxed); }
+  void CountOutdated(uint64_t rows);
 
  private:
   DeviceCache(const DeviceResources& resources, const CacheSpec& spec) : resources_(resources), spec_(spec) {}
@@ -102,8 +107,13 @@ class DeviceCache final : public EmbeddingCache {
   std::atomic<bool> shared_{false};
   std::mutex sharers_mutex_;  // guards the next; held for nothing else
   std::vector<std::weak_ptr<WorkspacePool>> sharers_;
-  std::atomic<uint64_t> asked_{0};
   uint64_t next_exchanged_ = 0;  // bucket; guarded by the writer
+  // What lookups count lies apart from what they only read.
+  alignas(64) std::atomic<uint64_t> answered_{0};
+  std::atomic<uint64_t> asked_{0};      // the clock of exchanges
+  std::atomic<uint64_t> missing_[3]{};  // by Missing
+  std::atomic<uint64_t> repeated_{0};
+  std::atomic<uint64_t> fills_outdated_{0};
 };
 
 }  // namespace hps

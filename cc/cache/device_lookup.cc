@@ -8,12 +8,10 @@
 #include <atomic>
 #include <vector>
 
+#include "cc/cache/call_array.h"
+
 namespace hps {
 namespace {
-
-void Count(Counter* counter, uint64_t n) {
-  if (counter != nullptr && n > 0) counter->Add(n);
-}
 
 constexpr uint64_t kMostPositions = LookupWorkspace::kMostPositions;
 
@@ -38,7 +36,7 @@ Status DeviceLookup::InLaunches(std::span<const Asked> lookups, std::span<const 
                                 Together<Asked> together) const {
   HPS_RETURN_IF_ERROR(resources_.context->CheckAlive());
   HPS_RETURN_IF_ERROR(CheckCapture(lookups, stream));
-  HPS_RETURN_IF_ERROR(Widen(narrow, stream));
+  if (!narrow.empty()) HPS_RETURN_IF_ERROR(Widen(narrow, stream));
   LookupReport local;
   for (size_t first = 0; first < lookups.size();) {
     uint64_t positions = 0;
@@ -67,20 +65,22 @@ Status DeviceLookup::CheckCapture(std::span<const CachedLookup> lookups, DeviceS
   const auto waits =
       std::find_if(lookups.begin(), lookups.end(), [](const CachedLookup& each) { return !each.cache->whole(); });
   if (waits == lookups.end()) return OkStatus();
-  return CheckNotCaptured(waits->cache->spec().name + ": its cache is not held whole, so the lookup", stream);
+  return CheckNotCaptured([&] { return waits->cache->spec().name + ": its cache is not held whole, so the lookup"; },
+                          stream);
 }
 
 Status DeviceLookup::CheckCapture(std::span<const PooledLookup> lookups, DeviceStream stream) const {
   if (lookups.empty()) return OkStatus();
-  return CheckNotCaptured("a pooled lookup", stream);
+  return CheckNotCaptured([] { return std::string("a pooled lookup"); }, stream);
 }
 
-Status DeviceLookup::CheckNotCaptured(std::string_view which, DeviceStream stream) const {
+template <typename Name>
+Status DeviceLookup::CheckNotCaptured(const Name& which, DeviceStream stream) const {
   bool capturing = false;
   HPS_RETURN_IF_ERROR(resources_.context->Check(resources_.context->device().IsCapturing(stream, &capturing),
                                                 "asking whether a stream is being captured"));
   if (!capturing) return OkStatus();
-  return FailedPrecondition(std::string(which) +
+  return FailedPrecondition(which() +
                             " waits for the device to know what is missing, but its stream is being captured into a "
                             "CUDA graph. Call it before or behind the graph; what can be captured is a lookup without "
                             "pooling, all of whose tables have \"embedding_cache_type\": \"static\"");
@@ -102,15 +102,15 @@ Status DeviceLookup::CheckCache(const DeviceCache& cache) const {
 
 Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, DeviceStream stream,
                                     const FetchLimits& limits, LookupReport* report) const {
-  std::array<cuda::QueryPart, cuda::kMaxQueryParts> storage;
+  CallArray<cuda::QueryPart> storage;
   uint64_t positions = 0;
   bool all_whole = true;
   for (size_t i = 0; i < lookups.size(); ++i) {
     const DeviceCache& cache = *lookups[i].cache;
     HPS_RETURN_IF_ERROR(CheckCache(cache));
     lookups[i].cache->CountAsked(lookups[i].count);
-    storage[i] = {cache.table(),   lookups[i].keys,       lookups[i].count,     cache.spec().default_value,
-                  lookups[i].rows, lookups[i].key_stride, lookups[i].row_stride};
+    storage.Add({cache.table(), lookups[i].keys, lookups[i].count, cache.spec().default_value, lookups[i].rows,
+                 lookups[i].key_stride, lookups[i].row_stride});
     positions += lookups[i].count;
     all_whole = all_whole && cache.whole();
   }
@@ -120,13 +120,13 @@ Status DeviceLookup::LookupTogether(std::span<const CachedLookup> lookups, Devic
     return InvalidArgument(std::to_string(positions) + " keys of one table in one lookup on a device; split it, " +
                            std::to_string(kMostPositions) + " is the most");
   }
-  const std::span<const cuda::QueryPart> parts(storage.data(), lookups.size());
+  const std::span<const cuda::QueryPart> parts = storage.all();
   if (all_whole) {  // nobody has to wait or to know
     HPS_RETURN_IF_ERROR(resources_.context->Check(
         resources_.context->device().UntoldQuery(parts.data(), static_cast<int>(parts.size()), stream),
         "a query of the cache"));
     report->rows_unwaited += positions;
-    Count(options_.metrics.rows_unwaited, positions);
+    for (const CachedLookup& lookup : lookups) lookup.cache->CountAnswered(lookup.count);
     return OkStatus();
   }
   HPS_ASSIGN_OR_RETURN(
@@ -146,11 +146,13 @@ Status DeviceLookup::LookupWith(LookupWorkspace& workspace, std::span<const Cach
   HPS_RETURN_IF_ERROR(workspace.Wait(stream, limits.deadline, limits.cancelled));
   uint64_t positions = 0;
   for (const cuda::QueryPart& part : parts) positions += part.count;
-  const uint64_t hits = positions - workspace.missing_positions();
-  report->rows_from_cache += hits;
-  Count(options_.metrics.rows_from_cache, hits);
-  if (workspace.missing().empty()) return OkStatus();
-  return HandleMisses(lookups, parts, workspace, read_at, stream, limits, report);
+  report->rows_from_cache += positions - workspace.missing_positions();
+  Status status;
+  if (!workspace.missing().empty()) {
+    status = HandleMisses(lookups, parts, workspace, read_at, stream, limits, report);
+  }
+  for (const CachedLookup& lookup : lookups) lookup.cache->CountAnswered(lookup.count);
+  return status;
 }
 
 // Gives each table its missing keys; scratch.index tells which ones of the workspace's list they are.
@@ -202,6 +204,26 @@ Status DeviceLookup::SortMissing(std::span<const cuda::QueryPart> parts, LookupW
   return OkStatus();
 }
 
+// By their missing keys, but to none more than it has positions. The sum is right.
+void DeviceLookup::ShareRepeated(std::span<const cuda::QueryPart> parts, uint32_t repeated,
+                                 std::span<MissingPart> missing) {
+  if (repeated == 0) return;
+  uint64_t keys = 0;
+  for (const MissingPart& part : missing) keys += part.count;
+  uint32_t left = repeated;
+  for (const bool rest : {false, true}) {
+    for (size_t p = 0; p < parts.size() && left > 0; ++p) {
+      MissingPart& part = missing[p];
+      if (part.count == 0) continue;
+      const uint64_t share = rest ? left : uint64_t{repeated} * part.count / keys;
+      const uint64_t room = parts[p].count - part.count - part.repeated;
+      const auto given = static_cast<uint32_t>(std::min({share, room, uint64_t{left}}));
+      part.repeated += given;
+      left -= given;
+    }
+  }
+}
+
 Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                                   LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream,
                                   const FetchLimits& limits, LookupReport* report) const {
@@ -210,6 +232,7 @@ Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::sp
   std::array<MissingPart, cuda::kMaxQueryParts> storage;
   const std::span<MissingPart> missing(storage.data(), parts.size());
   HPS_RETURN_IF_ERROR(SortMissing(parts, workspace, missing));
+  ShareRepeated(parts, repeated, missing);
 
   bool fetches = false;
   for (size_t p = 0; p < parts.size(); ++p) {
@@ -220,16 +243,18 @@ Status DeviceLookup::HandleMisses(std::span<const CachedLookup> lookups, std::sp
     const double hit_rate = 1.0 - static_cast<double>(charged) / parts[p].count;
     if (lookups[p].cache->whole()) {
       part.way = Way::kDefault;
+      lookups[p].cache->CountMissing(DeviceCache::Missing::kDefaulted, part.count, part.repeated);
       report->rows_from_default += part.count;
     } else if (inserts_ != nullptr && options_.hit_rate_threshold && hit_rate >= *options_.hit_rate_threshold) {
       part.way = Way::kDefer;
       report->rows_deferred += part.count;
-      Count(options_.metrics.rows_deferred, part.count);
+      lookups[p].cache->CountMissing(DeviceCache::Missing::kDeferred, part.count, part.repeated);
       const auto begin = workspace.scratch().keys.begin() + part.first;
-      inserts_->Enqueue({lookups[p].cache, source_, lookups[p].table, std::vector<Key>(begin, begin + part.count)});
+      inserts_->Enqueue({lookups[p].cache->shared_from_this(), source_, lookups[p].table,
+                         std::vector<Key>(begin, begin + part.count)});
     } else {
       part.way = Way::kFetch;
-      Count(options_.metrics.rows_missed, part.count);
+      lookups[p].cache->CountMissing(DeviceCache::Missing::kFetched, part.count, part.repeated);
       fetches = true;
     }
   }
@@ -309,7 +334,6 @@ Status DeviceLookup::FetchAndFill(std::span<const CachedLookup> lookups, std::sp
     }
     lookups[p].cache->CountOutdated(scratch.outdated.size() - before);
   }
-  Count(options_.metrics.rows_outdated, scratch.outdated.size());
   return workspace.Fill(parts, parts.size() == 1 && all_there, scratch.outdated, stream);
 }
 

@@ -15,6 +15,8 @@
 // The rows are complete when the stream has passed the call. On error the answer holds nothing of value, and the stream
 // may still write to it.
 //
+// Each cache counts what it was asked and what was missing (CacheStats): one addition a table where all was there.
+//
 // Captured into a graph: a lookup of whole caches is a launch (one for each 48 tables) and nothing else, so it can be.
 //
 // Thread safety: Lookup may be called from any number of threads, on any streams.
@@ -32,13 +34,13 @@
 #include "cc/cache/device_cache.h"
 #include "cc/cache/insert_queue.h"
 #include "cc/cache/row_source.h"
-#include "hps/metrics.h"
 
 namespace hps {
 
 // One table's part of a call.
 struct CachedLookup {
-  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup, or shared with its workspaces
+  // Made with the resources of the lookup, or shared with its workspaces; need not own it, if the caller does.
+  std::shared_ptr<DeviceCache> cache;
   uint32_t table = 0;                  // for the row source
   const Key* keys = nullptr;           // (count), device memory
   uint32_t count = 0;
@@ -54,18 +56,8 @@ struct PooledLookup {
   const Key* keys = nullptr;           // (part.count), device memory; instead of part.keys
 };
 
-// Each may be absent.
-struct DeviceLookupMetrics {
-  Counter* rows_from_cache = nullptr;
-  Counter* rows_missed = nullptr;  // fetched from the tiers, each key of a call once
-  Counter* rows_deferred = nullptr;
-  Counter* rows_unwaited = nullptr;
-  Counter* rows_outdated = nullptr;  // fetched, but not left in the cache: updated meanwhile
-};
-
 struct DeviceLookupOptions {
   std::optional<double> hit_rate_threshold;
-  DeviceLookupMetrics metrics;
 };
 
 class DeviceLookup {
@@ -93,6 +85,7 @@ class DeviceLookup {
   struct MissingPart {
     uint32_t first = 0;
     uint32_t count = 0;
+    uint32_t repeated = 0;  // further positions of them; where several tables miss keys, this one's part
     Way way = Way::kNone;
   };
 
@@ -120,12 +113,14 @@ class DeviceLookup {
                      LookupReport* report) const;
   Status TellMistake(const PooledLookup& lookup, const cuda::FirstMistake& mistake, DeviceStream stream) const;
   Status CheckCache(const DeviceCache& cache) const;
-  Status CheckNotCaptured(std::string_view which, DeviceStream stream) const;
+  template <typename Name>  // gives a string
+  Status CheckNotCaptured(const Name& which, DeviceStream stream) const;
   Status HandleMisses(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       LookupWorkspace& workspace, uint64_t read_at, DeviceStream stream, const FetchLimits& limits,
                       LookupReport* report) const;
   Status SortMissing(std::span<const cuda::QueryPart> parts, LookupWorkspace& workspace,
                      std::span<MissingPart> missing) const;
+  static void ShareRepeated(std::span<const cuda::QueryPart> parts, uint32_t repeated, std::span<MissingPart> missing);
   Status FetchAndFill(std::span<const CachedLookup> lookups, std::span<const cuda::QueryPart> parts,
                       std::span<const MissingPart> missing, LookupWorkspace& workspace, uint64_t read_at,
                       DeviceStream stream, const FetchLimits& limits, LookupReport* report) const;

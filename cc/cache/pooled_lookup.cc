@@ -3,17 +3,13 @@
 // answer and nothing more.
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
+#include "cc/cache/call_array.h"
 #include "cc/cache/device_lookup.h"
 
 namespace hps {
 namespace {
-
-void Count(Counter* counter, uint64_t n) {
-  if (counter != nullptr && n > 0) counter->Add(n);
-}
 
 size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -27,9 +23,9 @@ cuda::Pooling PoolingOf(Combiner combiner) {
 
 Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceStream stream, const FetchLimits& limits,
                                   LookupReport* report) const {
-  std::array<cuda::PooledPart, cuda::kMaxQueryParts> storage;
-  std::array<cuda::IndexPart, cuda::kMaxQueryParts> index_storage;
-  size_t num_indices = 0, num_splits = 0;
+  CallArray<cuda::PooledPart> storage;
+  CallArray<cuda::IndexPart> index_storage;
+  size_t num_splits = 0;
   for (size_t i = 0; i < lookups.size(); ++i) {
     const DeviceCache& cache = *lookups[i].cache;
     const DeviceSparsePart& asked = lookups[i].part;
@@ -41,7 +37,7 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
     }
     report->keys += asked.count;
     lookups[i].cache->CountAsked(asked.count);
-    cuda::PooledPart& part = storage[i];
+    cuda::PooledPart& part = storage.Add({});
     part.query = {cache.table(), lookups[i].keys, asked.count, cache.spec().default_value, nullptr};
     part.rows = asked.rows;
     part.pooling = PoolingOf(asked.combiner);
@@ -50,12 +46,12 @@ Status DeviceLookup::PoolTogether(std::span<const PooledLookup> lookups, DeviceS
     part.output = asked.output;
     if (asked.row_splits != nullptr) continue;
     part.from_indices = true;
-    index_storage[num_indices++] = {asked.indices, asked.rank, asked.dense_shape,       asked.count,
-                                    asked.rows,    nullptr,    static_cast<uint32_t>(i)};
+    index_storage.Add(
+        {asked.indices, asked.rank, asked.dense_shape, asked.count, asked.rows, nullptr, static_cast<uint32_t>(i)});
     num_splits += size_t{asked.rows} + 1;
   }
-  const std::span<cuda::PooledPart> parts(storage.data(), lookups.size());
-  const std::span<cuda::IndexPart> indices(index_storage.data(), num_indices);
+  const std::span<cuda::PooledPart> parts = storage.all();
+  const std::span<cuda::IndexPart> indices = index_storage.all();
   // The launch needs no room for keys; what is missing will.
   HPS_ASSIGN_OR_RETURN(WorkspacePool::Lease workspace,
                        resources_.workspaces->Acquire(1, limits.deadline, limits.cancelled));
@@ -92,9 +88,8 @@ Status DeviceLookup::PoolMissing(WorkspacePool::Lease& workspace, std::span<cons
   for (size_t i = 0; i < parts.size(); ++i) {
     const uint64_t count = parts[i].query.count;
     if ((missing >> i & 1) == 0) {
-      const bool whole = lookups[i].cache->whole();
-      (whole ? report->rows_unwaited : report->rows_from_cache) += count;
-      Count(whole ? options_.metrics.rows_unwaited : options_.metrics.rows_from_cache, count);
+      (lookups[i].cache->whole() ? report->rows_unwaited : report->rows_from_cache) += count;
+      lookups[i].cache->CountAnswered(count);
       continue;
     }
     dense.push_back({lookups[i].cache, lookups[i].part.table, lookups[i].keys, parts[i].query.count, nullptr});

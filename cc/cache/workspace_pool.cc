@@ -28,14 +28,19 @@ constexpr auto kCancelPoll = std::chrono::milliseconds(5);
 
 // Best is one whose last use is done and that is large enough, then small: large ones are left for who needs them.
 size_t Choose(std::vector<std::unique_ptr<LookupWorkspace>>& free, uint32_t positions) {
-  size_t best = 0;
+  if (free.size() == 1) return 0;
   const auto rank = [&](LookupWorkspace& workspace) {
     const bool fits = workspace.size().positions >= positions;
     const uint64_t size = workspace.size().positions;
     return std::pair(!fits, fits ? (uint64_t{!workspace.idle()} << 32) + size : ~size);
   };
+  size_t best = 0;
+  auto best_rank = rank(*free[0]);
   for (size_t i = 1; i < free.size(); ++i) {
-    if (rank(*free[i]) < rank(*free[best])) best = i;
+    const auto other = rank(*free[i]);
+    if (!(other < best_rank)) continue;
+    best = i;
+    best_rank = other;
   }
   return best;
 }

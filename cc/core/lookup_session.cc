@@ -43,6 +43,11 @@ std::string TableContext(const Model& model, uint32_t table) {
   return "model '" + model.config.name + "', table '" + model.tables[table].name + "'";
 }
 
+// Made where it is needed only: a string a call is seen in the time of small lookups.
+Status InModel(Status status, const Model& model) {
+  return status.ok() ? status : status.WithContext("model '" + model.config.name + "'");
+}
+
 Status CheckTable(const Model& model, uint32_t table, uint32_t width) {
   if (table >= model.tables.size()) {
     return InvalidArgument("model '" + model.config.name + "' has no table " + std::to_string(table) + "; it has " +
@@ -82,19 +87,19 @@ Status CheckSparse(const Model& model, const SparseLookup& lookup, bool long_key
   HPS_RETURN_IF_ERROR(CheckTable(model, lookup.table, lookup.width));
   HPS_RETURN_IF_ERROR(CheckKeys(model, lookup.table, lookup.keys, long_keys));
   const auto& splits = lookup.row_splits;
-  const std::string context = TableContext(model, lookup.table);
+  const auto context = [&] { return TableContext(model, lookup.table); };
   if (splits.empty() || splits.front() != 0 || splits.back() != static_cast<int64_t>(lookup.keys.size())) {
-    return InvalidArgument(context + ": row_splits must begin with 0 and end with the number of keys, " +
+    return InvalidArgument(context() + ": row_splits must begin with 0 and end with the number of keys, " +
                            std::to_string(lookup.keys.size()));
   }
   for (size_t i = 1; i < splits.size(); ++i) {
     if (splits[i] < splits[i - 1]) {
-      return InvalidArgument(context + ": row_splits must not descend, but splits[" + std::to_string(i) + "] is " +
+      return InvalidArgument(context() + ": row_splits must not descend, but splits[" + std::to_string(i) + "] is " +
                              std::to_string(splits[i]) + " after " + std::to_string(splits[i - 1]));
     }
   }
   if (!lookup.weights.empty() && lookup.weights.size() != lookup.keys.size()) {
-    return InvalidArgument(context + ": " + std::to_string(lookup.weights.size()) + " weights for " +
+    return InvalidArgument(context() + ": " + std::to_string(lookup.weights.size()) + " weights for " +
                            std::to_string(lookup.keys.size()) + " keys; each key needs one weight");
   }
   return OkStatus();
@@ -119,6 +124,12 @@ Status CheckDeviceKeys(const Model& model, const Part& part) {
   return OkStatus();
 }
 
+// The call holds the model, which holds the cache: to count one more holder is an exchange between processors for each
+// table.
+std::shared_ptr<DeviceCache> HeldByModel(const std::shared_ptr<DeviceCache>& cache) {
+  return {std::shared_ptr<DeviceCache>(), cache.get()};
+}
+
 // The keys as int64; those that must be widened before are added to *narrow, and are packed then.
 template <typename Part>
 const Key* KeysOnDevice(const Part& part, uint32_t stride, std::vector<cuda::WidenPart>* narrow) {
@@ -129,25 +140,25 @@ const Key* KeysOnDevice(const Part& part, uint32_t stride, std::vector<cuda::Wid
 
 // All that needs no look at the device's memory.
 Status CheckDeviceSegments(const Model& model, const DeviceSparsePart& part) {
-  const std::string context = TableContext(model, part.table);
+  const auto context = [&] { return TableContext(model, part.table); };
   if (part.rows > 0 && part.output == nullptr) {
-    return InvalidArgument(context + ": " + std::to_string(part.rows) +
+    return InvalidArgument(context() + ": " + std::to_string(part.rows) +
                            " output rows, but no memory for them (a null pointer)");
   }
   if (part.row_splits != nullptr) {
     if (part.indices == nullptr) return OkStatus();
-    return InvalidArgument(context + ": both row_splits and indices; one of them tells the output rows");
+    return InvalidArgument(context() + ": both row_splits and indices; one of them tells the output rows");
   }
   if (part.rank == 0 || part.dense_shape == nullptr || (part.count > 0 && part.indices == nullptr)) {
-    return InvalidArgument(context + ": neither row_splits nor indices with rank and dense_shape");
+    return InvalidArgument(context() + ": neither row_splits nor indices with rank and dense_shape");
   }
   if (part.rank > cuda::kMostRank) {
-    return InvalidArgument(context + ": indices of rank " + std::to_string(part.rank) + "; " +
+    return InvalidArgument(context() + ": indices of rank " + std::to_string(part.rank) + "; " +
                            std::to_string(cuda::kMostRank) + " is the most");
   }
   if (part.dense_shape[0] != int64_t{part.rows}) {
-    return InvalidArgument(context + ": dense_shape[0] is " + std::to_string(part.dense_shape[0]) + ", but there are " +
-                           std::to_string(part.rows) + " output rows");
+    return InvalidArgument(context() + ": dense_shape[0] is " + std::to_string(part.dense_shape[0]) +
+                           ", but there are " + std::to_string(part.rows) + " output rows");
   }
   return OkStatus();
 }
@@ -274,8 +285,8 @@ Status LookupOneSparse(const Model& model, const SparseLookup& lookup, ServerRes
   walk.keys = missing_keys;
   walk.rows = fetched.data();
   walk.skip_volatile = in_place;
-  HPS_RETURN_IF_ERROR(FetchRows(std::span(&walk, 1), executor, *resources.executor, limits, report)
-                          .WithContext(TableContext(model, lookup.table)));
+  const Status fetched_rows = FetchRows(std::span(&walk, 1), executor, *resources.executor, limits, report);
+  if (!fetched_rows.ok()) return fetched_rows.WithContext(TableContext(model, lookup.table));
   for (size_t i = 0; i < missing.size(); ++i) (*rows)[missing[i]] = fetched.data() + i * row_bytes;
   executor.ParallelFor(incomplete.size(), kKeysPerPiece / kKeysPerBlock, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) Combine(request, incomplete[i].first, incomplete[i].last);
@@ -308,8 +319,8 @@ Status LookupSession::Lookup(std::span<const DenseLookup> lookups, const LookupO
     local.keys += lookup.keys.size();
   }
   Executor& executor = options.executor ? *options.executor : *resources.executor;
-  HPS_RETURN_IF_ERROR(FetchRows(*walks, executor, *resources.executor, LimitsOf(options, resources, timer), &local)
-                          .WithContext("model '" + model->config.name + "'"));
+  HPS_RETURN_IF_ERROR(
+      InModel(FetchRows(*walks, executor, *resources.executor, LimitsOf(options, resources, timer), &local), *model));
   if (report != nullptr) *report = local;
   return OkStatus();
 } catch (const std::exception&) {
@@ -371,13 +382,15 @@ Result<bool> LookupSession::IsServedOnDevice(int device) const {
 }
 
 Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPart> lookups, DeviceStream stream,
-                                     const LookupOptions& options, LookupReport* report) const {
+                                     const LookupOptions& options, LookupReport* report) const try {
   CallTimer timer(slot_->lookup_seconds());
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
   HPS_ASSIGN_OR_RETURN(const ModelDevice* const on, FindCaches(model->config, model->caches.get(), device));
-  std::vector<CachedLookup> cached;
-  std::vector<cuda::WidenPart> narrow;
-  cached.reserve(lookups.size());
+  ScratchLease<CachedLookup> cached;
+  ScratchLease<cuda::WidenPart> narrow;
+  cached->clear();
+  narrow->clear();
+  cached->reserve(lookups.size());
   for (const DeviceLookupPart& lookup : lookups) {
     HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
     HPS_RETURN_IF_ERROR(CheckDeviceKeys(*model, lookup));
@@ -393,38 +406,43 @@ Status LookupSession::LookupOnDevice(int device, std::span<const DeviceLookupPar
                              std::to_string(lookup.row_stride) + " apart (key_stride, row_stride)");
     }
     const bool is_wide = lookup.key_bytes == sizeof(Key);
-    cached.push_back({on->caches[lookup.table], lookup.table, KeysOnDevice(lookup, lookup.key_stride, &narrow),
-                      lookup.count, lookup.rows, is_wide ? lookup.key_stride : 1,
-                      lookup.row_stride * static_cast<uint32_t>(sizeof(float))});
+    cached->push_back({HeldByModel(on->caches[lookup.table]), lookup.table,
+                       KeysOnDevice(lookup, lookup.key_stride, &*narrow), lookup.count, lookup.rows,
+                       is_wide ? lookup.key_stride : 1, lookup.row_stride * static_cast<uint32_t>(sizeof(float))});
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
   for (const DeviceLookupPart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
-  return on->lookup->Lookup(cached, stream, {limits.deadline, limits.cancelled}, report, narrow)
-      .WithContext("model '" + model->config.name + "'");
+  return InModel(on->lookup->Lookup(*cached, stream, {limits.deadline, limits.cancelled}, report, *narrow), *model);
+} catch (const std::exception&) {
+  return CaughtStatus("the lookup");
 }
 
 Status LookupSession::LookupSparseOnDevice(int device, std::span<const DeviceSparsePart> lookups, DeviceStream stream,
-                                           const LookupOptions& options, LookupReport* report) const {
+                                           const LookupOptions& options, LookupReport* report) const try {
   CallTimer timer(slot_->lookup_seconds());
   HPS_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, slot_->Current());
   HPS_ASSIGN_OR_RETURN(const ModelDevice* const on, FindCaches(model->config, model->caches.get(), device));
-  std::vector<PooledLookup> pooled;
-  std::vector<cuda::WidenPart> narrow;
-  pooled.reserve(lookups.size());
+  ScratchLease<PooledLookup> pooled;
+  ScratchLease<cuda::WidenPart> narrow;
+  pooled->clear();
+  narrow->clear();
+  pooled->reserve(lookups.size());
   for (const DeviceSparsePart& lookup : lookups) {
     HPS_RETURN_IF_ERROR(CheckTable(*model, lookup.table, lookup.width));
     HPS_RETURN_IF_ERROR(CheckDeviceKeys(*model, lookup));
     HPS_RETURN_IF_ERROR(CheckDeviceSegments(*model, lookup));
-    pooled.push_back({on->caches[lookup.table], lookup, KeysOnDevice(lookup, /*stride=*/1, &narrow)});
+    pooled->push_back({HeldByModel(on->caches[lookup.table]), lookup, KeysOnDevice(lookup, /*stride=*/1, &*narrow)});
   }
   const LookupLimits limits = LimitsOf(options, slot_->resources(), timer);
   HPS_RETURN_IF_ERROR(CheckLimits(limits));
   for (const DeviceSparsePart& lookup : lookups) CountCall(model->tables[lookup.table].stack.metrics, lookup.count);
-  const Status status = on->lookup->LookupPooled(pooled, stream, {limits.deadline, limits.cancelled}, report, narrow);
+  const Status status = on->lookup->LookupPooled(*pooled, stream, {limits.deadline, limits.cancelled}, report, *narrow);
   // What is wrong with a table's segments names model and table.
   if (status.code() == StatusCode::kInvalidArgument) return status;
-  return status.WithContext("model '" + model->config.name + "'");
+  return InModel(status, *model);
+} catch (const std::exception&) {
+  return CaughtStatus("the lookup");
 }
 
 Result<uint32_t> LookupSession::FindTable(std::string_view name) const {

@@ -11,6 +11,28 @@
 namespace hps {
 namespace {
 
+// What is counted of each table on each device.
+struct CacheTotal {
+  const char* metric;
+  uint64_t CacheStats::*total;
+};
+constexpr CacheTotal kCacheTotals[] = {
+    {"hps_cache_keys_asked_total", &CacheStats::keys_asked},
+    {"hps_cache_rows_served_total", &CacheStats::rows_served},
+    {"hps_cache_rows_missed_total", &CacheStats::rows_missed},
+    {"hps_cache_rows_deferred_total", &CacheStats::rows_deferred},
+    {"hps_cache_rows_defaulted_total", &CacheStats::rows_defaulted},
+    {"hps_cache_rows_repeated_total", &CacheStats::rows_repeated},
+    {"hps_cache_fills_outdated_total", &CacheStats::fills_outdated},
+    {"hps_cache_rows_inserted_total", &CacheStats::rows_inserted},
+    {"hps_cache_rows_evicted_total", &CacheStats::rows_evicted},
+    {"hps_cache_rows_updated_total", &CacheStats::rows_updated},
+    {"hps_cache_rows_refreshed_total", &CacheStats::rows_refreshed},
+    {"hps_cache_rows_erased_total", &CacheStats::rows_erased},
+    {"hps_cache_rows_outdated_total", &CacheStats::rows_outdated},
+    {"hps_cache_rows_exchanged_total", &CacheStats::rows_exchanged},
+};
+
 RowScan ScanOf(const CachedTable& cached, CacheStart start, const std::atomic<bool>* cancelled) {
   return [cached, start, cancelled](const ScanVisitor& visitor) -> Status {
     const ScanVisitor visit = [&](std::span<const Key> keys, ConstRowBuffer rows) -> Status {
@@ -105,14 +127,7 @@ Status ModelCaches::AddDevice(const DevicePlan& plan, std::span<const CachedTabl
   } else {
     HPS_RETURN_IF_ERROR(AddCaches(device, tables, options));
   }
-  const MetricLabels labels = {{"model", model_}, {"device", std::to_string(plan.device)}};
-  DeviceLookupOptions lookup;
-  lookup.hit_rate_threshold = plan.hit_rate_threshold;
-  lookup.metrics = {metrics.FindCounter("hps_cache_rows_served_total", labels),
-                    metrics.FindCounter("hps_cache_rows_missed_total", labels),
-                    metrics.FindCounter("hps_cache_rows_deferred_total", labels),
-                    metrics.FindCounter("hps_cache_rows_unwaited_total", labels),
-                    metrics.FindCounter("hps_cache_fills_outdated_total", labels)};
+  const DeviceLookupOptions lookup{.hit_rate_threshold = plan.hit_rate_threshold};
   device.lookup = std::make_unique<DeviceLookup>(device.resources, source_, shared.inserts, lookup);
   AddMetrics(device, metrics);
   return OkStatus();
@@ -150,10 +165,7 @@ void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
   for (size_t i = 0; i < device.caches.size() && !device.shared; ++i) {
     const MetricLabels labels = {{"model", model_}, {"table", table_names_[i]}, {"device", number}};
     std::vector<CountedTotal>& totals = device.cache_totals.emplace_back();
-    for (const char* what :
-         {"inserted", "evicted", "updated", "refreshed", "erased", "outdated", "defaulted", "exchanged"}) {
-      totals.emplace_back(metrics.FindCounter(std::string("hps_cache_rows_") + what + "_total", labels));
-    }
+    for (const CacheTotal& each : kCacheTotals) totals.emplace_back(metrics.FindCounter(each.metric, labels));
     device.cache_bytes.push_back(metrics.FindGauge("hps_cache_memory_bytes", labels));
     device.pinned_bytes.push_back(metrics.FindGauge("hps_cache_pinned_bytes", labels));
   }
@@ -162,6 +174,10 @@ void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
   device.pool_gauges = {metrics.FindGauge("hps_workspaces_made_count", labels),
                         metrics.FindGauge("hps_workspaces_lent_count", labels),
                         metrics.FindGauge("hps_workspaces_memory_bytes", labels)};
+}
+
+ModelCaches::~ModelCaches() {
+  if (retired_) PublishMetrics(/*last=*/true);
 }
 
 const ModelDevice* ModelCaches::Find(int device) const {
@@ -284,9 +300,9 @@ void ModelCaches::PublishMetrics(bool last) const {
   for (const ModelDevice& device : devices_) {
     for (size_t i = 0; i < device.caches.size() && !device.counted_elsewhere; ++i) {
       const CacheStats stats = device.caches[i]->stats();
-      const uint64_t totals[] = {stats.rows_inserted, stats.rows_evicted,  stats.rows_updated,   stats.rows_refreshed,
-                                 stats.rows_erased,   stats.rows_outdated, stats.rows_defaulted, stats.rows_exchanged};
-      for (size_t t = 0; t < std::size(totals); ++t) device.cache_totals[i][t].Publish(totals[t]);
+      for (size_t t = 0; t < std::size(kCacheTotals); ++t) {
+        device.cache_totals[i][t].Publish(stats.*kCacheTotals[t].total);
+      }
       set(device.cache_bytes[i], stats.device_bytes);
       set(device.pinned_bytes[i], stats.pinned_bytes);
     }

@@ -25,12 +25,14 @@
 
 namespace hps {
 
-// A total that others count, brought into a counter of the registry. REQUIRES: external synchronisation.
+// A total that others count, brought into a counter of the registry, which never goes back.
+// REQUIRES: external synchronisation.
 class CountedTotal {
  public:
   explicit CountedTotal(Counter* counter) : counter_(counter) {}
   void Publish(uint64_t total) {
-    if (total > published_) counter_->Add(total - published_);
+    if (total <= published_) return;
+    counter_->Add(total - published_);
     published_ = total;
   }
 
@@ -76,6 +78,9 @@ struct CacheBuildOptions {
 
 class ModelCaches {
  public:
+  // Lookups that ended after Stop are counted.
+  ~ModelCaches();
+
   // Whether the model's configuration asks for caches and the process has devices.
   static bool Wanted(const ModelConfig& model, const ServerDevices* devices) {
     return devices != nullptr && devices->count() > 0 && model.gpucache && !model.deployed_devices.empty();

@@ -48,6 +48,11 @@ Json StateJson(const TableStore& store, const CircuitBreaker* breaker) {
   return json;
 }
 
+Json HitRate(const CacheStats& stats) {
+  if (stats.keys_asked == 0) return nullptr;
+  return static_cast<double>(stats.rows_served) / static_cast<double>(stats.keys_asked);
+}
+
 Json DevicesJson(const Model& model) {
   Json devices = Json::array();
   for (const ModelDevice& device : model.caches->devices()) {
@@ -66,13 +71,19 @@ Json DevicesJson(const Model& model) {
                                  {"capacity_rows", device.caches[i]->spec().capacity_rows},
                                  {"memory_bytes", stats.device_bytes},
                                  {"pinned_bytes", stats.pinned_bytes},
+                                 {"keys_asked", stats.keys_asked},
+                                 {"hit_rate", HitRate(stats)},
+                                 {"rows_served", stats.rows_served},
+                                 {"rows_missed", stats.rows_missed},
+                                 {"rows_deferred", stats.rows_deferred},
+                                 {"rows_defaulted", stats.rows_defaulted},
+                                 {"rows_repeated", stats.rows_repeated},
                                  {"rows_inserted", stats.rows_inserted},
                                  {"rows_evicted", stats.rows_evicted},
                                  {"rows_updated", stats.rows_updated},
                                  {"rows_refreshed", stats.rows_refreshed},
                                  {"rows_erased", stats.rows_erased},
                                  {"rows_outdated", stats.rows_outdated},
-                                 {"rows_defaulted", stats.rows_defaulted},
                                  {"rows_exchanged", stats.rows_exchanged}});
     }
     devices.push_back(std::move(entry));

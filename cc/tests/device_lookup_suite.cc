@@ -19,6 +19,10 @@ uint64_t QueryLaunches(const cuda::Device& device) {
   return host == nullptr ? 0 : host->launches(HostDevice::kQuery);
 }
 
+uint64_t NotServed(const CacheStats& stats) {
+  return stats.rows_missed + stats.rows_deferred + stats.rows_defaulted + stats.rows_repeated;
+}
+
 }  // namespace
 
 TEST_P(DeviceLookupSuite, MissesAreFetchedOnceAndKept) {
@@ -52,11 +56,9 @@ TEST_P(DeviceLookupSuite, MissesAreFetchedOnceAndKept) {
   EXPECT_EQ(source_->fetches(), fetches) << "all hit: no tier is asked";
 }
 
-TEST_P(DeviceLookupSuite, MetricsCountWhatReportsSay) {
+TEST_P(DeviceLookupSuite, CachesCountWhatReportsSay) {
   source_->Put(0, KeyRange(0, 100), 1);
-  Counter from_cache, missed, deferred, unwaited, outdated;
-  const DeviceLookup lookups(resources_, source_, inserts_,
-                             {0.9, {&from_cache, &missed, &deferred, &unwaited, &outdated}});
+  const DeviceLookup lookups = Lookups(0.9);
   LookupReport all;
   const auto look = [&](const std::vector<Key>& keys) {
     const Asked asked(*device_, cache_, 0, keys);
@@ -67,6 +69,8 @@ TEST_P(DeviceLookupSuite, MetricsCountWhatReportsSay) {
                                report.rows_from_default + report.rows_deferred + report.rows_repeated +
                                report.rows_unwaited);
     asked.Versions();  // waits for the stream, which writes to `asked`
+    all.keys += report.keys;
+    all.rows_repeated += report.rows_repeated;
     all.rows_from_cache += report.rows_from_cache;
     all.rows_from_volatile += report.rows_from_volatile;
     all.rows_from_default += report.rows_from_default;
@@ -81,12 +85,74 @@ TEST_P(DeviceLookupSuite, MetricsCountWhatReportsSay) {
   ASSERT_OK(cache_->Erase(std::vector<Key>{5, 6}));
   ASSERT_OK(cache_->Flush());
   look({5, 5, 6});
-  EXPECT_EQ(from_cache.value(), all.rows_from_cache);
-  EXPECT_EQ(missed.value(), all.rows_from_volatile + all.rows_from_default);
-  EXPECT_EQ(deferred.value(), all.rows_deferred);
-  EXPECT_EQ(deferred.value(), 3u);
-  EXPECT_EQ(outdated.value(), 1u);
-  EXPECT_EQ(cache_->stats().rows_outdated, 1u);
+  const CacheStats stats = cache_->stats();
+  EXPECT_EQ(stats.keys_asked, all.keys);
+  EXPECT_EQ(stats.rows_served, all.rows_from_cache);
+  EXPECT_EQ(stats.rows_missed, all.rows_from_volatile + all.rows_from_default);
+  EXPECT_EQ(stats.rows_deferred, all.rows_deferred);
+  EXPECT_EQ(stats.rows_deferred, 3u);
+  EXPECT_EQ(stats.rows_defaulted, 0u);
+  EXPECT_EQ(stats.rows_repeated, all.rows_repeated);
+  EXPECT_EQ(stats.rows_repeated, 1u);
+  EXPECT_EQ(stats.fills_outdated, 1u);
+  EXPECT_EQ(stats.rows_outdated, 1u);
+}
+
+// Three tables in one call: hits, misses and deferred keys of each; the third is a cache of a whole table.
+TEST_P(DeviceLookupSuite, EachTableHasItsCounts) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  source_->Put(1, KeyRange(0, 100), 2);
+  const auto wide = Value(DeviceCache::Make(resources_, SpecOf(16, 7000)));
+  CacheSpec spec = SpecOf(7, 0);
+  spec.type = CacheType::kStatic;
+  const std::vector<float> row(7, 3.0f);
+  const auto whole = Value(DeviceCache::MakeWhole(resources_, spec, [&](const ScanVisitor& visitor) -> Status {
+    const Key key = 5;
+    return visitor(std::span(&key, 1), {reinterpret_cast<const std::byte*>(row.data()), 28});
+  }));
+  const DeviceLookup lookups = Lookups(0.75);
+  const auto look = [&](const std::vector<Key>& narrow_keys, const std::vector<Key>& wide_keys,
+                        const std::vector<Key>& whole_keys) {
+    const Asked first(*device_, cache_, 0, narrow_keys), second(*device_, wide, 1, wide_keys),
+        third(*device_, whole, 2, whole_keys);
+    const CachedLookup calls[] = {first.lookup(), second.lookup(), third.lookup()};
+    LookupReport report;
+    ASSERT_OK(lookups.Lookup(calls, nullptr, {}, &report));
+    first.Versions();  // waits for the stream
+    inserts_->Drain();
+    ASSERT_OK(cache_->Flush());
+  };
+  const auto expect = [](const DeviceCache& cache, const CacheStats& expected) {
+    const CacheStats stats = cache.stats();
+    EXPECT_EQ(stats.keys_asked, expected.keys_asked);
+    EXPECT_EQ(stats.rows_served, expected.rows_served);
+    EXPECT_EQ(stats.rows_missed, expected.rows_missed);
+    EXPECT_EQ(stats.rows_deferred, expected.rows_deferred);
+    EXPECT_EQ(stats.rows_defaulted, expected.rows_defaulted);
+    EXPECT_EQ(stats.rows_repeated, expected.rows_repeated);
+    EXPECT_EQ(stats.keys_asked, stats.rows_served + NotServed(stats));
+  };
+  // One table misses, and repeats: all of it is that table's.
+  look({1, 1, 1, 2}, {}, {5, 5});
+  expect(*cache_, {.keys_asked = 4, .rows_missed = 2, .rows_repeated = 2});
+  expect(*wide, {});
+  expect(*whole, {.keys_asked = 2, .rows_served = 2});
+  // All hit in one, one is deferred in another, the third has a default.
+  look({1, 2, 1, 2}, {1, 2, 3, 4, 5, 6, 7, 8}, {5, 6});
+  look({1}, {1, 2, 3, 4, 5, 6, 7, 9}, {});
+  expect(*cache_, {.keys_asked = 9, .rows_served = 5, .rows_missed = 2, .rows_repeated = 2});
+  expect(*wide, {.keys_asked = 16, .rows_served = 7, .rows_missed = 8, .rows_deferred = 1});
+  expect(*whole, {.keys_asked = 4, .rows_served = 3, .rows_defaulted = 1});
+  // Two miss 3 + 1 keys with 5 + 3 further positions. These are shared out 6 : 2, but the first has 5 left.
+  look({20, 21, 22, 20, 21, 22, 20, 21}, {30, 30, 30, 30}, {});
+  expect(*cache_, {.keys_asked = 17, .rows_served = 5, .rows_missed = 5, .rows_repeated = 7});
+  expect(*wide, {.keys_asked = 20, .rows_served = 7, .rows_missed = 9, .rows_deferred = 1, .rows_repeated = 3});
+  // A lookup that fails has asked; one that was not launched has not.
+  source_->Fail(Unavailable("gone"));
+  const Asked missing(*device_, cache_, 0, {50, 51});
+  const CachedLookup lookup = missing.lookup();
+  EXPECT_EQ(lookups.Lookup(std::span(&lookup, 1), nullptr, {}, nullptr).code(), StatusCode::kUnavailable);
+  expect(*cache_, {.keys_asked = 19, .rows_served = 5, .rows_missed = 7, .rows_repeated = 7});
 }
 
 TEST_P(DeviceLookupSuite, ManyTablesInOneCall) {

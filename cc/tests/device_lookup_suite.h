@@ -27,7 +27,7 @@ class DeviceLookupFixture {
     cache_ = Value(DeviceCache::Make(resources_, SpecOf(4, 7000)));
   }
   DeviceLookup Lookups(std::optional<double> threshold = std::nullopt) {
-    return DeviceLookup(resources_, source_, inserts_, {threshold, {}});
+    return DeviceLookup(resources_, source_, inserts_, {threshold});
   }
   // Looks keys of table 0 up; expects each in the version that `version` tells, 0: default.
   void Expect(const DeviceLookup& lookups, const std::vector<Key>& keys, const std::function<int(Key)>& version,

@@ -27,15 +27,29 @@ uint64_t Planned(const ModelConfig& model, const std::vector<uint64_t>& rows) {
 // ---- the four sharing scenarios ---------------------------------------------------------------------------------
 
 void SharingScenarios::RunInstances(const ParameterServer& server, const std::vector<Placed>& placed, int instances) {
+  constexpr int kTurns = 20, kCount = 90;
   const std::vector<uint64_t> caches = CacheBytes(server);
-  std::vector<std::thread> threads;
+  std::vector<uint64_t> asked_before;
+  std::vector<LookupSession> shared;
   for (const Placed& each : placed) {
-    for (int i = 0; i < instances; ++i) {
-      threads.emplace_back([&, i] {
-        const LookupSession session = Value(server.NewSession(each.model));
-        for (int turn = 0; turn < 20; ++turn) {
-          const std::vector<Key> keys = KeyRange((turn * 37 + i * 11) % 900, 90);
-          const DeviceAnswer answer = Look(session, each.device, keys);
+    asked_before.push_back(CountsOf(server, each)["keys_asked"].get<uint64_t>());
+    shared.push_back(Value(server.NewSession(each.model)));
+  }
+  // Each instance has two threads: one goes through sessions of its own, the other uses one that all instances share.
+  std::atomic<int> waiting{0};
+  const int num_threads = static_cast<int>(placed.size()) * instances * 2;
+  std::vector<std::thread> threads;
+  for (size_t p = 0; p < placed.size(); ++p) {
+    for (int i = 0; i < 2 * instances; ++i) {
+      threads.emplace_back([&, p, i] {
+        const Placed& each = placed[p];
+        ++waiting;
+        while (waiting < num_threads) std::this_thread::yield();
+        std::optional<LookupSession> own;
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (i % 2 == 0 && turn % 5 == 0) own.emplace(Value(server.NewSession(each.model)));
+          const std::vector<Key> keys = KeyRange((turn * 37 + i * 11) % 900, kCount);
+          const DeviceAnswer answer = Look(own ? *own : shared[p], each.device, keys);
           ASSERT_OK(answer.status);
           ASSERT_TRUE(answer.AllOf(each.version)) << each.model << " on device " << each.device;
         }
@@ -44,13 +58,33 @@ void SharingScenarios::RunInstances(const ParameterServer& server, const std::ve
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(CacheBytes(server), caches);
-  // What one instance has brought in, all others hit.
-  for (const Placed& each : placed) {
+  for (size_t p = 0; p < placed.size(); ++p) {
+    const Placed& each = placed[p];
+    // One cache has answered all of them, and nothing else has asked it.
+    const Json counts = CountsOf(server, each);
+    const auto count = [&](const char* name) { return counts[name].get<uint64_t>(); };
+    EXPECT_EQ(count("keys_asked"), asked_before[p] + static_cast<uint64_t>(2 * instances * kTurns * kCount));
+    EXPECT_EQ(count("keys_asked"), count("rows_served") + count("rows_missed"));
+    EXPECT_GT(count("rows_served"), 0u);
+    // What one instance has brought in, all others hit.
     ASSERT_TRUE(Look(server, each.model, each.device, kSome).AllOf(each.version));
     const DeviceAnswer again = Look(server, each.model, each.device, kSome);
     EXPECT_TRUE(again.AllOf(each.version));
-    EXPECT_GE(again.report.rows_from_cache, kSome.size() / 2);  // full buckets push rows out
+    // Full buckets push rows out.
+    EXPECT_GE(again.report.rows_from_cache + again.report.rows_unwaited, kSome.size() / 2);
   }
+}
+
+Json SharingScenarios::CountsOf(const ParameterServer& server, const Placed& placed) {
+  const Json stats = Json::parse(server.StatsJson());
+  for (const Json& model : stats["models"]) {
+    if (model["name"] != placed.model) continue;
+    for (const Json& device : model["devices"]) {
+      if (device["device"] == placed.device) return device["caches"][0];
+    }
+  }
+  ADD_FAILURE() << placed.model << " has no cache on device " << placed.device;
+  return {};
 }
 
 std::vector<uint64_t> SharingScenarios::CacheBytes(const ParameterServer& server) {
@@ -72,7 +106,9 @@ TEST_P(SharingScenarios, OneDeviceOneModel) {
 }
 
 TEST_P(SharingScenarios, OneDeviceSeveralModels) {
-  auto server = Open({Model("a", 1, {0}), Model("b", 2, {0}), Model("c", 3, {0})});
+  ModelConfig fixed = Model("c", 3, {0});
+  fixed.cache_type = CacheType::kStatic;
+  auto server = Open({Model("a", 1, {0}), Model("b", 2, {0}), fixed});
   EXPECT_EQ(CacheBytes(*server).size(), 3u);
   RunInstances(*server, {{"a", 0, 1}, {"b", 0, 2}, {"c", 0, 3}}, 2);
 }
@@ -88,12 +124,19 @@ TEST_P(SharingScenarios, SeveralDevicesOneModel) {
 }
 
 TEST_P(SharingScenarios, SeveralDevicesSeveralModels) {
-  auto server = Open({Model("left", 1, {0}), Model("right", 2, {1}), Model("both", 3, {1, 0})}, Tiers::kBoth);
-  EXPECT_EQ(CacheBytes(*server).size(), 4u);
-  RunInstances(*server, {{"left", 0, 1}, {"right", 1, 2}, {"both", 0, 3}, {"both", 1, 3}}, 2);
+  ModelConfig fixed = Model("fixed", 4, {0, 1});
+  fixed.cache_type = CacheType::kStatic;
+  auto server = Open({Model("left", 1, {0}), Model("right", 2, {1}), Model("both", 3, {1, 0}), fixed}, Tiers::kBoth);
+  EXPECT_EQ(CacheBytes(*server).size(), 6u);
+  RunInstances(*server,
+               {{"left", 0, 1}, {"right", 1, 2}, {"both", 0, 3}, {"both", 1, 3}, {"fixed", 0, 4}, {"fixed", 1, 4}}, 2);
   ExpectError(Look(*server, "left", 1, kSome).status, StatusCode::kInvalidArgument,
               {"model 'left'", "no cache on device 1", "deployed_device_list is 0"});
   ExpectError(Look(*server, "right", 0, kSome).status, StatusCode::kInvalidArgument, {"deployed_device_list is 1"});
+  // Without one of the models the others go on, with their caches as they are.
+  ASSERT_OK(server->UnloadModel("left"));
+  EXPECT_EQ(CacheBytes(*server).size(), 5u);
+  RunInstances(*server, {{"right", 1, 2}, {"both", 0, 3}, {"both", 1, 3}}, 2);
 }
 
 // ---- starts -----------------------------------------------------------------------------------------------------
@@ -225,38 +268,6 @@ TEST_P(DeviceServerSuite, ALaterModelOrVersionThatDoesNotFitLeavesTheOthersServi
   EXPECT_TRUE(Look(*server, "n", 1, kSome).AllOf(2));
 }
 
-TEST_P(DeviceServerSuite, ManyModelsTakeTheMemoryThatWasPlanned) {
-  std::vector<ModelConfig> models;
-  std::vector<uint64_t> planned(kNumDevices, kWriterBytes), pinned(kNumDevices, kWriterBytes);
-  for (int i = 0; i < 24; ++i) {
-    const size_t more = static_cast<size_t>(i);
-    ModelConfig model = Model("m" + std::to_string(i), 1, i % 3 == 0 ? std::vector<int32_t>{0, 1} : std::vector{i % 2},
-                              {200, 300 + more, 1, 7});
-    model.worker_buffers = 1 + i % 2;
-    if (i % 4 == 0) model.cache_type = CacheType::kStatic;
-    if (i % 4 == 1) model.init_ec = true;
-    if (i % 4 == 2) model.cache_type = CacheType::kUvm;
-    model.enable_pagelock = i % 8 == 4;
-    for (const DevicePlan& plan : Value(PlanCaches(model, std::vector<uint64_t>{200, 300 + more, 1, 7}, kNumDevices))) {
-      planned[static_cast<size_t>(plan.device)] += plan.device_bytes;
-      pinned[static_cast<size_t>(plan.device)] += plan.pinned_bytes;
-    }
-    models.push_back(std::move(model));
-  }
-  auto server = Open(models);
-  for (int device = 0; device < kNumDevices; ++device) {
-    EXPECT_EQ(Bytes(device), planned[static_cast<size_t>(device)]) << "device " << device;
-    EXPECT_EQ(devices_[static_cast<size_t>(device)]->pinned_bytes(), pinned[static_cast<size_t>(device)]);
-  }
-  for (int i = 0; i < 24; ++i) {
-    EXPECT_TRUE(Look(*server, "m" + std::to_string(i), i % 3 == 0 ? 1 : i % 2, KeyRange(0, 60), 1).AllOf(1));
-  }
-  for (const ModelConfig& model : models) ASSERT_OK(server->UnloadModel(model.name));
-  for (int device = 0; device < kNumDevices; ++device) EXPECT_EQ(Bytes(device), kWriterBytes);
-  ASSERT_OK(server->Close());
-  for (const auto& device : devices_) EXPECT_EQ(device->allocations(), 0u);
-}
-
 // Every allocation of a load fails once: a clear error, nothing left behind, and the next load succeeds.
 TEST_P(DeviceServerSuite, EachAllocationOfALoadMayFail) {
   ModelConfig first = Model("first", 1, {0});
@@ -378,8 +389,15 @@ TEST_P(DeviceServerSuite, DeferredRowsComeLaterAndEverythingIsCounted) {
   const auto expect = [&](const std::string& line) {
     EXPECT_NE(text.find(line + "\n"), std::string::npos) << line << " is not in\n" << text;
   };
-  expect("hps_cache_rows_deferred_total{model=\"m\",device=\"1\"} 10");
-  expect("hps_cache_rows_missed_total{model=\"m\",device=\"1\"} 100");
+  const Json counts = Json::parse(server->StatsJson())["models"][0]["devices"][0]["caches"][0];
+  EXPECT_EQ(counts["rows_deferred"], 10);
+  EXPECT_EQ(counts["rows_missed"], 100);
+  EXPECT_EQ(counts["keys_asked"].get<uint64_t>(),
+            counts["rows_served"].get<uint64_t>() + 110 + counts["rows_repeated"].get<uint64_t>());
+  EXPECT_EQ(counts["hit_rate"].get<double>(), counts["rows_served"].get<double>() / counts["keys_asked"].get<double>());
+  for (const char* name : {"keys_asked", "rows_served", "rows_missed", "rows_deferred", "rows_defaulted"}) {
+    expect("hps_cache_" + std::string(name) + "_total{model=\"m\",table=\"t0\",device=\"1\"} " + counts[name].dump());
+  }
   expect("hps_cache_rows_inserted_total{model=\"m\",table=\"t0\",device=\"1\"} 10");
   expect("hps_cache_rows_updated_total{model=\"m\",table=\"t0\",device=\"1\"} 5");
   expect("hps_cache_rows_erased_total{model=\"m\",table=\"t0\",device=\"1\"} 2");

@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -168,6 +169,15 @@ class DeviceRowsSuite : public DeviceServerSuite {};
 // Models that share tables: their rows and their caches.
 class SharedTablesSuite : public DeviceServerSuite {};
 
+// Many models with tables of several widths.
+class ManyModelsSuite : public DeviceServerSuite {
+ protected:
+  // Of both devices as they tell themselves, of one that stands for both once.
+  uint64_t FreeOfDevices() const;
+  void ExpectRowsOn(const ParameterServer& server, const ModelConfig& model, const std::vector<uint64_t>& rows,
+                    uint32_t version, int device) const;
+};
+
 // Those of the predecessor's serving backend: one or several models on one or several devices of a node, each with
 // several instances (sessions).
 class SharingScenarios : public DeviceServerSuite {
@@ -177,10 +187,13 @@ class SharingScenarios : public DeviceServerSuite {
     int device;
     int version;
   };
-  // Several instances of each, at once: every row is its model's, and nobody takes more caches for it.
+  // Several instances of each, at once, with several sessions and threads: every row is its model's, one cache answers
+  // all instances, and nobody takes more caches for it.
   void RunInstances(const ParameterServer& server, const std::vector<Placed>& placed, int instances);
   // By model and device.
   static std::vector<uint64_t> CacheBytes(const ParameterServer& server);
+  // What the cache of the model's table on the device has counted.
+  static nlohmann::json CountsOf(const ParameterServer& server, const Placed& placed);
 };
 
 }  // namespace hps::testing

@@ -38,6 +38,8 @@ INSTANTIATE_TEST_SUITE_P(All, DeviceRowsSuite, ::testing::Values(HostDevices()),
                          [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, SharedTablesSuite, ::testing::Values(HostDevices()),
                          [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, ManyModelsSuite, ::testing::Values(HostDevices()),
+                         [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, SharingScenarios, ::testing::Values(HostDevices()),
                          [](const auto& info) { return info.param.name; });
 
@@ -136,6 +138,30 @@ TEST_F(DeviceServerTest, AnUpdateIsNotLostWhileANewVersionIsBuilt) {
   EXPECT_EQ(Json::parse(server->StatsJson())["models"][0]["version"], 2);
   ExpectRows(Lookup(*server, "m", 0, kWidth, {5, 5000}), {5, 5000}, 2);
   EXPECT_EQ(Look(*server, "m", 0, {4, 5, 5000}).versions, (std::vector<int>{1, 2, 2}));
+}
+
+TEST_F(DeviceServerTest, TheLastLookupsOfAVersionThatGoesAreCounted) {
+  auto server = Open({Model("m", 1, {0})});
+  const auto text_has = [&](const std::string& line) {
+    return server->PrometheusText().find(line + "\n") != std::string::npos;
+  };
+  const std::string labels = "{model=\"m\",table=\"t0\",device=\"0\"} ";
+  const LookupSession session = Value(server->NewSession("m"));
+  const DeviceArray<Key> keys(*devices_[0], kSome);
+  const DeviceArray<float> rows(*devices_[0], kSome.size() * kWidth);
+  const DeviceLookupPart part{.width = kWidth, .keys = keys.get(), .count = 50, .rows = rows.get()};
+  const uint64_t launches = Host(0).launches(HostDevice::kQuery);
+  Host(0).Hold(true);
+  std::thread lookup([&] { EXPECT_TRUE(session.LookupOnDevice(0, std::span(&part, 1), nullptr).ok()); });
+  WaitUntil([&] { return Host(0).launches(HostDevice::kQuery) > launches; }, "the query");
+  std::thread unload([&] { EXPECT_TRUE(server->UnloadModel("m").ok()); });
+  WaitUntil([&] { return text_has("hps_cache_memory_bytes" + labels + "0"); }, "the unloading");
+  EXPECT_TRUE(text_has("hps_cache_keys_asked_total" + labels + "0"));
+  Host(0).Hold(false);
+  lookup.join();
+  unload.join();
+  EXPECT_TRUE(text_has("hps_cache_keys_asked_total" + labels + "50"));
+  EXPECT_TRUE(text_has("hps_cache_rows_missed_total" + labels + "50"));
 }
 
 TEST_F(DeviceServerTest, ALostDeviceLeavesTheHostAndOtherDevicesServing) {

@@ -90,7 +90,10 @@ TEST_P(SharedTablesSuite, OneCopyOfRowsAndCaches) {
                         "\",table=\"rows\",device=\"1\"} "),
               std::string::npos);
     EXPECT_EQ(text.find("hps_cache_memory_bytes{model=\"a\""), std::string::npos);
-    EXPECT_NE(text.find("hps_cache_rows_served_total{model=\"b\",device=\"0\"} "), std::string::npos);
+    // Hits are the cache's, whoever asked.
+    EXPECT_EQ(shared["devices"][0]["caches"][0]["keys_asked"], 2 * kSome.size());
+    EXPECT_NE(text.find("hps_keys_asked_total{model=\"b\",table=\"t0\"} 1100\n"), std::string::npos);
+    EXPECT_EQ(text.find("hps_cache_keys_asked_total{model=\"b\""), std::string::npos);
 
     for (const char* model : {"a", "b"}) ASSERT_OK(server->UnloadModel(model));
     EXPECT_FALSE(Stats(*server).contains("shared_tables"));

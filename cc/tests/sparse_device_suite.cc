@@ -3,6 +3,7 @@
 #include "cc/tests/sparse_device_suite.h"
 
 #include <atomic>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 namespace hps::testing {
@@ -25,6 +26,7 @@ TEST_P(SparseDeviceSuite, EqualToTheHostToTheBit) {
     ModelConfig model = Model(start == kStaticTable ? CacheType::kStatic : CacheType::kDynamic);
     model.init_ec = start == kFull;
     Open(model);
+    std::vector<LookupReport> sums(kWidths.size());
     for (uint32_t table = 0; table < kWidths.size(); ++table) {
       int turn = 0;
       for (const Combiner combiner : kCombiners) {
@@ -42,6 +44,9 @@ TEST_P(SparseDeviceSuite, EqualToTheHostToTheBit) {
             if (HasFatalFailure()) return;
             EXPECT_EQ(report.keys, bags.keys.size());
             EXPECT_EQ(Sum(report), report.keys);
+            sums[table].keys += report.keys;
+            sums[table].rows_from_cache += report.rows_from_cache;
+            sums[table].rows_repeated += report.rows_repeated;
             if (start == kStaticTable) EXPECT_EQ(report.rows_unwaited, report.keys);
             if (start == kFull && all_there) EXPECT_EQ(report.rows_from_cache, report.keys);
             if (start != kStaticTable && !all_there) EXPECT_GT(report.rows_from_default, 0u);
@@ -50,9 +55,21 @@ TEST_P(SparseDeviceSuite, EqualToTheHostToTheBit) {
         }
       }
     }
-    if (start == kStaticTable) {
-      EXPECT_NE(server_->PrometheusText().find("hps_cache_rows_defaulted_total{model=\"m\",table=\"t16\""),
-                std::string::npos);
+    const nlohmann::json stats = nlohmann::json::parse(server_->StatsJson());
+    for (uint32_t table = 0; table < kWidths.size(); ++table) {
+      const nlohmann::json& counts = stats["models"][0]["devices"][0]["caches"][table];
+      const auto count = [&](const char* name) { return counts[name].get<uint64_t>(); };
+      EXPECT_EQ(count("keys_asked"), sums[table].keys);
+      EXPECT_EQ(count("rows_repeated"), sums[table].rows_repeated);
+      EXPECT_EQ(count("rows_served") + count("rows_missed") + count("rows_defaulted") + count("rows_repeated"),
+                sums[table].keys);
+      if (start == kStaticTable) {
+        EXPECT_GT(count("rows_defaulted"), 0u);
+        EXPECT_EQ(count("rows_missed"), 0u);
+      } else {
+        EXPECT_EQ(count("rows_served"), sums[table].rows_from_cache);
+        EXPECT_GT(count("rows_missed"), 0u);
+      }
     }
     session_.reset();
     ASSERT_OK(server_->Close());

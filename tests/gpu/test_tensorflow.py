@@ -72,6 +72,23 @@ def test_rows_come_from_the_cache(on_gpu, rng, dtype, shape):
     assert looked_up() > before or ids.size == 0
 
 
+def test_hits_are_counted_by_table(on_gpu):
+    def counts():
+        server = hps.stats()["servers"][0]
+        (model,) = server["models"]
+        return {cache["table"]: cache for cache in model["devices"][0]["caches"]}
+
+    few, many = tf.range(5, dtype=tf.int64), tf.range(20, dtype=tf.int64)
+    rows_of([many, many], "w7", "w64")
+    before = counts()
+    rows_of([few, many], "w7", "w64")
+    after = counts()
+    for name, asked in (("w7", 5), ("w64", 20), ("w16", 0)):
+        added = {what: after[name][what] - before[name][what] for what in ("keys_asked", "rows_served", "rows_missed")}
+        assert added["keys_asked"] == asked == added["rows_served"] + added["rows_missed"], name
+    assert after["w64"]["hit_rate"] == after["w64"]["rows_served"] / after["w64"]["keys_asked"]
+
+
 def test_missing_keys_have_the_default(on_gpu):
     ids = np.array([3, -1, ROWS, 2**62, 3])
     rows = rows_of([tf.constant(ids)], "w7")[0].numpy()

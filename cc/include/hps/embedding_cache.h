@@ -80,14 +80,25 @@ struct CacheMiss {
 };
 
 struct CacheStats {
+  // Of lookups: keys_asked is rows_served and the next four together, so that rows_served / keys_asked is the hit rate.
+  // While lookups run, and where one has failed, rows_served may be some less; of a cache that nobody waits for some
+  // more, until the device has counted what was missing. Replays of CUDA graphs count in rows_defaulted alone, so of a
+  // cache that they read nothing is to be learnt from these.
+  uint64_t keys_asked = 0;      // with repetitions
+  uint64_t rows_served = 0;     // that were in the cache
+  uint64_t rows_missed = 0;     // keys that were fetched while the lookup waited, each once a call
+  uint64_t rows_deferred = 0;   // keys that got the default value and are inserted later (hit_rate_threshold), likewise
+  uint64_t rows_defaulted = 0;  // keys that are not in a cache of the whole table: they got the default value
+  // Further positions of keys that were missing. Where one call missed keys of several tables it is known for all of
+  // them together only, and each has its part by its missing keys.
+  uint64_t rows_repeated = 0;
   uint64_t rows_inserted = 0;  // given to Insert and not left out; those that were there already included
   uint64_t rows_evicted = 0;   // by Insert; rows that a lookup's fill pushed out are not counted
   uint64_t rows_updated = 0;   // given to Update
   uint64_t rows_refreshed = 0;
-  uint64_t rows_erased = 0;    // given to Erase
-  uint64_t rows_outdated = 0;  // left out of Insert or Refresh, or erased after a fill: updated meanwhile
-  // Positions that lookups nobody waited for answered with the default value: whole static caches.
-  uint64_t rows_defaulted = 0;
+  uint64_t rows_erased = 0;     // given to Erase
+  uint64_t rows_outdated = 0;   // left out of Insert or Refresh, or erased after a fill: updated meanwhile
+  uint64_t fills_outdated = 0;  // of rows_outdated, those that a lookup had fetched
   uint64_t rows_exchanged = 0;  // came from pinned memory to lie in memory of the device
   uint64_t device_bytes = 0;    // buckets and rows
   uint64_t pinned_bytes = 0;    // rows in pinned memory of the host
