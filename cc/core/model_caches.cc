@@ -82,10 +82,9 @@ Status ModelCaches::CheckPlans(std::span<const Planned> models,
 Result<std::unique_ptr<ModelCaches>> ModelCaches::Build(const ModelConfig& model, std::span<const CachedTable> tables,
                                                         const CacheBuildOptions& options, ServerDevices& devices,
                                                         MetricsRegistry& metrics) {
-  std::vector<uint64_t> table_rows;
-  for (const CachedTable& table : tables) {
-    HPS_ASSIGN_OR_RETURN(const uint64_t rows, RowsOf(table));
-    table_rows.push_back(rows);
+  std::vector<uint64_t> table_rows(tables.size());
+  for (size_t i = 0; i < tables.size() && options.parts != CacheParts::kWorkspaces; ++i) {
+    HPS_ASSIGN_OR_RETURN(table_rows[i], RowsOf(tables[i]));
   }
   HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans,
                        PlanCaches(model, table_rows, devices.count(), options.parts));

@@ -369,7 +369,7 @@ TEST_P(SharedTablesSuite, WhatMustBeTheSameIsRefusedBeforeAnythingIsLoaded) {
 TEST_P(SharedTablesSuite, UpdatesUnderLookupsWhileModelsComeAndGo) {
   ModelConfig rows = Model("rows", 1, {0});
   rows.gpucacheper = 0.1;  // much is evicted and fetched again
-  auto server = Open({Sharing(rows, "a", {0}), Sharing(rows, "b", {0})}, Tiers::kBoth);
+  auto server = Open({Sharing(rows, "a", {0}), Sharing(rows, "b", {0})});
   constexpr int kVersions = 25;
   std::atomic<int> written{1};
   std::atomic<bool> stop{false};
