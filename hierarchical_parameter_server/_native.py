@@ -36,6 +36,7 @@ from ._hps import (  # noqa: F401  (re-exported for the package)
     rocksdb_load_bytes,
     shared_memory_own_bytes,
     shared_table_bytes,
+    shared_table_name,
     shutdown_servers,
     whole_table_bytes,
 )

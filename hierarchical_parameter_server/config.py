@@ -200,6 +200,7 @@ class InferenceParams(_Params):
     fuse_embedding_table: bool | None = None
     use_hctr_cache_implementation: bool | None = None
     freeze_sparse: bool | None = None
+    share_tables: bool | None = None
 
 
 # Every argument and the JSON key that it writes, with the object that the key belongs to: "" is the document.
@@ -230,6 +231,7 @@ JSON_KEYS[InferenceParams] = {
         "embedding_vecsize_per_table", "embedding_table_names", "network_file", "label_dim", "slot_num",
         "thread_pool_size", "use_static_table", "embedding_cache_type", "init_ec", "enable_pagelock", "fp8_quant",
         "use_context_stream", "fuse_embedding_table", "use_hctr_cache_implementation", "freeze_sparse",
+        "share_tables",
     ),
 }  # fmt: skip
 JSON_KEYS[VolatileDatabaseParams] = _same(

@@ -106,17 +106,17 @@ uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes) {
 }
 
 Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<const uint64_t> table_rows,
-                                           int num_devices) {
+                                           int num_devices, CacheParts parts) {
   std::vector<DevicePlan> plans;
   if (!model.gpucache) return plans;
   HPS_RETURN_IF_ERROR(CheckModel(model, table_rows.size(), num_devices));
   DevicePlan plan;
-  for (size_t i = 0; i < table_rows.size(); ++i) {
+  for (size_t i = 0; i < table_rows.size() && parts != CacheParts::kWorkspaces; ++i) {
     plan.tables.push_back(PlanTable(model, i, table_rows[i]));
     plan.device_bytes += plan.tables[i].memory.device_bytes;
     plan.pinned_bytes += plan.tables[i].memory.pinned_bytes;
   }
-  plan.workspaces.reserved = std::max(model.worker_buffers, 1u);
+  plan.workspaces.reserved = parts == CacheParts::kTables ? 0 : std::max(model.worker_buffers, 1u);
   plan.workspaces.limit = std::max(4 * plan.workspaces.reserved, 16u);
   plan.workspaces.size = PlanWorkspace(model);
   plan.pinned_bytes += plan.workspaces.reserved * LookupWorkspace::PinnedBytes(plan.workspaces.size);

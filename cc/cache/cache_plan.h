@@ -28,6 +28,13 @@ enum class CacheStart {
   kWhole,    // every row is placed, or the start fails (DeviceCache::MakeWhole)
 };
 
+// What of a model is planned.
+enum class CacheParts {
+  kAll,
+  kTables,      // the caches alone: rows that models share
+  kWorkspaces,  // what lookups need beside caches that others have made: a model whose tables are shared
+};
+
 struct TableCachePlan {
   CacheSpec spec;
   CacheStart start = CacheStart::kEmpty;
@@ -37,7 +44,7 @@ struct TableCachePlan {
 // One for each device; equal but for the number.
 struct DevicePlan {
   int device = 0;
-  std::vector<TableCachePlan> tables;
+  std::vector<TableCachePlan> tables;  // none of kWorkspaces
   WorkspacePoolOptions workspaces;
   std::optional<double> hit_rate_threshold;
   // Refresh is on where the fraction is above 0 and the caches are dynamic.
@@ -56,7 +63,7 @@ uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes);
 // among the `num_devices` there are, or named twice; gpucacheper that makes no sense. kUnimplemented: what this build
 // does not have.
 Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<const uint64_t> table_rows,
-                                           int num_devices);
+                                           int num_devices, CacheParts parts = CacheParts::kAll);
 
 }  // namespace hps
 

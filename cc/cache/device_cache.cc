@@ -226,6 +226,17 @@ DeviceCache::~DeviceCache() {
   if (whole()) (void)resources_.context->device().Synchronize();
   (void)resources_.writer->Flush();
   (void)resources_.workspaces->Quiesce();
+  // A pool that is gone has waited for its own.
+  for (const auto& sharer : sharers_) {
+    if (const auto workspaces = sharer.lock()) (void)workspaces->Quiesce();
+  }
+}
+
+void DeviceCache::ShareWith(const std::shared_ptr<WorkspacePool>& workspaces) {
+  std::lock_guard lock(sharers_mutex_);
+  std::erase_if(sharers_, [](const auto& sharer) { return sharer.expired(); });
+  sharers_.push_back(workspaces);
+  shared_.store(true, std::memory_order_relaxed);
 }
 
 CacheStats DeviceCache::stats() const {

@@ -39,9 +39,10 @@ namespace hps {
 
 // One table's part of a call.
 struct CachedLookup {
-  std::shared_ptr<DeviceCache> cache;  // made with the resources of the lookup; need not own it, if the caller does
-  uint32_t table = 0;                  // for the row source
-  const Key* keys = nullptr;           // (count), device memory
+  // Made with the resources of the lookup, or shared with its workspaces; need not own it, if the caller does.
+  std::shared_ptr<DeviceCache> cache;
+  uint32_t table = 0;         // for the row source
+  const Key* keys = nullptr;  // (count), device memory
   uint32_t count = 0;
   void* rows = nullptr;     // (count, row_bytes), device memory, written
   uint32_t key_stride = 1;  // as QueryPart's, as is the next

@@ -241,6 +241,9 @@ const Section<ModelConfig>& ModelSection() {
                                 "ordinals of the GPUs that hold a cache; an empty list means none, the CPU serves"),
                           "[0]"),
           Plain("max_batch_size", &M::max_batch_size, AtLeast(1), "samples in a batch; sizes buffers, is no limit"),
+          Plain("share_tables", &M::share_tables, {},
+                "tables of models that all set this and name the same folder are one: one copy of the rows in each "
+                "tier, one cache on each GPU, and updates through one model reach all"),
           Plain("gpucache", &M::gpucache, {}, "keep hot rows on the GPU; without a GPU the CPU serves"),
           Plain("gpucacheper", &M::gpucacheper, Between(0, 1),
                 "the part of each table that the GPU cache holds; above 0 where `gpucache` is true"),

@@ -120,4 +120,28 @@ Result<ServerConfig> LoadConfig(const std::string& path) {
   }
 }
 
+std::string CanonicalFolder(const std::string& path) {
+  std::error_code error;
+  fs::path folder = fs::absolute(path, error);
+  if (error) folder = path;
+  const fs::path canonical = fs::weakly_canonical(folder, error);
+  return Tidy(error ? folder : canonical).string();
+}
+
+// It is part of what is stored: another name would have everybody load everything again.
+std::string SharedTableName(const std::string& path) {
+  constexpr size_t kMostOfName = 60;
+  const fs::path canonical = CanonicalFolder(path);
+  std::string name = canonical.filename().string().substr(0, kMostOfName);
+  for (char& c : name) {
+    const bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+    if (!plain) c = '-';
+  }
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  for (const char c : canonical.string()) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  std::string digits(16, '0');
+  for (size_t i = 16; i-- > 0; hash >>= 4) digits[i] = "0123456789abcdef"[hash & 15];
+  return "shared-" + name + "-" + digits;
+}
+
 }  // namespace hps

@@ -25,10 +25,13 @@
 
 namespace hps {
 
+struct SharedTable;
+
 struct ModelTable {
   std::string name;
   TierStack stack;
-  std::string source;  // where this version's rows came from: "folder" or "persistent"
+  std::shared_ptr<SharedTable> shared = nullptr;  // whose tiers and caches these are; nullptr: the model's own
+  std::string source;                             // where this version's rows came from: "folder" or "persistent"
   LoadReport load;
 };
 

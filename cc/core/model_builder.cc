@@ -25,6 +25,7 @@
 #include "cc/base/system_limits.h"
 #include "cc/core/host_memory.h"
 #include "cc/core/model_record.h"
+#include "cc/core/shared_tables.h"
 #include "cc/core/shared_tier.h"
 #include "cc/core/single_flight.h"
 #include "cc/core/volatile_share.h"
@@ -53,6 +54,10 @@ class Builder {
   }
 
   Result<std::shared_ptr<Model>> Build() {
+    if (!options_.shared.empty()) {
+      HPS_RETURN_IF_ERROR(BuildOverShared().WithContext("model '" + config_.name + "'"));
+      return model_;
+    }
     if (shared_) HPS_RETURN_IF_ERROR(PrepareShared().WithContext("model '" + config_.name + "'"));
     std::unique_lock<std::mutex> lock;
     if (Writable()) lock = std::unique_lock(PersistentLoadMutex());
@@ -171,11 +176,39 @@ class Builder {
     return OkStatus();
   }
 
+  // The tiers and caches are those of the shared tables; counters and workspaces are the model's own.
+  Status BuildOverShared() {
+    model_->config = config_;
+    std::vector<std::shared_ptr<const Model>> versions;
+    model_->tables.reserve(config_.tables.size());
+    std::vector<CachedTable> tables;
+    for (size_t i = 0; i < config_.tables.size(); ++i) {
+      const TableConfig& table = config_.tables[i];
+      HPS_ASSIGN_OR_RETURN(versions.emplace_back(), options_.shared[i]->slot.Current());
+      const TierStack& from = versions.back()->tables.front().stack;
+      ModelTable& built = model_->tables.emplace_back();
+      built.name = table.name;
+      built.source = "shared";
+      built.shared = options_.shared[i];
+      built.stack.default_row = from.default_row;
+      InitStack(table, &built.stack);
+      built.stack.volatile_tier.table = from.volatile_tier.table;
+      built.stack.persistent_tier.table = from.persistent_tier.table;
+      tables.push_back({.stack = &built.stack, .shared = versions.back()->caches.get()});
+    }
+    return BuildCaches(tables, CacheParts::kWorkspaces);
+  }
+
   Status BuildCaches() {
-    if (!ModelCaches::Wanted(config_, resources_.devices.get())) return OkStatus();
     std::vector<CachedTable> tables;
     for (const ModelTable& table : model_->tables) tables.push_back({&table.stack, shared_.has_value()});
+    return BuildCaches(tables, options_.cache_parts);
+  }
+
+  Status BuildCaches(std::span<const CachedTable> tables, CacheParts parts) {
+    if (!ModelCaches::Wanted(config_, resources_.devices.get())) return OkStatus();
     CacheBuildOptions options;
+    options.parts = parts;
     options.long_keys = resources_.long_keys;
     options.executor = resources_.executor.get();
     options.io_executor = resources_.executor.get();
@@ -478,6 +511,8 @@ class Builder {
       for (size_t i = 0; status.ok() && i < stored->size(); ++i) {
         const std::string& name = (*stored)[i];
         if (!GenerationOf(name, config_.name, table.name)) continue;
+        const auto& used = options_.tables_in_use;
+        if (std::find(used.begin(), used.end(), name) != used.end()) continue;
         if (name != table.stack.persistent_tier.table->spec().name) status = persistent_->DropTable(name);
       }
     }
@@ -566,7 +601,7 @@ Result<std::shared_ptr<Model>> BuildModel(const ModelConfig& config, const Serve
 void DropVolatileTables(const Model& model, const ServerResources& resources) {
   if (!resources.volatile_store || resources.volatile_store->capabilities().shared) return;
   for (const ModelTable& table : model.tables) {
-    if (!table.stack.volatile_tier.table) continue;
+    if (!table.stack.volatile_tier.table || table.shared) continue;
     Status dropped = resources.volatile_store->DropTable(table.stack.volatile_tier.table->spec().name);
     if (!dropped.ok() && dropped.code() != StatusCode::kFailedPrecondition) {
       Log(LogLevel::kWarning, "model '" + model.config.name + "': " + dropped.ToString());

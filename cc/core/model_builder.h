@@ -8,6 +8,9 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
+#include <vector>
 
 #include "cc/core/model.h"
 #include "cc/core/shared_tier.h"
@@ -25,6 +28,10 @@ struct BuildOptions {
   const std::atomic<bool>* cancelled = nullptr;                   // as in LoadOptions
   ClaimOptions claim;                                             // of loads into shared volatile stores
   std::optional<uint64_t> available_memory_bytes = std::nullopt;  // absent: what the host has; for tests
+  // By table, instead of tables of the model's own (share_tables); nothing is loaded then.
+  std::span<const std::shared_ptr<SharedTable>> shared = {};
+  CacheParts cache_parts = CacheParts::kAll;
+  std::vector<std::string> tables_in_use = {};  // of the persistent store: other generations that stay
 };
 
 // A persistent store that holds this very version (fingerprint of the folder) is not written. Otherwise the rows go
@@ -36,7 +43,8 @@ struct BuildOptions {
 Result<std::shared_ptr<Model>> BuildModel(const ModelConfig& config, const ServerResources& resources,
                                           const BuildOptions& options);
 
-// Drops the volatile tables of a version that is no longer published, unless other nodes share the store.
+// Drops the volatile tables of a version that is no longer published, unless other nodes share the store. Shared tables
+// (ModelTable::shared) stay.
 void DropVolatileTables(const Model& model, const ServerResources& resources);
 
 }  // namespace hps

@@ -61,18 +61,18 @@ Result<uint64_t> RowsOf(const CachedTable& cached) {
 
 }  // namespace
 
-Status ModelCaches::CheckPlans(std::span<const ModelConfig> models,
+Status ModelCaches::CheckPlans(std::span<const Planned> models,
                                const std::function<Result<uint64_t>(const TableConfig&)>& rows,
                                ServerDevices& devices) {
   std::vector<ServerDevices::Need> needs;
-  for (const ModelConfig& model : models) {
+  for (const auto& [model, parts] : models) {
     if (!Wanted(model, &devices)) continue;
     std::vector<uint64_t> table_rows;
     for (const TableConfig& table : model.tables) {
       HPS_ASSIGN_OR_RETURN(const uint64_t count, rows(table));
       table_rows.push_back(count);
     }
-    HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
+    HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count(), parts));
     for (const DevicePlan& plan : plans)
       needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
   }
@@ -82,14 +82,17 @@ Status ModelCaches::CheckPlans(std::span<const ModelConfig> models,
 Result<std::unique_ptr<ModelCaches>> ModelCaches::Build(const ModelConfig& model, std::span<const CachedTable> tables,
                                                         const CacheBuildOptions& options, ServerDevices& devices,
                                                         MetricsRegistry& metrics) {
-  std::vector<uint64_t> table_rows;
-  for (const CachedTable& table : tables) {
-    HPS_ASSIGN_OR_RETURN(const uint64_t rows, RowsOf(table));
-    table_rows.push_back(rows);
+  std::vector<uint64_t> table_rows(tables.size());
+  for (size_t i = 0; i < tables.size() && options.parts != CacheParts::kWorkspaces; ++i) {
+    HPS_ASSIGN_OR_RETURN(table_rows[i], RowsOf(tables[i]));
   }
-  HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans, PlanCaches(model, table_rows, devices.count()));
+  HPS_ASSIGN_OR_RETURN(const std::vector<DevicePlan> plans,
+                       PlanCaches(model, table_rows, devices.count(), options.parts));
   std::vector<ServerDevices::Need> needs;
-  for (const DevicePlan& plan : plans) needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
+  for (const DevicePlan& plan : plans) {
+    if (options.kept != nullptr && options.kept->Find(plan.device) != nullptr) continue;
+    needs.push_back({model.name, plan.device, plan.device_bytes, plan.pinned_bytes});
+  }
   HPS_RETURN_IF_ERROR(devices.CheckFreeMemory(needs));
 
   std::unique_ptr<ModelCaches> caches(new ModelCaches(model));
@@ -112,14 +115,38 @@ Status ModelCaches::AddDevice(const DevicePlan& plan, std::span<const CachedTabl
                               const CacheBuildOptions& options, ServerDevices& devices, MetricsRegistry& metrics) {
   HPS_ASSIGN_OR_RETURN(const ServerDevices::Shared shared, devices.Use(plan.device));
   ModelDevice& device = devices_.emplace_back();
-  device.plan = plan;
+  const ModelDevice* const kept = options.kept != nullptr ? options.kept->Find(plan.device) : nullptr;
+  device.plan = kept != nullptr ? kept->plan : plan;
   device.inserts = shared.inserts;
   HPS_ASSIGN_OR_RETURN(std::unique_ptr<WorkspacePool> pool, WorkspacePool::Open(shared.context, plan.workspaces));
   device.resources = {shared.context, shared.writer, std::move(pool)};
-  for (size_t i = 0; i < plan.tables.size(); ++i) {
+  device.shared = options.parts == CacheParts::kWorkspaces;
+  if (kept != nullptr) {
+    device.caches = kept->caches;
+  } else {
+    HPS_RETURN_IF_ERROR(AddCaches(device, tables, options));
+  }
+  const DeviceLookupOptions lookup{.hit_rate_threshold = plan.hit_rate_threshold};
+  device.lookup = std::make_unique<DeviceLookup>(device.resources, source_, shared.inserts, lookup);
+  AddMetrics(device, metrics);
+  return OkStatus();
+}
+
+Status ModelCaches::AddCaches(ModelDevice& device, std::span<const CachedTable> tables,
+                              const CacheBuildOptions& options) {
+  const DevicePlan& plan = device.plan;
+  for (size_t i = 0; i < tables.size(); ++i) {
+    std::shared_ptr<DeviceCache> cache;
+    if (device.shared) {
+      const ModelDevice* const there = tables[i].shared ? tables[i].shared->Find(plan.device) : nullptr;
+      if (there == nullptr) return Internal("a shared table has no cache on device " + std::to_string(plan.device));
+      cache = there->caches.front();
+      cache->ShareWith(device.resources.workspaces);
+      device.caches.push_back(std::move(cache));
+      continue;
+    }
     const TableCachePlan& table = plan.tables[i];
     const RowScan scan = ScanOf(tables[i], table.start, options.cancelled);
-    std::shared_ptr<DeviceCache> cache;
     if (table.start == CacheStart::kWhole) {
       HPS_ASSIGN_OR_RETURN(cache, DeviceCache::MakeWhole(device.resources, table.spec, scan));
     } else {
@@ -128,15 +155,13 @@ Status ModelCaches::AddDevice(const DevicePlan& plan, std::span<const CachedTabl
     }
     device.caches.push_back(std::move(cache));
   }
-  const DeviceLookupOptions lookup{.hit_rate_threshold = plan.hit_rate_threshold};
-  device.lookup = std::make_unique<DeviceLookup>(device.resources, source_, shared.inserts, lookup);
-  AddMetrics(device, metrics);
   return OkStatus();
 }
 
 void ModelCaches::AddMetrics(ModelDevice& device, MetricsRegistry& metrics) {
   const std::string number = std::to_string(device.plan.device);
-  for (size_t i = 0; i < device.caches.size(); ++i) {
+  device.counted_elsewhere = device.shared;
+  for (size_t i = 0; i < device.caches.size() && !device.shared; ++i) {
     const MetricLabels labels = {{"model", model_}, {"table", table_names_[i]}, {"device", number}};
     std::vector<CountedTotal>& totals = device.cache_totals.emplace_back();
     for (const CacheTotal& each : kCacheTotals) totals.emplace_back(metrics.FindCounter(each.metric, labels));
@@ -188,13 +213,14 @@ Result<const ModelDevice*> FindCaches(const ModelConfig& model, const ModelCache
                          on_host);
 }
 
-void ModelCaches::Start(ServerDevices& devices) const {
+void ModelCaches::Start(ServerDevices& devices, const ModelCaches* kept) const {
   CacheRefresher* const refresher = devices.refresher();
   for (const ModelDevice& device : devices_) {
+    if (kept != nullptr && kept->Find(device.plan.device) != nullptr) continue;
     refresher->AddPool(device.resources.workspaces);
     const DevicePlan& plan = device.plan;
     const bool refreshes = plan.refresh_delay.count() > 0 || plan.refresh_interval.count() > 0;
-    if (!(plan.refresh_fraction > 0.0) || !refreshes) continue;
+    if (!(plan.refresh_fraction > 0.0) || !refreshes || device.shared) continue;
     for (uint32_t table = 0; table < device.caches.size(); ++table) {
       // They are filled a moment ago: without a delay the first refresh is an interval away.
       refresher->Add({device.caches[table], source_, table, plan.refresh_fraction,
@@ -204,9 +230,21 @@ void ModelCaches::Start(ServerDevices& devices) const {
   }
 }
 
-void ModelCaches::Stop(ServerDevices& devices) const {
+void ModelCaches::CountOnFrom(const ModelCaches& before) const {
+  std::scoped_lock lock(metrics_mutex_, before.metrics_mutex_);
+  for (const ModelDevice& device : devices_) {
+    const ModelDevice* const kept = before.Find(device.plan.device);
+    if (kept == nullptr) continue;
+    device.cache_totals = kept->cache_totals;
+    kept->counted_elsewhere = true;
+  }
+}
+
+// Shared caches stay: what waits for them in the insert queue is as good for other models.
+void ModelCaches::Stop(ServerDevices& devices, const ModelCaches* successor) const {
   CacheRefresher* const refresher = devices.refresher();
   for (const ModelDevice& device : devices_) {
+    if (device.shared || (successor != nullptr && successor->Find(device.plan.device) != nullptr)) continue;
     for (const auto& cache : device.caches) {
       if (refresher != nullptr) refresher->Remove(cache.get());
       device.inserts->Remove(cache.get());
@@ -259,7 +297,7 @@ void ModelCaches::PublishMetrics(bool last) const {
   retired_ = retired_ || last;
   const auto set = [this](Gauge* gauge, uint64_t value) { gauge->Set(retired_ ? 0 : static_cast<int64_t>(value)); };
   for (const ModelDevice& device : devices_) {
-    for (size_t i = 0; i < device.caches.size(); ++i) {
+    for (size_t i = 0; i < device.caches.size() && !device.counted_elsewhere; ++i) {
       const CacheStats stats = device.caches[i]->stats();
       for (size_t t = 0; t < std::size(kCacheTotals); ++t) {
         device.cache_totals[i][t].Publish(stats.*kCacheTotals[t].total);

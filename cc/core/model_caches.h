@@ -45,20 +45,26 @@ struct ModelDevice {
   DevicePlan plan;
   DeviceResources resources;
   std::vector<std::shared_ptr<DeviceCache>> caches;  // by table
+  bool shared = false;  // the caches are those of shared tables, which refresh and count them
   std::shared_ptr<InsertQueue> inserts;
   std::unique_ptr<DeviceLookup> lookup;
   // CacheStats of each table and WorkspacePool::Stats, as the registry knows them.
   mutable std::vector<std::vector<CountedTotal>> cache_totals;
   mutable std::vector<CountedTotal> pool_totals;
+  mutable bool counted_elsewhere = false;  // CountOnFrom of a successor was called, or the caches are `shared`
   std::vector<Gauge*> cache_bytes;
   std::vector<Gauge*> pinned_bytes;
   std::array<Gauge*, 3> pool_gauges{};  // made, lent, bytes
 };
 
+class ModelCaches;
+
 // One table's tiers, as its caches begin.
 struct CachedTable {
   const TierStack* stack = nullptr;
   bool volatile_is_shared = false;  // others may have written newer rows, and other keys, there
+  // Instead of caches of its own: those of a table that models share (shared_tables.h), on all devices of the model.
+  const ModelCaches* shared = nullptr;
 };
 
 struct CacheBuildOptions {
@@ -66,6 +72,8 @@ struct CacheBuildOptions {
   Executor* executor = nullptr;     // outlives the caches
   Executor* io_executor = nullptr;  // likewise
   const std::atomic<bool>* cancelled = nullptr;
+  CacheParts parts = CacheParts::kAll;  // kWorkspaces: all tables are shared
+  const ModelCaches* kept = nullptr;  // of the version before, of the same tables: stay where the model has the device
 };
 
 class ModelCaches {
@@ -78,9 +86,13 @@ class ModelCaches {
     return devices != nullptr && devices->count() > 0 && model.gpucache && !model.deployed_devices.empty();
   }
 
-  // The plans of all models that want caches, by the rows that tell[i] gives for each table of models[i]; their memory
-  // is checked against what is free now, before anything is allocated. Errors: PlanCaches, CheckFreeMemory.
-  static Status CheckPlans(std::span<const ModelConfig> models,
+  struct Planned {
+    ModelConfig model;
+    CacheParts parts = CacheParts::kAll;
+  };
+  // The plans of all models that want caches; their memory is checked against what is free now, before anything is
+  // allocated. Errors: PlanCaches, CheckFreeMemory.
+  static Status CheckPlans(std::span<const Planned> models,
                            const std::function<Result<uint64_t>(const TableConfig&)>& rows, ServerDevices& devices);
 
   // Plans, checks, makes and fills the caches of a model whose tiers are loaded. On error nothing is left.
@@ -91,10 +103,12 @@ class ModelCaches {
   const ModelDevice* Find(int device) const;
   const std::vector<ModelDevice>& devices() const { return devices_; }
 
-  // When the model is published: refreshes as configured, workspaces are trimmed.
-  void Start(ServerDevices& devices) const;
-  // When it is no longer: what runs in the background lets go of the caches.
-  void Stop(ServerDevices& devices) const;
+  // When the model is published: refreshes as configured, workspaces are trimmed. `kept`: those that it was built with.
+  void Start(ServerDevices& devices, const ModelCaches* kept = nullptr) const;
+  // Before it is published: goes on counting the caches that were kept, where `before` stops.
+  void CountOnFrom(const ModelCaches& before) const;
+  // When it is no longer: what runs in the background lets go of the caches, but for those that `successor` has kept.
+  void Stop(ServerDevices& devices, const ModelCaches* successor = nullptr) const;
 
   // To the caches of every device, after the tiers were written; waits until they are there. A device that has failed
   // is passed over: it answers nothing any more.
@@ -111,6 +125,7 @@ class ModelCaches {
   explicit ModelCaches(const ModelConfig& model) : model_(model.name) {}
   Status AddDevice(const DevicePlan& plan, std::span<const CachedTable> tables, const CacheBuildOptions& options,
                    ServerDevices& devices, MetricsRegistry& metrics);
+  Status AddCaches(ModelDevice& device, std::span<const CachedTable> tables, const CacheBuildOptions& options);
   void AddMetrics(ModelDevice& device, MetricsRegistry& metrics);
   Status OnEach(uint32_t table, const std::function<Status(DeviceCache& cache)>& write) const;
 

@@ -1,5 +1,6 @@
 // Lock order: load_mutex_ (one load, replacement or unload at a time), then slots_mutex_ (the map of models), then the
-// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. Lookups take only the last,
+// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. SharedTables's is a leaf.
+// Lookups take only the last,
 // for the time of copying a pointer. LiveServers::mutex is a leaf. In a forked child no lock is touched: threads that
 // do not exist there may have held them.
 
@@ -26,6 +27,7 @@
 #include "cc/core/model.h"
 #include "cc/core/model_builder.h"
 #include "cc/core/server_stats.h"
+#include "cc/core/shared_tables.h"
 #include "cc/core/volatile_share.h"
 #include "cc/storage/hash_map_store.h"
 #include "cc/storage/multi_process_store.h"
@@ -148,7 +150,7 @@ class ParameterServer::Impl {
     }
     if (!slot) return NoSuchModel(name);
     return BesideLookups("model '" + slot->name() + "' cannot be unloaded", [&] {
-      LetGo(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
+      LetGoOfModel(slot->Withdraw(NotFound("model '" + slot->name() + "' was unloaded")));
       return OkStatus();
     });
   }
@@ -174,9 +176,11 @@ class ParameterServer::Impl {
 
   // What the registry is told only when somebody looks.
   void PublishMetrics() const {
-    for (const auto& slot : Slots()) {
-      if (auto model = slot->Current(); model.ok() && (*model)->caches != nullptr) (*model)->caches->PublishMetrics();
-    }
+    const auto publish = [](const ModelSlot& slot) {
+      if (auto model = slot.Current(); model.ok() && (*model)->caches != nullptr) (*model)->caches->PublishMetrics();
+    };
+    for (const auto& slot : Slots()) publish(*slot);
+    for (const auto& held : shared_tables_.held()) publish(held.table->slot);
     if (resources_->devices != nullptr) PublishDeviceMetrics();
   }
 
@@ -251,6 +255,7 @@ class ParameterServer::Impl {
       slots.swap(slots_);
     }
     for (auto& [name, slot] : slots) slot->Withdraw(ClosedStatus());
+    const auto shared = shared_tables_.Clear(ClosedStatus());
     Status status;
     for (auto& store : stores) {
       if (!store) continue;
@@ -270,6 +275,9 @@ class ParameterServer::Impl {
   bool closed() const { return closed_; }
   const ServerConfig& config() const { return config_; }
   const ServerResources& resources() const { return *resources_; }
+  std::vector<SharedTables::Held> shared_tables() const {
+    return CheckProcess().ok() ? shared_tables_.held() : std::vector<SharedTables::Held>();
+  }
 
  private:
   // REQUIRES: load_mutex_ is held.
@@ -318,10 +326,16 @@ class ParameterServer::Impl {
     options.load_volatile = config_.volatile_db.initialize_after_startup;
     options.load_persistent = config_.persistent_db.initialize_after_startup;
     if (started_) HPS_RETURN_IF_ERROR(CheckDevices(std::span(&config, 1)));
+    std::vector<std::shared_ptr<SharedTable>> shared;
+    if (config.share_tables) {
+      HPS_ASSIGN_OR_RETURN(shared, shared_tables_.Acquire(config, options));
+      options.shared = shared;
+    }
     if (slot) slot->updates().BeginVersion();
     Result<std::shared_ptr<Model>> built = BuildModel(config, *resources_, options);
     if (!built.ok()) {
       if (slot) slot->updates().AbandonVersion();
+      shared_tables_.Release(config, shared);
       return built.status();
     }
     const std::shared_ptr<Model> model = *std::move(built);
@@ -336,10 +350,11 @@ class ParameterServer::Impl {
     });
     if (!published.ok()) {
       DropVolatileTables(*model, *resources_);
+      shared_tables_.Release(config, shared);
       return published;
     }
     if (model->caches) model->caches->Start(*resources_->devices);
-    if (old) LetGo(std::move(old));
+    if (old) LetGoOfModel(std::move(old));
     // Last of all: what lookups of the old version find (tables that a store has lost) says nothing about the new one.
     std::vector<const TierStack*> stacks;
     for (const ModelTable& table : model->tables) stacks.push_back(&table.stack);
@@ -356,8 +371,9 @@ class ParameterServer::Impl {
 
   // Refuses, before anything of the models is loaded, what no device here can hold.
   Status CheckDevices(std::span<const ModelConfig> models) const {
+    HPS_ASSIGN_OR_RETURN(const std::vector<ModelCaches::Planned> planned, shared_tables_.Plan(models));
     return ModelCaches::CheckPlans(
-        models,
+        planned,
         [this](const TableConfig& table) -> Result<uint64_t> {
           auto folder = OpenTableFolder(table.path, table.width);
           if (!folder.ok()) return uint64_t{0};  // the load says so, or has a database and then asks that
@@ -407,6 +423,18 @@ class ParameterServer::Impl {
     while (model.use_count() > 1 && std::chrono::steady_clock::now() < end) {
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
+  }
+
+  // And of the tables that it shared.
+  void LetGoOfModel(std::shared_ptr<const Model> model) {
+    if (model == nullptr) return;
+    std::vector<std::shared_ptr<SharedTable>> shared;
+    for (const ModelTable& table : model->tables) {
+      if (table.shared) shared.push_back(table.shared);
+    }
+    const ModelConfig config = model->config;
+    LetGo(std::move(model));
+    shared_tables_.Release(config, shared);
   }
 
   // Runs work that nobody who looks up waits for: once models are served, on a thread that leaves them room.
@@ -559,6 +587,7 @@ class ParameterServer::Impl {
   const ServerConfig config_;
   const ServerOptions options_;
   const std::shared_ptr<ServerResources> resources_ = std::make_shared<ServerResources>();
+  SharedTables shared_tables_{resources_, [this](std::shared_ptr<const Model> model) { LetGo(std::move(model)); }};
   std::mutex load_mutex_;
   mutable std::mutex slots_mutex_;
   std::map<std::string, std::shared_ptr<ModelSlot>, std::less<>> slots_;
@@ -634,7 +663,7 @@ Status ParameterServer::CloseAll() {
 
 Readiness ParameterServer::CheckReadiness() const { return impl_->CheckReadiness(); }
 std::string ParameterServer::StatsJson() const {
-  return ServerStatsJson(impl_->config(), impl_->resources(), impl_->Slots());
+  return ServerStatsJson(impl_->config(), impl_->resources(), impl_->Slots(), impl_->shared_tables());
 }
 std::string ParameterServer::PrometheusText() const {
   if (!impl_->CheckProcess().ok()) return "";

@@ -1,4 +1,4 @@
-// Lock order: mutex_, then that of the slot, then what tables and caches lock.
+// Lock order: mutex_ of a model, that of a shared table, then that of the slot, then what tables and caches lock.
 
 #include "cc/core/row_updates.h"
 
@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cc/core/model.h"
+#include "cc/core/shared_tables.h"
 #include "cc/core/tier_row_source.h"
 
 namespace hps {
@@ -66,6 +67,9 @@ Status RowUpdates::Upsert(const ModelSlot& slot, uint32_t table, std::span<const
   }
   if (!slot.resources().long_keys) HPS_RETURN_IF_ERROR(CheckShortKeys(keys).WithContext(TableContext(*model, table)));
   if (keys.empty()) return OkStatus();
+  if (const auto& shared = model->tables[table].shared) {
+    return shared->slot.updates().Upsert(shared->slot, 0, keys, rows).WithContext(TableContext(*model, table));
+  }
   HPS_RETURN_IF_ERROR(Remember(table, keys));
   const auto write = [&]() -> Status {
     for (const Tier* tier : {&stack.persistent_tier, &stack.volatile_tier}) {
@@ -81,6 +85,9 @@ Status RowUpdates::Erase(const ModelSlot& slot, uint32_t table, std::span<const 
   HPS_ASSIGN_OR_RETURN(const std::shared_ptr<const Model> model, slot.Current());
   HPS_RETURN_IF_ERROR(CheckTable(*model, table));
   if (keys.empty()) return OkStatus();
+  if (const auto& shared = model->tables[table].shared) {
+    return shared->slot.updates().Erase(shared->slot, 0, keys).WithContext(TableContext(*model, table));
+  }
   HPS_RETURN_IF_ERROR(Remember(table, keys));
   const TierStack& stack = model->tables[table].stack;
   const auto write = [&]() -> Status {
@@ -125,6 +132,7 @@ Status RowUpdates::EndVersion(const Model& version, const std::function<Status()
   const auto keys = std::move(keys_);
   Forget();
   for (const auto& [table, written] : keys) {
+    if (version.tables[table].shared) continue;  // loaded before, and updated by itself
     for (size_t first = 0; first < written.size(); first += kKeysPerStep) {
       const auto step = std::span(written).subspan(first, std::min(kKeysPerStep, written.size() - first));
       HPS_RETURN_IF_ERROR(Reapply(version, table, step).WithContext(TableContext(version, table)));

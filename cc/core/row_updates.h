@@ -2,6 +2,8 @@
 // caches of every device. In this order a row that is on its way into a cache meanwhile is left out or overwritten
 // (embedding_cache.h).
 //
+// A table that models share (shared_tables.h) has updates of its own, to which those of its models are passed on.
+//
 // While a new version of the model is being built, the keys that are written are remembered. They are applied to it
 // before it is published: a copy of the tables may have passed them before they were written.
 //

@@ -16,20 +16,23 @@ Json LatencyJson(const Histogram& histogram) {
           {"p99_us", histogram.Quantile(0.99) * 1e-3}};
 }
 
-Json TierJson(const Tier& tier) {
-  Json json = Json::object();
+// Of a shared table the sizes are told once, under "shared_tables".
+Json TierSizesJson(const Tier& tier) {
   // A store that does not answer would keep whoever asks for statistics waiting.
   if (tier.breaker != nullptr && !tier.breaker->closed()) {
-    json["error"] = "the " + tier.breaker->name() + " does not answer";
-  } else if (auto stats = tier.table->Stats(); stats.ok()) {
-    json = {{"rows", stats->rows},
-            {"rows_estimated", stats->rows_estimated},
-            {"memory_bytes", stats->memory_bytes},
-            {"disk_bytes", stats->disk_bytes},
-            {"evicted_rows", stats->evicted_rows}};
-  } else {
-    json["error"] = stats.status().ToString();
+    return {{"error", "the " + tier.breaker->name() + " does not answer"}};
   }
+  const auto stats = tier.table->Stats();
+  if (!stats.ok()) return {{"error", stats.status().ToString()}};
+  return {{"rows", stats->rows},
+          {"rows_estimated", stats->rows_estimated},
+          {"memory_bytes", stats->memory_bytes},
+          {"disk_bytes", stats->disk_bytes},
+          {"evicted_rows", stats->evicted_rows}};
+}
+
+Json TierJson(const Tier& tier, bool shared) {
+  Json json = shared ? Json::object() : TierSizesJson(tier);
   json["rows_skipped"] = tier.rows_skipped->value();
   json["fetches_failed"] = tier.fetches_failed->value();
   json["fetch_latency"] = LatencyJson(*tier.fetch_seconds);
@@ -59,6 +62,10 @@ Json DevicesJson(const Model& model) {
                   {"workspaces", {{"made", pool.workspaces}, {"lent", pool.lent}, {"waits", pool.waits}}},
                   {"caches", Json::array()}};
     for (size_t i = 0; i < device.caches.size(); ++i) {
+      if (const auto& shared = model.tables[i].shared) {
+        entry["caches"].push_back({{"table", model.tables[i].name}, {"shared", shared->slot.name()}});
+        continue;
+      }
       const CacheStats stats = device.caches[i]->stats();
       entry["caches"].push_back({{"table", model.tables[i].name},
                                  {"capacity_rows", device.caches[i]->spec().capacity_rows},
@@ -132,11 +139,12 @@ Json TableJson(const ModelTable& table) {
                  {"bytes_read", table.load.bytes_read},
                  {"seconds", table.load.seconds},
                  {"rows_per_second", table.load.rows_per_second()}}}};
+  if (table.shared) json["shared"] = table.shared->slot.name();
   if (table.load.duplicate_keys) json["load"]["duplicate_keys"] = *table.load.duplicate_keys;
   const PromotionCounters& promotions = table.stack.promotions;
   for (const auto& [name, tier] :
        {std::pair("volatile", &table.stack.volatile_tier), std::pair("persistent", &table.stack.persistent_tier)}) {
-    if (tier->table) json[name] = TierJson(*tier);
+    if (tier->table) json[name] = TierJson(*tier, table.shared != nullptr);
   }
   if (table.stack.volatile_tier.table && promotions.promoted != nullptr) {
     json["volatile"]["rows_promoted"] = promotions.promoted->value();
@@ -149,7 +157,8 @@ Json TableJson(const ModelTable& table) {
 }  // namespace
 
 std::string ServerStatsJson(const ServerConfig& config, const ServerResources& resources,
-                            const std::vector<std::shared_ptr<ModelSlot>>& slots) {
+                            const std::vector<std::shared_ptr<ModelSlot>>& slots,
+                            const std::vector<SharedTables::Held>& shared_tables) {
   if (Status forked = CheckNotForked(resources.fork_generation); !forked.ok()) {
     return Json{{"error", forked.ToString()}}.dump();
   }
@@ -183,6 +192,16 @@ std::string ServerStatsJson(const ServerConfig& config, const ServerResources& r
     for (const ModelTable& table : (*model)->tables) entry["tables"].push_back(TableJson(table));
     if ((*model)->caches) entry["devices"] = DevicesJson(**model);
     json["models"].push_back(std::move(entry));
+  }
+  for (const auto& [shared, models] : shared_tables) {
+    auto model = shared->slot.Current();
+    if (!model.ok()) continue;
+    Json entry = {{"name", shared->slot.name()},
+                  {"folder", shared->folder},
+                  {"models", models},
+                  {"table", TableJson((*model)->tables.front())}};
+    if ((*model)->caches) entry["devices"] = DevicesJson(**model);
+    json["shared_tables"].push_back(std::move(entry));
   }
   // The path of the configuration need not be UTF-8.
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);

@@ -8,12 +8,14 @@
 #include <vector>
 
 #include "cc/core/model.h"
+#include "cc/core/shared_tables.h"
 #include "hps/config.h"
 
 namespace hps {
 
 std::string ServerStatsJson(const ServerConfig& config, const ServerResources& resources,
-                            const std::vector<std::shared_ptr<ModelSlot>>& slots);
+                            const std::vector<std::shared_ptr<ModelSlot>>& slots,
+                            const std::vector<SharedTables::Held>& shared_tables);
 
 }  // namespace hps
 

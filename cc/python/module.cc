@@ -353,6 +353,7 @@ PYBIND11_MODULE(_hps, m) {
   m.def("fingerprint_table_folder", [](const std::string& path, uint32_t width) {
     return Unwrap(Unlocked([&] { return hps::FingerprintTableFolder(path, width); }));
   });
+  m.def("shared_table_name", &hps::SharedTableName);
   m.def("inspect_shared_memory", &SharedMemoryDict);
   m.def("available_memory_bytes", &hps::AvailableMemoryBytes, py::arg("root") = "");
   m.def(

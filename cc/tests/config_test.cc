@@ -152,6 +152,7 @@ std::vector<KeyCase> KeyCases() {
       {model, "embedding_table_names", R"(["user", "item"])", TablesHave<std::string>(&T::name, "user", "item")},
       {model, "deployed_device_list", "[1, 0]", ModelHas(&M::deployed_devices, std::vector<int32_t>{1, 0})},
       {model, "max_batch_size", "1000000", ModelHas(&M::max_batch_size, 1000000u)},
+      {model, "share_tables", "true", ModelHas(&M::share_tables, true)},
       {model, "gpucache", "false", ModelHas(&M::gpucache, false)},
       {model, "gpucacheper", "1", ModelHas(&M::gpucacheper, 1.0)},
       {model, "hit_rate_threshold", "1.1", ModelHas(&M::hit_rate_threshold, std::optional<double>(1.1))},
@@ -728,6 +729,7 @@ TEST(ConfigCanonical, IsTheGoldenText) {
       "num_of_worker_buffer_in_pool": 1,
       "refresh_delay": 0.0,
       "refresh_interval": 0.0,
+      "share_tables": false,
       "sparse_files": [
         "/t"
       ]

@@ -48,6 +48,8 @@ INSTANTIATE_TEST_SUITE_P(All, DeviceServerSuite, ::testing::Values(Gpus()),
                          [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, DeviceRowsSuite, ::testing::Values(Gpus()),
                          [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, SharedTablesSuite, ::testing::Values(Gpus()),
+                         [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, ManyModelsSuite, ::testing::Values(Gpus()),
                          [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, SharingScenarios, ::testing::Values(Gpus()),

@@ -83,6 +83,38 @@ TEST_F(DeviceLookupTest, ACacheThatGoesWaitsForWhatItsLookupsLeft) {
   release.join();
 }
 
+// Models that share a cache have workspaces of their own: the cache waits for what is left with any of them.
+TEST_F(DeviceLookupTest, ASharedCacheWaitsForTheLookupsOfAllWhoShareIt) {
+  source_->Put(0, KeyRange(0, 100), 1);
+  DeviceResources others = resources_;
+  others.workspaces = Value(WorkspacePool::Open(resources_.context, {.reserved = 1, .size = {64, 0}}));
+  cache_->ShareWith(others.workspaces);
+  const DeviceLookup lookups(others, source_, inserts_, {});
+  Expect(lookups, KeyRange(0, 10), [](Key) { return 1; });
+  Expect(Lookups(), KeyRange(0, 20), [](Key) { return 1; });
+  EXPECT_EQ(source_->fetches(), 2) << "each has brought in what the other one finds";
+
+  TestStream stream(*device_);
+  auto asked = std::make_unique<Asked>(*device_, std::move(cache_), 0, KeyRange(50, 10));
+  // Of a lookup with misses the host is done, and the rows are on their way to the cache.
+  source_->AfterRead([&](const FetchLimits&) { device_->HoldStream(stream.get(), true); });
+  {
+    const CachedLookup lookup = asked->lookup();
+    ASSERT_OK(lookups.Lookup(std::span(&lookup, 1), stream.get(), {}, nullptr));
+  }
+  std::atomic<bool> released{false};
+  std::thread release([&] {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+    while (std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    released = true;
+    device_->HoldStream(stream.get(), false);
+  });
+  const_cast<std::shared_ptr<DeviceCache>&>(asked->cache).reset();
+  EXPECT_TRUE(released) << "the cache has gone before its last fill";
+  release.join();
+  EXPECT_EQ(asked->Versions(stream.get()), std::vector<int>(10, 1));
+}
+
 // Two devices over the same tiers: each has a cache of its own, and an update must be told to both.
 TEST_F(DeviceLookupTest, DevicesHaveCachesOfTheirOwn) {
   source_->Put(0, KeyRange(0, 100), 1);

@@ -166,6 +166,9 @@ class DeviceServerSuite : public ::testing::TestWithParam<ServerFixture>, public
 // Caches of whole tables in the ways that their rows may lie.
 class DeviceRowsSuite : public DeviceServerSuite {};
 
+// Models that share tables: their rows and their caches.
+class SharedTablesSuite : public DeviceServerSuite {};
+
 // Many models with tables of several widths.
 class ManyModelsSuite : public DeviceServerSuite {
  protected:

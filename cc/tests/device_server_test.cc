@@ -36,6 +36,8 @@ INSTANTIATE_TEST_SUITE_P(All, DeviceServerSuite, ::testing::Values(HostDevices()
                          [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, DeviceRowsSuite, ::testing::Values(HostDevices()),
                          [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, SharedTablesSuite, ::testing::Values(HostDevices()),
+                         [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, ManyModelsSuite, ::testing::Values(HostDevices()),
                          [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, SharingScenarios, ::testing::Values(HostDevices()),

@@ -67,12 +67,19 @@ def inspect_config(path: Path, shown: int, exact: bool, timeout_seconds: float) 
         for folder, name, width in zip(
             model["sparse_files"], model["embedding_table_names"], model["embedding_vecsize_per_table"], strict=True
         ):
-            try:
-                table = inspect_table_folder(Path(folder), shown, width)
-            except (HpsError, OSError) as error:
-                table = Table(folder, problems=[str(error)])
-            table.model, table.table = model["model"], name
-            folders.tables.append(table)
+            stored = (model["model"], name)
+            if model["share_tables"]:
+                stored = (_native.shared_table_name(folder), "rows")
+            table = next((table for table in folders.tables if (table.model, table.table) == stored), None)
+            if table is None:
+                try:
+                    table = inspect_table_folder(Path(folder), shown, width)
+                except (HpsError, OSError) as error:
+                    table = Table(folder, problems=[str(error)])
+                table.model, table.table = stored
+                folders.tables.append(table)
+            if model["share_tables"]:
+                table.notes.append(f"shared by {model['model']}/{name}")
     report.parts.append(folders)
     persistent = volatile = None
     if config["persistent_db"]["type"] == "rocks_db":

@@ -36,9 +36,11 @@ def memory_plan(
     """
     canonical, origin = _canonical(config)
     volatile, persistent = canonical["volatile_db"], canonical["persistent_db"]
-    tables = [table for model in canonical["models"] for table in _tables(model, canonical)]
+    all_tables = [table for model in canonical["models"] for table in _tables(model, canonical)]
+    _count_shared_once(all_tables)
+    tables = [table for table in all_tables if not table.counted_with]
     host = Resource("host memory", available=machine.available_host_bytes() if host_memory is None else host_memory)
-    plan = MemoryPlan(origin, volatile["type"], persistent["type"], tables, host)
+    plan = MemoryPlan(origin, volatile["type"], persistent["type"], all_tables, host)
     if volatile["type"] != "disabled" or persistent["type"] != "disabled":
         host.temporary["buffers of the loader, some of which the allocator may keep"] = min(
             sizes.LOADER_BUFFERS, 2 * max(table.rows * (8 + table.row_bytes) for table in tables)
@@ -62,7 +64,7 @@ def memory_plan(
         plan.shared.temporary["a model's next version beside it"] = largest_model
         host.items["shared memory, once for all processes"] = plan.shared.need
     if persistent["type"] == "rocks_db":
-        _add_rocksdb(plan, persistent)
+        _add_rocksdb(plan, tables, persistent)
     if volatile["cache_missed_embeddings"] and persistent["type"] != "disabled":
         host.temporary["rows on their way up (cache_missed_embeddings)"] = sizes.PROMOTION_QUEUE
         if in_process and any(table.volatile_rows < _most_rows(table, volatile) for table in tables):
@@ -89,6 +91,10 @@ def memory_plan(
         redis=volatile["type"] == "redis_cluster",
         rocksdb=persistent["type"] == "rocks_db",
     )
+    for table in all_tables:
+        if table.counted_with:
+            first = next(other for other in tables if other.name == table.counted_with)
+            table.proposal, table.reason = first.proposal, f"the same rows as {first.name} (share_tables)"
     plan.notes.append("the program around the server is not counted: interpreter, TensorFlow, the dense model")
     return plan
 
@@ -105,6 +111,15 @@ def _canonical(config) -> tuple[dict[str, Any], str]:
             f"config must be the path of a ps.json file, a dict or a ParameterServerConfig, not {type(config).__name__}"
         )
     return json.loads(_native.parse_config(text, "configuration")), "configuration"
+
+
+def _count_shared_once(tables: list[TablePlan]) -> None:
+    first: dict[str, TablePlan] = {}
+    for table in tables:
+        if not table.shared_as or first.setdefault(table.shared_as, table) is table:
+            continue
+        table.counted_with = first[table.shared_as].name
+        table.volatile_bytes = table.persistent_bytes = 0
 
 
 def _most_rows(table: TablePlan, volatile: dict[str, Any]) -> int:
@@ -131,6 +146,7 @@ def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
         _native.fingerprint_table_folder(folder, width)  # makes the checks of a load
         rows = (Path(folder) / "key").stat().st_size // 8
         plan = TablePlan(model["model"], name, folder, rows, width, key_bytes, keys_per_sample, "", False)
+        plan.shared_as = _native.shared_table_name(folder) if model["share_tables"] else ""
         # As cc/core/volatile_share.h has it: no more than the tier takes without evicting.
         cached = min(
             math.ceil(rows * volatile["initial_cache_rate"]),
@@ -167,13 +183,13 @@ def _largest_model(tables: list[TablePlan], name: str) -> int:
     return max(sums.values(), default=0)
 
 
-def _add_rocksdb(plan: MemoryPlan, persistent: dict[str, Any]) -> None:
-    on_disk = sum(table.persistent_bytes for table in plan.tables)
+def _add_rocksdb(plan: MemoryPlan, tables: list[TablePlan], persistent: dict[str, Any]) -> None:
+    on_disk = sum(table.persistent_bytes for table in tables)
     plan.host.items["RocksDB: filters and indexes of its files"] = sum(
-        sizes.rocksdb_filter_bytes(table.rows, table.row_bytes) for table in plan.tables
+        sizes.rocksdb_filter_bytes(table.rows, table.row_bytes) for table in tables
     )
     if not persistent["read_only"]:
-        loaded = sizes.rocksdb_load_bytes([(table.rows, table.row_bytes) for table in plan.tables])
+        loaded = sizes.rocksdb_load_bytes([(table.rows, table.row_bytes) for table in tables])
         plan.host.temporary["RocksDB: rows that are being loaded, at most"] = loaded
         plan.host.temporary["RocksDB: updates that are being written, at most"] = min(sizes.ROCKSDB_UPDATES, on_disk)
     plan.notes.append("RocksDB reads through the system's page cache: memory that is left over makes it faster")
@@ -195,6 +211,7 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
                           "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
         return
     pinned = pinned_rows = pinned_largest = 0
+    counted: dict[tuple[int, str], tuple] = {}  # caches of shared tables, by device and name
     for model in models:
         tables = [table for table in plan.tables if table.model == model["model"]]
         try:
@@ -202,14 +219,25 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
         except HpsError as error:  # a server on a machine with GPUs says the same
             plan.notes.append(str(error))
             continue
+        model_pinned = 0
         for device, (table_caches, workspaces, pinned_bytes) in plans.items():
             if device not in plan.gpus:
                 plan.gpus[device] = Resource(f"GPU {device}", available=free.get(device, gpu_memory))
                 plan.gpus[device].items["buffers of writes to caches"] = _native.cache_writer_bytes
                 pinned += _native.cache_writer_bytes
-            for table, (rows, size, _) in zip(tables, table_caches, strict=True):
-                table.gpu_rows, table.gpu_bytes = rows, size
-            cached = sum(size for _, size, _ in table_caches)
+            cached = 0
+            for table, cache in zip(tables, table_caches, strict=True):
+                table.gpu_rows, size, pinned_size = cache
+                if table.shared_as and counted.setdefault((device, table.shared_as), cache) is not cache:
+                    if counted[device, table.shared_as] != cache:
+                        plan.notes.append(
+                            f"{table.name}: its cache is not as that of the models that share its folder "
+                            f"{table.folder}: a server refuses the load"
+                        )
+                    continue
+                table.gpu_bytes = size
+                cached += size
+                model_pinned += pinned_size
             items = plan.gpus[device].items
             items["cached rows and their index"] = items.get("cached rows and their index", 0) + cached
             items["buffers of whole batches"] = items.get("buffers of whole batches", 0) + workspaces
@@ -218,7 +246,6 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
                 cached + workspaces,
             )
             pinned += pinned_bytes
-        model_pinned = sum(size for caches, _, _ in plans.values() for _, _, size in caches)
         pinned_rows += model_pinned
         pinned_largest = max(pinned_largest, model_pinned)
     if plan.gpus:

@@ -33,6 +33,8 @@ class TablePlan:
     persistent_bytes: int = 0
     gpu_rows: int = 0
     gpu_bytes: int = 0  # on each device of the model
+    shared_as: str = ""  # share_tables: the name of the folder's rows in stores; tables with the same one are one
+    counted_with: str = ""  # of those all but the first: its name; what they take is counted there
     proposal: str = ""  # "GPU", "CPU", "Redis", "disk", "nowhere"
     reason: str = ""
 
@@ -122,11 +124,15 @@ class MemoryPlan:
         amounts = [(title, name) for title, name in amounts if title]
         lines = [columns + [title for title, _ in amounts]]
         for table in self.tables:
+            if table.counted_with:
+                lines.append([table.model, table.table, f"shared: {table.counted_with}", *[""] * (2 + len(amounts))])
+                continue
             keys = table.keys + (" (sampled)" if table.keys_sampled else "")
             line = [table.model, table.table, count_text(table.rows), str(table.width), keys]
             lines.append(line + [bytes_text(getattr(table, name)) for _, name in amounts])
         sums = [bytes_text(sum(getattr(table, name) for table in self.tables)) for _, name in amounts]
-        lines.append(["all", "", count_text(sum(table.rows for table in self.tables)), "", "", *sums])
+        rows = sum(table.rows for table in self.tables if not table.counted_with)
+        lines.append(["all", "", count_text(rows), "", "", *sums])
         return text_table(lines, right={"rows", "width", *(title for title, _ in amounts)})
 
 

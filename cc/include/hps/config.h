@@ -41,6 +41,7 @@ struct ModelConfig {
   std::string name;
   std::vector<TableConfig> tables;
   uint32_t max_batch_size = 64;  // sizes buffers, is no limit
+  bool share_tables = false;     // with all models that say so and name the same folders: one copy of rows and caches
   // GPU cache.
   bool gpucache = true;
   double gpucacheper = 0.2;
@@ -144,6 +145,12 @@ Result<ModelConfig> ParseModelConfig(std::string_view json, std::string_view ori
 // A table's relative path that exists in neither place is kNotFound.
 Status MakePathsAbsolute(const std::string& folder, ServerConfig* config);
 Status MakePathsAbsolute(const std::string& folder, ModelConfig* model);
+
+// A table's folder however it is written: absolute, without links, also where it is not there.
+std::string CanonicalFolder(const std::string& path);
+// The name that stores and metrics have, in the place of a model's, for the rows that models share (share_tables): made
+// of the canonical folder. Its one table is "rows".
+std::string SharedTableName(const std::string& path);
 
 // The configuration in one normal form: every key spelt out, sorted, without secrets and without `origin`. Equal
 // configurations give equal text.
