@@ -1,8 +1,7 @@
 // Lock order: load_mutex_ (one load, replacement or unload at a time), then slots_mutex_ (the map of models), then the
-// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. SharedTables's is a leaf.
-// Lookups take only the last,
-// for the time of copying a pointer. LiveServers::mutex is a leaf. In a forked child no lock is touched: threads that
-// do not exist there may have held them.
+// mutex inside a ModelSlot; the updates of a slot (RowUpdates) come between the first two. Lookups take only the last,
+// for the time of copying a pointer. SharedTables' and LiveServers' mutexes are leaves. In a forked child no lock is
+// touched: threads that do not exist there may have held them.
 
 #include "hps/parameter_server.h"
 
