@@ -164,7 +164,10 @@ def _like(structure, names, values):
 
 
 def _include_tables(path: str) -> None:
-    """Copies the tables that the exported configurations name below assets.extra, and makes the paths relative."""
+    """Copies the tables that the exported configurations name below assets.extra, and makes the paths relative.
+
+    A folder that several models name is copied once, so that models which share its rows still do.
+    """
     assets = os.path.join(path, "assets")
     for number, name in enumerate(sorted(os.listdir(assets))):
         asset = os.path.join(assets, name)
@@ -174,15 +177,21 @@ def _include_tables(path: str) -> None:
             models = config["models"]
         except (ValueError, KeyError, TypeError):
             continue  # an asset of another layer
+        places: dict[str, str] = {}  # of the copies, by the folder
         for model in models:
             copied = []
             for i, table in enumerate(model["sparse_files"]):
+                source = os.path.realpath(table)
+                if source in places:
+                    copied.append(places[source])
+                    continue
                 folder = os.path.join(TABLES_FOLDER, str(number), model["model"], f"{i}_{os.path.basename(table)}")
                 target = os.path.join(path, "assets.extra", folder)
                 os.makedirs(target)
                 for file_name in ("key", "emb_vector"):
                     shutil.copy2(os.path.join(table, file_name), target)
-                copied.append(os.path.join("..", "assets.extra", folder))
+                places[source] = os.path.join("..", "assets.extra", folder)
+                copied.append(places[source])
             model["sparse_files"] = copied
         with open(asset, "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2)

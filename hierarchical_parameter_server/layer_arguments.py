@@ -6,7 +6,9 @@ import operator
 
 import tensorflow as tf
 
-from .lookup_ops import COMBINERS
+from .lookup_ops import COMBINERS, check_name
+
+_LARGEST = 2**31 - 1  # of a table's number and width
 
 
 def _integer(value) -> int | None:
@@ -20,7 +22,7 @@ def _integer(value) -> int | None:
 def check_model_name(model_name) -> str:
     if not isinstance(model_name, str) or not model_name:
         raise ValueError(f"model_name must be the name of a model in ps.json, got {model_name!r}")
-    return model_name
+    return check_name(model_name, "model_name")
 
 
 def check_table(table_id, table_name) -> str | int:
@@ -33,10 +35,12 @@ def check_table(table_id, table_name) -> str | int:
     if table_name is not None:
         if not isinstance(table_name, str) or not table_name:
             raise ValueError(f"table_name must be a non-empty string, got {table_name!r}")
-        return table_name
+        return check_name(table_name, "table_name")
     number = _integer(table_id)
-    if number is None or number < 0:
-        raise ValueError(f"table_id must be a number from 0, got {table_id!r}; a table's name goes into table_name")
+    if number is None or not 0 <= number <= _LARGEST:
+        raise ValueError(
+            f"table_id must be a number from 0 to {_LARGEST}, got {table_id!r}; a table's name goes into table_name"
+        )
     return number
 
 
@@ -52,11 +56,21 @@ def check_tables(tables) -> list[str | int]:
 
 def check_width(emb_vec_size) -> int:
     width = _integer(emb_vec_size)
-    if width is None or width <= 0:
+    if width is None or not 0 < width <= _LARGEST:
         raise ValueError(
             f"emb_vec_size must be the width of the table's rows, a positive integer, got {emb_vec_size!r}"
         )
     return width
+
+
+def check_padding_value(padding_value) -> int | None:
+    """The value as an int; None: there is no padding."""
+    if padding_value is None:
+        return None
+    value = _integer(padding_value)
+    if value is None or not -(2**63) <= value < 2**63:
+        raise ValueError(f"padding_value must be None or an integer that an int64 id can be, got {padding_value!r}")
+    return value
 
 
 def check_dtype(emb_vec_dtype) -> tf.DType:

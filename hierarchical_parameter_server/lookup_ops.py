@@ -82,12 +82,21 @@ def _refuse_xla() -> None:
         )
 
 
+def check_name(name: str, what: str) -> str:
+    """Refuses what no model or table of a ps.json can be called."""
+    if _NAME.fullmatch(name):
+        return name
+    shown = repr(name) if len(name) <= 120 else f"{name[:40]!r}... of {len(name)} characters"
+    raise ValueError(f"{what} must be a name of 1 to 120 letters, digits, '_' and '-', got {shown}")
+
+
 @functools.lru_cache(maxsize=1024)
 def _listed(tables: tuple[TableRef, ...]) -> str:
     """The ops' attribute ``tables``, see cc/ops/table_list.h."""
-    for name in (tables[0].model, *(table.table for table in tables if isinstance(table.table, str))):
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"models and tables have names of 1 to 120 letters, digits, '_' and '-', got {name!r}")
+    check_name(tables[0].model, "a model")
+    for table in tables:
+        if isinstance(table.table, str):
+            check_name(table.table, "a table")
     entries = (f"{table.table}" if isinstance(table.table, str) else f"#{table.table}" for table in tables)
     widths = (table.width for table in tables)
     return f"{tables[0].model}/" + ",".join(f"{entry}:{width}" for entry, width in zip(entries, widths, strict=True))

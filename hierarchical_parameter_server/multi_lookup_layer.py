@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from .base_layer import ServerLayer
-from .layer_arguments import check_combiner, check_tables, check_width
+from .layer_arguments import check_combiner, check_padding_value, check_tables, check_width
 from .lookup_ops import TableRef, check_keys, lookup, lookup_sparse
 from .sparse_ids import segments_of
 
@@ -39,7 +39,7 @@ class MultiLookupLayer(ServerLayer):
         **kwargs,
     ):
         super().__init__(model_name, ps_config_file, **kwargs)
-        self.padding_value = padding_value
+        self.padding_value = check_padding_value(padding_value)
         names = check_tables(tables)
         widths = list(emb_vec_sizes)
         combiners = [None] * len(names) if combiners is None else list(combiners)

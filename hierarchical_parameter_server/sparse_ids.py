@@ -56,7 +56,7 @@ def _segments_of_dense(ids, weights, padding_value):
         )
         with tf.control_dependencies([same] if same is not None else []):
             weights = tf.reshape(weights, [-1])
-    if padding_value is None:
+    if padding_value is None or not ids.dtype.min <= padding_value <= ids.dtype.max:  # no id can be it
         splits = tf.range(shape[0] + 1) * shape[1]
     else:
         kept = tf.not_equal(ids, tf.cast(padding_value, ids.dtype))

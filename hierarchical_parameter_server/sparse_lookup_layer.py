@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from .base_layer import ServerLayer
-from .layer_arguments import check_combiner, check_dtype, check_table, check_width
+from .layer_arguments import check_combiner, check_dtype, check_padding_value, check_table, check_width
 from .lookup_ops import TableRef, lookup_sparse, lookup_sparse_clipped
 from .sparse_ids import segments_of
 
@@ -44,7 +44,7 @@ class SparseLookupLayer(ServerLayer):
         self.emb_vec_size = check_width(emb_vec_size)
         self.emb_vec_dtype = check_dtype(emb_vec_dtype)
         self.global_batch_size = global_batch_size
-        self.padding_value = padding_value
+        self.padding_value = check_padding_value(padding_value)
         self._table = TableRef(self.model_name, check_table(table_id, table_name), self.emb_vec_size)
 
     def call(self, sp_ids, sp_weights=None, name=None, combiner=None, max_norm=None):

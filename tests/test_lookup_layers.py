@@ -512,7 +512,12 @@ def test_a_forked_child_is_told_to_spawn(disk, tmp_path):
         ({"emb_vec_size": True}, "got True"),
         ({"table_id": None}, "exactly one of table_id .* and table_name"),
         ({"table_name": "w7"}, "exactly one of table_id"),
-        ({"table_id": -1}, "table_id must be a number from 0, got -1"),
+        ({"emb_vec_size": 2**40}, "emb_vec_size must be .* got 1099511627776"),
+        ({"table_id": -1}, "table_id must be a number from 0 to 2147483647, got -1"),
+        ({"table_id": 2**32}, "table_id must be a number from 0 to 2147483647, got 4294967296"),
+        ({"table_id": None, "table_name": "w7:7,w16"}, "table_name must be a name of 1 to 120 letters.*w7:7,w16"),
+        ({"model_name": "a/b"}, "model_name must be a name of 1 to 120 letters.*a/b"),
+        ({"model_name": "m" * 500}, "model_name must be a name.*of 500 characters"),
         ({"table_id": "w7"}, "table's name goes into table_name"),
         ({"table_id": None, "table_name": ""}, "table_name must be a non-empty string"),
         ({"model_name": ""}, "model_name must be the name of a model"),
@@ -524,6 +529,14 @@ def test_a_forked_child_is_told_to_spawn(disk, tmp_path):
 def test_layer_arguments(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         getattr(hps, kind)(**{"model_name": "main", "table_id": 1, "emb_vec_size": 7, **arguments})
+
+
+@pytest.mark.parametrize("padding", [1.5, True, [1], "x", 2**63, -(2**63) - 1])
+def test_padding_that_is_no_id(padding):
+    with pytest.raises(ValueError, match="padding_value must be None or an integer that an int64 id can be"):
+        hps.SparseLookupLayer("main", 1, 7, padding_value=padding)
+    with pytest.raises(ValueError, match="padding_value must be"):
+        hps.MultiLookupLayer("main", [1], [7], ["sum"], padding_value=padding)
 
 
 def test_ids_of_a_wrong_kind(tables):

@@ -370,7 +370,7 @@ def test_a_jitted_function_may_use_the_rows(tables):
     [
         ([TableRef("nobody", "w7", 7)], tf.errors.NotFoundError, "nobody.*main"),
         ([TableRef("main", "w8", 7)], tf.errors.NotFoundError, "w8.*w7"),
-        ([TableRef("main", "w7:7,w16", 16)], ValueError, "names of 1 to 120 letters.*w7:7,w16"),
+        ([TableRef("main", "w7:7,w16", 16)], ValueError, "a table must be a name of 1 to 120 letters.*w7:7,w16"),
         ([TableRef("main", 6, 7)], InvalidArgumentError, "has no table 6; it has 6 tables, numbered from 0"),
         ([TableRef("main", -1, 7)], InvalidArgumentError, "table_id must not be negative, got -1"),
         ([TableRef("main", "w7", 8)], InvalidArgumentError, "'w7'.*have 7 values.*emb_vec_size 8"),

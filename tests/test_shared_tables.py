@@ -3,8 +3,10 @@
 import json
 import re
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import model_config, write_config, write_table
 
 import hierarchical_parameter_server as hps
@@ -161,3 +163,19 @@ def test_inference_params_have_the_key(folder):
     )
     with hps.ParameterServer(hps.ParameterServerConfig(inference_params_array=[params])) as server:
         assert server.stats()["shared_tables"][0]["models"] == ["a"]
+
+
+def test_an_exported_model_with_its_tables_still_shares(tmp_path, folder):
+    config = write_config(tmp_path / "ps.json", [sharing("a", folder), sharing("b", folder)])
+    ids = keras.Input((3,), dtype="int64", name="ids")
+    layers = [hps.LookupLayer(name, 0, WIDTH, ps_config_file=config) for name in ("a", "b")]
+    hps.export(keras.Model(ids, [layer(ids) for layer in layers]), tmp_path / "saved", include_tables=True)
+    hps.shutdown()
+    assert len(list((tmp_path / "saved" / "assets.extra").rglob("emb_vector"))) == 1
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    for rows in loaded.serve({"ids": tf.constant([[1, 2, 3]], tf.int64)}).values():
+        np.testing.assert_array_equal(rows, [rows_of([1, 2, 3], 1)])
+    (server,) = hps.servers()
+    (shared,) = server.stats()["shared_tables"]
+    assert shared["models"] == ["a", "b"]
+    hps.shutdown()

@@ -189,6 +189,16 @@ def test_minus_one_is_a_key_unless_it_is_padding(tables):
     np.testing.assert_array_equal(combined, [rows[1], np.zeros(3)])
 
 
+@pytest.mark.parametrize("padding", [2**40 + 1, -(2**33) + 1])
+def test_padding_outside_of_the_ids_type_is_no_id(tables, padding):
+    layer = layer_of(tables, "w16", padding_value=padding)
+    rows = tables.rows["w16"]
+    combined = layer(tf.constant([[1, 0]], tf.int32), combiner="sum")
+    np.testing.assert_array_equal(combined, [rows[1] + rows[0]])
+    combined = layer(tf.constant([[1, padding]], tf.int64), combiner="sum")
+    np.testing.assert_array_equal(combined, [rows[1]])
+
+
 # ---- where layers live ----
 
 

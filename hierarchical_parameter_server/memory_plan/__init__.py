@@ -253,4 +253,3 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
         if pinned_rows:
             plan.host.items["pinned rows of caches, for each GPU its own"] = pinned_rows
             plan.host.temporary["pinned rows of a model's next version beside it"] = pinned_largest
-        plan.notes.append("GPUs hold caches for C++ servers; the layers and Python look up on the CPU for now")
