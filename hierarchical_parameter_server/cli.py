@@ -120,7 +120,7 @@ def _add_memory(commands) -> None:
         help="say what a configuration will need before anything is loaded",
         description="Says what the tables of a ps.json will need on the host, on each GPU, in Redis and on disk, "
         "against what there is, and where each table should live. Nothing is loaded; only sizes and some keys of the "
-        "table folders are read. The exit code is 1 if it does not fit.",
+        "table folders are read. The exit code is 1 if it does not fit, or a server would refuse the load.",
     )
     parser.set_defaults(run=_memory)
     parser.add_argument("config", metavar="PS_JSON")

@@ -242,7 +242,7 @@ def test_redis_and_its_margin(tmp_path):
     (table,) = bounded.tables
     assert 3_300 < table.volatile_rows < 4_000  # five standard deviations below four full partitions
     assert bounded.redis.need == sizes.redis_bytes(table.volatile_rows, 64, 8, 4, True)
-    assert "a server refuses the load" in "".join(bounded.notes)
+    assert "a server refuses the load" in "".join(bounded.problems) and not bounded.fits
 
 
 def test_gpu(tmp_path):
@@ -293,7 +293,8 @@ def test_gpu(tmp_path):
         rows // 7 * (64 + 7 * (4 + width)) + 32 for rows, width in zip(slots, (16, 32), strict=True)
     ]
     refused = memory_plan(make_config(tmp_path, tables, model={**model, "fp8_quant": True}), gpu_memory=1 << 30)
-    assert not refused.gpus and "fp8_quant" in "".join(refused.notes)
+    assert not refused.gpus and "fp8_quant" in "".join(refused.problems)
+    assert not refused.fits and "PROBLEM: " in refused.to_text()
 
 
 def test_gpus_are_found_through_the_driver(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_memory_counts_shared_rows_and_caches_once(tmp_path, folder, capsys):
         sharing("b", folder, gpucache=True, gpucacheper=0.7),
     ]
     refused = memory_plan(write_config(tmp_path / "ps.json", differing), gpu_memory=1 << 30)
-    assert "b/items: its cache is not as that of the models that share its folder" in "".join(refused.notes)
+    assert "b/items: its cache is not as that of the models that share its folder" in "".join(refused.problems)
     pinned = [
         memory_plan(
             write_config(

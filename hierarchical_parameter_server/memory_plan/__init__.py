@@ -75,7 +75,7 @@ def memory_plan(
             host.temporary["rows that cache_missed_embeddings brings up, in time"] = max(0, most - host.items[
                 "tables in the hash map"])  # fmt: skip
     if volatile["type"] != "disabled" and persistent["type"] == "disabled":
-        plan.notes += [
+        plan.problems += [
             f"{table.name}: the {table.volatile_rows} rows that overflow_margin leaves are not all its {table.rows}, "
             f"and no persistent_db serves the others: a server refuses the load"
             for table in tables
@@ -217,7 +217,7 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
         try:
             plans = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
         except HpsError as error:  # a server on a machine with GPUs says the same
-            plan.notes.append(str(error))
+            plan.problems.append(str(error))
             continue
         model_pinned = 0
         for device, (table_caches, workspaces, pinned_bytes) in plans.items():
@@ -230,7 +230,7 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
                 table.gpu_rows, size, pinned_size = cache
                 if table.shared_as and counted.setdefault((device, table.shared_as), cache) is not cache:
                     if counted[device, table.shared_as] != cache:
-                        plan.notes.append(
+                        plan.problems.append(
                             f"{table.name}: its cache is not as that of the models that share its folder "
                             f"{table.folder}: a server refuses the load"
                         )

@@ -85,6 +85,7 @@ class MemoryPlan:
     shared: Resource | None = None
     disk: Resource | None = None
     gpus: dict[int, Resource] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)  # for which a server would refuse the load
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -93,8 +94,8 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether all that is needed after the load is there, as far as that is known."""
-        return all(resource.fits for resource in self.resources)
+        """Whether all that is needed after the load is there, as far as that is known, and a server would load it."""
+        return not self.problems and all(resource.fits for resource in self.resources)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; all amounts are bytes."""
@@ -111,6 +112,8 @@ class MemoryPlan:
             lines += ["", *_resource(resource)]
         lines += ["", "where each table should live"]
         lines += text_table([["table", "place", "reason"], *([t.name, t.proposal, t.reason] for t in self.tables)])
+        if self.problems:
+            lines += ["", *(f"PROBLEM: {problem}" for problem in self.problems)]
         if self.notes:
             lines += ["", "notes", *(f"  {note}" for note in self.notes)]
         return "\n".join(lines)
