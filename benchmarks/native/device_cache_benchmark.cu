@@ -120,7 +120,6 @@ class Benchmark : FullCache {
                           : CeilingOf<32>(count, tells);
   }
 
-  const int64_t* Keys(int batch, uint32_t count) const { return keys_.get() + uint64_t(batch) * count; }
   QueryPart Part(int batch, uint32_t count, bool whole) const {
     CacheTable table = table_;
     table.whole = whole;
@@ -133,20 +132,6 @@ class Benchmark : FullCache {
   void Whole(int batch, uint32_t count) {
     const QueryPart part = Part(batch, count, true);
     CHECK(LaunchUntoldQuery(&part, 1, stream_));
-  }
-
-  // The batch that was asked last must be right.
-  void CheckRows(uint32_t count, int batch = kBatches - 1) {
-    CHECK(cudaMemsetAsync(counters_.get() + 32, 0, 4, stream_));
-    CountWrong<<<4096, 256, 0, stream_>>>(Keys(batch, count), count, output_.get(), width_, Tolerance(),
-                                          counters_.get() + 32);
-    uint32_t wrong = 0;
-    CHECK(cudaMemcpyAsync(&wrong, counters_.get() + 32, 4, cudaMemcpyDeviceToHost, stream_));
-    CHECK(cudaStreamSynchronize(stream_));
-    CHECK(cudaMemsetAsync(output_.get(), 0xFF, uint64_t{count} * width_ * 4, stream_));
-    if (wrong == 0) return;
-    std::fprintf(stderr, "%u elements of %u rows of width %u are wrong\n", wrong, count, width_);
-    std::exit(1);
   }
 
   // Beside updates of resident rows that read and write `share` of what a copy of the same memory moves.

@@ -47,7 +47,6 @@ class Rows : FullCache {
   }
 
  private:
-  const int64_t* Keys(int batch, uint32_t count) const { return keys_.get() + uint64_t(batch) * count; }
   void Ask(int batch, uint32_t count) {
     const QueryPart part{table_, Keys(batch, count), count, -1.0f, output_.get()};
     CHECK(LaunchUntoldQuery(&part, 1, stream_));
@@ -60,17 +59,6 @@ class Rows : FullCache {
       }
     }
     CHECK(cudaStreamSynchronize(stream_));
-  }
-  void CheckRows(uint32_t count) {
-    CHECK(cudaMemsetAsync(counters_.get() + 32, 0, 4, stream_));
-    CountWrong<<<4096, 256, 0, stream_>>>(Keys(kBatches - 1, count), count, output_.get(), width_, Tolerance(),
-                                          counters_.get() + 32);
-    uint32_t wrong = 0;
-    CHECK(cudaMemcpyAsync(&wrong, counters_.get() + 32, 4, cudaMemcpyDeviceToHost, stream_));
-    CHECK(cudaStreamSynchronize(stream_));
-    if (wrong == 0) return;
-    std::fprintf(stderr, "%u elements of %u rows of width %u are wrong\n", wrong, count, width_);
-    std::exit(1);
   }
 };
 

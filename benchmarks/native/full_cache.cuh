@@ -133,6 +133,22 @@ class FullCache {
     CHECK(cudaMemcpy(keys_.get(), picked.data(), picked.size() * 8, cudaMemcpyHostToDevice));
   }
 
+  const int64_t* Keys(int batch, uint32_t count) const { return keys_.get() + uint64_t(batch) * count; }
+
+  // The rows that a batch was answered with must be right; nothing is left of them.
+  void CheckRows(uint32_t count, int batch = kBatches - 1) {
+    CHECK(cudaMemsetAsync(counters_.get() + 32, 0, 4, stream_));
+    CountWrong<<<4096, 256, 0, stream_>>>(Keys(batch, count), count, output_.get(), width_, Tolerance(),
+                                          counters_.get() + 32);
+    uint32_t wrong = 0;
+    CHECK(cudaMemcpyAsync(&wrong, counters_.get() + 32, 4, cudaMemcpyDeviceToHost, stream_));
+    CHECK(cudaStreamSynchronize(stream_));
+    CHECK(cudaMemsetAsync(output_.get(), 0xFF, uint64_t{count} * width_ * 4, stream_));
+    if (wrong == 0) return;
+    std::fprintf(stderr, "%u elements of %u rows of width %u are wrong\n", wrong, count, width_);
+    std::exit(1);
+  }
+
   double Microseconds(const std::function<void(int)>& launch) {
     cudaEvent_t begin, end;
     CHECK(cudaEventCreate(&begin));

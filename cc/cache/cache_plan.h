@@ -2,7 +2,7 @@
 //
 // Keys of ps.json that are read here: gpucache, deployed_device_list, embedding_cache_type, gpucacheper, init_ec,
 // hit_rate_threshold, num_of_worker_buffer_in_pool, max_batch_size, maxnum_catfeature_query_per_table_per_sample,
-// default_value_for_each_table, cache_refresh_percentage_per_iteration, refresh_delay, refresh_interval;
+// default_value_for_each_table, cache_refresh_percentage_per_iteration, refresh_delay, refresh_interval,
 // enable_pagelock, fp8_quant.
 //
 // Thread safety: plain values and functions.
@@ -60,8 +60,7 @@ struct DevicePlan {
 uint64_t WholeTableBytes(uint64_t rows, uint32_t row_bytes);
 
 // table_rows[i] is how many rows table i has. No plans where gpucache is false. kInvalidArgument: a device that is not
-// among the `num_devices` there are, or named twice; gpucacheper that makes no sense. kUnimplemented: what this build
-// does not have.
+// among the `num_devices` there are, or named twice; keys that do not go together.
 Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<const uint64_t> table_rows,
                                            int num_devices, CacheParts parts = CacheParts::kAll);
 

@@ -51,11 +51,11 @@ std::string Join(const std::vector<std::string>& names) {
   return text.empty() ? "none" : text;
 }
 
-// Writes large batches on all threads while the server starts, and on few that stand back once it serves.
+// Writes large batches on all threads until StandBack: while the server starts; then on few that stand back.
 class LoadExecutor final : public Executor {
  public:
   LoadExecutor(Executor& all, int few) : all_(all), few_(NewBackgroundPool(few)) {}
-  void StandBack(bool stand_back) { stand_back_ = stand_back; }
+  void StandBack() { stand_back_ = true; }
   int parallelism() const override { return chosen().parallelism(); }
   void ParallelFor(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) override {
     chosen().ParallelFor(count, grain, body);
@@ -299,6 +299,7 @@ class ParameterServer::Impl {
     for (const ModelConfig& model : config_.models) {
       HPS_RETURN_IF_ERROR(LoadLocked(model, /*replace=*/false, options_.cancelled));
     }
+    static_cast<LoadExecutor&>(*resources_->load_executor).StandBack();
     started_ = true;
     return OkStatus();
   }
@@ -440,7 +441,6 @@ class ParameterServer::Impl {
   // REQUIRES: load_mutex_ is held.
   template <typename Work>
   Status BesideLookups(const std::string& what, Work&& work) {
-    static_cast<LoadExecutor&>(*resources_->load_executor).StandBack(true);
     Status status;
     std::thread thread;
     try {

@@ -2,8 +2,8 @@
 //
 //   MODEL/TABLE:WIDTH,TABLE:WIDTH,...     as in  wdl/user:16,item:16
 //
-// TABLE is a table's name, or # and its number in the model. One attribute and not one for each of these: every
-// attribute costs half a microsecond of each eager call.
+// TABLE is a table's name, or # and its number in the model. One attribute and not one for each of these, because
+// every attribute costs time in each eager call.
 
 #ifndef HPS_OPS_TABLE_LIST_H_
 #define HPS_OPS_TABLE_LIST_H_

@@ -10,15 +10,7 @@
 #include "cc/tests/device_server_suite.h"
 
 namespace hps::testing {
-namespace {
-
-using Json = nlohmann::json;
-
-constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
-const std::vector<Key> kKeys = KeyRange(0, 1000);
-const std::vector<Key> kSome = KeyRange(100, 50);
-
-}  // namespace
+namespace {}  // namespace
 
 // Rows in pinned memory: everything as with static caches, but for where the rows lie.
 TEST_P(DeviceRowsSuite, PinnedRowsServeAndCountAsTheHostsMemory) {

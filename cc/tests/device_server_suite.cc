@@ -12,12 +12,6 @@
 namespace hps::testing {
 namespace {
 
-using Json = nlohmann::json;
-
-constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
-const std::vector<Key> kKeys = KeyRange(0, 1000);
-const std::vector<Key> kSome = KeyRange(100, 50);
-
 uint64_t Planned(const ModelConfig& model, const std::vector<uint64_t>& rows) {
   return Value(PlanCaches(model, rows, kNumDevices))[0].device_bytes;
 }

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/cache/cache_writer.h"
 #include "cc/core/devices.h"
 #include "cc/tests/cache_fixture.h"
 #include "cc/tests/faulty_store.h"
@@ -23,8 +24,13 @@
 
 namespace hps::testing {
 
+using Json = nlohmann::json;
+
 inline constexpr uint32_t kWidth = 4;
 inline constexpr int kNumDevices = 2;
+inline constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
+inline const std::vector<Key> kKeys = KeyRange(0, 1000);  // of most tables
+inline const std::vector<Key> kSome = KeyRange(100, 50);  // of them
 
 // A lookup's answer: the version of each row, 0 for the default value, -1 for a row that is neither.
 struct DeviceAnswer {

@@ -11,11 +11,6 @@
 namespace hps::testing {
 namespace {
 
-using Json = nlohmann::json;
-
-const std::vector<Key> kKeys = KeyRange(0, 1000);
-const std::vector<Key> kSome = KeyRange(100, 50);
-
 ServerFixture HostDevices() {
   ServerFixture fixture;
   fixture.name = "Host";

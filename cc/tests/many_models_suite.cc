@@ -16,7 +16,6 @@ namespace hps::testing {
 namespace {
 
 constexpr int kNumModels = 24, kNumTables = 4;
-constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
 // The driver has memory in pieces of so much: an allocation takes at most that more than it asked for.
 constexpr uint64_t kDriverPiece = uint64_t{2} << 20;
 

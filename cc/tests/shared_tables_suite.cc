@@ -14,12 +14,6 @@
 namespace hps::testing {
 namespace {
 
-using Json = nlohmann::json;
-
-constexpr uint64_t kWriterBytes = CacheWriter::kBufferBytes;
-const std::vector<Key> kKeys = KeyRange(0, 1000);
-const std::vector<Key> kSome = KeyRange(100, 50);
-
 // `rows`, written once, as a model of another name.
 ModelConfig Sharing(ModelConfig rows, const std::string& name, std::vector<int32_t> devices) {
   rows.name = name;

@@ -1,6 +1,8 @@
 // What lookups do while a tier is down or slow: each policy, time limits, cancellation, the circuit breaker, and whole
 // servers over stores that fail and recover.
 
+#include <sched.h>
+
 #include <atomic>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -605,6 +607,20 @@ TEST_F(FaultyServerTest, CountersAreWhatWasDone) {
                            "hps_tier_openings_total{tier=\"volatile\"} 0\n"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << " in\n" << text;
   }
+}
+
+TEST_F(FaultyServerTest, LoadsAndWhatTheyLetGoOfStandBackOnceTheServerServes) {
+  auto server = Open();
+  const auto policy_of = [&](Faults& store, const std::function<Status()>& work) {
+    std::atomic<int> policy{-1};
+    store.WhenAsked([&] { policy = ::sched_getscheduler(0); });
+    EXPECT_TRUE(work().ok());
+    return policy.load();
+  };
+  const ModelConfig model = MakeModel("m", {MakeTable("t", folder_ / "a", kServerWidth)});
+  EXPECT_EQ(::sched_getscheduler(0), SCHED_OTHER);
+  EXPECT_EQ(policy_of(*persistent_, [&] { return server->ReplaceModel(model); }), SCHED_BATCH);
+  EXPECT_EQ(policy_of(*volatile_, [&] { return server->UnloadModel("m"); }), SCHED_BATCH);  // asked to drop its table
 }
 
 }  // namespace
