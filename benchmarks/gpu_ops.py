@@ -161,6 +161,8 @@ def measure_model(rows: np.ndarray, seconds: float) -> None:
     "native": a variable a table; "native, one variable": all tables one below the other in one variable, one gather;
     "compiled": by XLA as a whole. All others compile what follows the lookup. Concrete functions are called, as a
     SavedModel's signature is: tf.function's choice among its traces costs as much as the model at small batches.
+    "op by op": the lookup is called eagerly, and then the compiled rest, without a function around both. Two bounds:
+    "dense part alone" is that rest, of rows that are there; "empty function" has one op that does nothing.
     """
     bottom, top = dense_layers()
     every_row = np.concatenate([np.roll(rows[:ROWS], i, axis=0) for i in range(TABLES)])
@@ -189,9 +191,12 @@ def measure_model(rows: np.ndarray, seconds: float) -> None:
     def native_together(ids, features):
         return compiled(features, tf.nn.embedding_lookup(together, ids + offsets))
 
+    refs = {model: [TableRef(model, f"t{i}", WIDTH) for i in range(TABLES)] for model in ("dynamic", "static")}
+
     def ours(model):
-        refs = [TableRef(model, f"t{i}", WIDTH) for i in range(TABLES)]
-        return tf.function(lambda ids, features: compiled(features, lookup_stacked(server, ids, refs)), autograph=False)
+        return tf.function(
+            lambda ids, features: compiled(features, lookup_stacked(server, ids, refs[model])), autograph=False
+        )
 
     peers = {
         "native": tf.function(native, autograph=False),
@@ -213,6 +218,15 @@ def measure_model(rows: np.ndarray, seconds: float) -> None:
             if not np.allclose(call(*batches[0]), expected, rtol=1e-2, atol=1e-2):
                 sys.exit(f"{name} gave another answer")
         calls = {name: lambda args, call=call: call(*args) for name, call in served.items()}
+        vectors = lookup_stacked(server, batches[0][0], refs["static"])
+        rest = compiled.get_concrete_function(batches[0][1], vectors)
+        nothing = tf.function(tf.identity, autograph=False).get_concrete_function(batches[0][1])
+        for model, tables in refs.items():
+            calls[f"{model} cache, op by op"] = lambda args, tables=tables, rest=rest: rest(
+                args[1], lookup_stacked(server, args[0], tables)
+            )
+        calls["dense part alone"] = lambda args, rest=rest, vectors=vectors: rest(args[1], vectors)
+        calls["empty function"] = lambda args, nothing=nothing: nothing(args[1])
         report("gpu_model", take_turns(calls, batches, seconds, 3), "native", batch=batch, tables=TABLES, width=WIDTH)
 
 

@@ -85,7 +85,7 @@ struct MissingKey {
 
 // What a query tells the host; in host-mapped memory. Read `done` until its upper half is the query's stamp; the lower
 // half is the number of positions whose key was missing. `missing_keys`, how many keys those are, is valid where that
-// is not 0.
+// is not 0. Where it is 0 the query touches its working memory no more, though it may still be writing rows.
 struct alignas(16) QueryResult {
   uint64_t done;
   uint32_t missing_keys;

@@ -303,13 +303,14 @@ __device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (atomicAdd(&workspace.counters[1], 1u) != blocks - 1) return;
-  workspace.counters[1] = 0;
+  const uint32_t counted = atomicExch(&workspace.counters[1], 0u);
   if (stamp == 0) return;
   auto* const words = reinterpret_cast<unsigned long long*>(workspace.words);
   const uint32_t missing = atomicExch(&workspace.counters[0], 0u);
-  const uint64_t parts = atomicExch(&words[0], 0ull);
   const uint64_t noted = atomicExch(&words[1], 0ull);
-  uint64_t told = missing & ~kHasMistake;
+  const uint64_t parts = missing != 0 ? atomicExch(&words[0], 0ull) : 0;
+  // Made of what the atomics have returned: see PublishResult.
+  uint64_t told = (missing + (counted - blocks)) & ~kHasMistake;
   if (noted != 0) told |= kHasMistake;
   if (told != 0) {
     *static_cast<volatile uint64_t*>(&workspace.result->missing_parts) = parts;

@@ -346,19 +346,21 @@ __device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t 
 
 // The last block to come here tells the host. Only what was listed as missing must be seen before that: the rows are
 // ordered by the stream. So a block that has found all its keys needs no fence.
+// Who has been told that nothing is missing uses the workspace anew, on any stream: what this block does to it is done
+// before, because the word is made of what its atomics have returned.
 __device__ void PublishResult(const QueryWorkspace& workspace, uint32_t stamp, uint32_t blocks, bool missed) {
   missed = __syncthreads_or(missed);
   if (threadIdx.x != 0) return;
   if (missed) __threadfence_system();
   if (atomicAdd(&workspace.counters[2], 1u) != blocks - 1) return;
+  const uint32_t counted = atomicExch(&workspace.counters[2], 0u);
   const uint32_t positions = atomicExch(&workspace.counters[0], 0u);
-  const uint32_t keys = atomicExch(&workspace.counters[1], 0u);
-  workspace.counters[2] = 0;
   if (positions != 0) {
-    *static_cast<volatile uint32_t*>(&workspace.result->missing_keys) = keys;
+    *static_cast<volatile uint32_t*>(&workspace.result->missing_keys) = atomicExch(&workspace.counters[1], 0u);
     __threadfence_system();
   }
-  *reinterpret_cast<volatile uint64_t*>(&workspace.result->done) = (static_cast<uint64_t>(stamp) << 32) | positions;
+  *reinterpret_cast<volatile uint64_t*>(&workspace.result->done) =
+      (static_cast<uint64_t>(stamp) << 32) | (positions + (counted - blocks));
 }
 
 __global__ void PublishNothingKernel(QueryWorkspace workspace, uint32_t stamp) {

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -21,8 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,120}")
 _NARROW_INTEGERS = (tf.int8, tf.int16, tf.uint8, tf.uint16, tf.uint32)
 
 
-@dataclass(frozen=True)
-class TableRef:
+class TableRef(NamedTuple):  # hashed at each call
     """A table of a model, by name or by number, and the width of its rows."""
 
     model: str

@@ -30,7 +30,7 @@ class ServerResource(tf.saved_model.experimental.TrackableResource):
     """
 
     def __init__(self, ps_config_file: str):
-        super().__init__(device="CPU")
+        super().__init__()
         self._ps_config_file = ps_config_file
         self._asset = None
         self._asset_folder = None

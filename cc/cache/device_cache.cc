@@ -220,23 +220,11 @@ Status DeviceCache::Preload(const RowScan& scan) {
   return Flush();
 }
 
-// A lookup that runs holds the cache, so only what ended ones have left on their streams is waited for. Those of whole
-// tables leave nothing that tells when they are done.
+// A lookup that runs holds the cache, so only what ended ones have left on their streams is waited for. Hits leave
+// nothing that tells when they are done, and lookups of several models may have been here: all streams are waited for.
 DeviceCache::~DeviceCache() {
-  if (whole()) (void)resources_.context->device().Synchronize();
   (void)resources_.writer->Flush();
-  (void)resources_.workspaces->Quiesce();
-  // A pool that is gone has waited for its own.
-  for (const auto& sharer : sharers_) {
-    if (const auto workspaces = sharer.lock()) (void)workspaces->Quiesce();
-  }
-}
-
-void DeviceCache::ShareWith(const std::shared_ptr<WorkspacePool>& workspaces) {
-  std::lock_guard lock(sharers_mutex_);
-  std::erase_if(sharers_, [](const auto& sharer) { return sharer.expired(); });
-  sharers_.push_back(workspaces);
-  shared_.store(true, std::memory_order_relaxed);
+  (void)resources_.context->device().Synchronize();
 }
 
 CacheStats DeviceCache::stats() const {

@@ -9,7 +9,6 @@
 #include <atomic>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "cc/cache/cache_writer.h"
@@ -68,10 +67,6 @@ class DeviceCache final : public EmbeddingCache, public std::enable_shared_from_
 
   // For lookups over several caches.
   const DeviceResources& resources() const { return resources_; }
-  // Lookups with other workspaces of the same device may ask the cache as well (several models share it). Before it
-  // goes the cache waits for what they have left there, too.
-  void ShareWith(const std::shared_ptr<WorkspacePool>& workspaces);
-  bool shared() const { return shared_.load(std::memory_order_relaxed); }
   const cuda::CacheTable& table() const { return cache_.table; }
   // The number by which the gate knows this cache.
   uint32_t number() const { return cache_.number; }
@@ -104,9 +99,6 @@ class DeviceCache final : public EmbeddingCache, public std::enable_shared_from_
   PinnedMemory pinned_rows_;
   WrittenCache cache_;
   WriteCounters counters_;
-  std::atomic<bool> shared_{false};
-  std::mutex sharers_mutex_;  // guards the next; held for nothing else
-  std::vector<std::weak_ptr<WorkspacePool>> sharers_;
   uint64_t next_exchanged_ = 0;  // bucket; guarded by the writer
   // What lookups count lies apart from what they only read.
   alignas(64) std::atomic<uint64_t> answered_{0};

@@ -93,10 +93,6 @@ Status DeviceLookup::CheckCache(const DeviceCache& cache) const {
                            ", but the lookup is on device " +
                            std::to_string(resources_.context->device().info().ordinal));
   }
-  // A cache that goes waits for what lookups left with the workspaces it knows.
-  if (cache.resources().workspaces != resources_.workspaces && !cache.shared()) {
-    return Internal(cache.spec().name + ": its cache was made with other workspaces than the lookup's");
-  }
   return OkStatus();
 }
 

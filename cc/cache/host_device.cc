@@ -316,6 +316,7 @@ int HostDevice::RecordEvent(cudaEvent_t event, cudaStream_t stream) {
   if (const int lost = lost_.load()) return lost;
   if (const int error = StreamOf(stream)->SpoilCapture()) return error;
   const auto state = reinterpret_cast<Event*>(event)->state;
+  events_recorded_.fetch_add(1);
   uint64_t number = 0;
   {
     std::lock_guard lock(state->mutex);

@@ -71,6 +71,7 @@ class HostDevice final : public cuda::Device {
   };
   uint64_t launches(Launch kind) const { return launches_[kind].load(); }
   uint64_t copies() const { return copies_.load(); }
+  uint64_t events_recorded() const { return events_recorded_.load(); }
   uint64_t allocations() const;      // alive
   uint64_t allocated_bytes() const;  // of the device, alive
   uint64_t pinned_bytes() const;     // of the host, alive
@@ -134,6 +135,7 @@ class HostDevice final : public cuda::Device {
   std::atomic<int> lost_{0};
   std::array<std::atomic<uint64_t>, kLaunches> launches_{};
   std::atomic<uint64_t> copies_{0};
+  std::atomic<uint64_t> events_recorded_{0};
   const std::shared_ptr<Gate> gate_;
   mutable std::mutex mutex_;                         // guards the following members
   std::map<void*, std::pair<size_t, bool>> memory_;  // bytes; whether of the device

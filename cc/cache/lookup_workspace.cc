@@ -1,4 +1,6 @@
-// Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done.
+// Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done, or, where
+// a query is all of it, until the query has told that nothing is missing: it touches the workspace no more then
+// (device_cache.h), and hits need neither record the event nor ask for it.
 // Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false;
 // staging also when the query of this use is done, which ran behind all of the last use.
 
@@ -228,6 +230,7 @@ Status LookupWorkspace::Wait(DeviceStream stream, Deadline deadline, const std::
   if (missing_positions_ > size_.positions || missing_keys_ > missing_positions_) {
     return context_->Check(cuda::kErrorLaunchFailure, "a query of the cache has given an impossible result");
   }
+  in_use_ = missing_positions_ != 0;
   return OkStatus();
 }
 
@@ -236,6 +239,7 @@ Status LookupWorkspace::WaitPooled(DeviceStream stream, Deadline deadline, const
   const bool all_well = static_cast<uint32_t>(pooled_result_->done) == 0;
   missing_parts_ = all_well ? 0 : pooled_result_->missing_parts;
   mistake_ = cuda::UnpackMistake(all_well ? 0 : pooled_result_->mistake);
+  in_use_ = !all_well;
   return OkStatus();
 }
 
@@ -257,6 +261,13 @@ Result<std::byte*> LookupWorkspace::PooledRows(size_t bytes) {
   // The query is done, and so is all that came before it.
   HPS_RETURN_IF_ERROR(Grow(&pooled_rows_, bytes, "rows of pooled lookups"));
   return pooled_rows_.get();
+}
+
+Status LookupWorkspace::Pool(std::span<const cuda::PooledPart> parts, DeviceStream stream) {
+  in_use_ = true;
+  recorded_ = false;
+  return context_->Check(context_->device().Pool(parts.data(), static_cast<int>(parts.size()), stream),
+                         "adding up rows");
 }
 
 Status LookupWorkspace::PrepareFill(size_t keys, size_t row_bytes, DeviceStream stream) {

@@ -74,8 +74,9 @@ class LookupWorkspace {
   // After WaitPooled: a bit for each part with missing keys, and what is wrong with the segments.
   uint64_t missing_parts() const { return missing_parts_; }
   const cuda::FirstMistake& mistake() const { return mistake_; }
-  // Memory for rows of keys, after WaitPooled.
+  // Memory for rows of keys, after WaitPooled; and adding them up, behind what has brought them there.
   Result<std::byte*> PooledRows(size_t bytes);
+  Status Pool(std::span<const cuda::PooledPart> parts, DeviceStream stream);
 
   // Room for the rows of `keys` missing keys, free for the processor to write.
   Status PrepareFill(size_t keys, size_t row_bytes, DeviceStream stream);
@@ -109,7 +110,8 @@ class LookupWorkspace {
   };
   Scratch& scratch() { return scratch_; }
 
-  // Ends the use: what is on the stream now is the work of it. Once more: does nothing.
+  // Ends the use: what is on the stream now is the work of it. Does nothing once more, and where a query was the only
+  // work and has told that nothing is missing.
   Status End(DeviceStream stream);
 
   // For tests: the next query's stamp is the one after this.
@@ -131,7 +133,7 @@ class LookupWorkspace {
   const std::shared_ptr<DeviceContext> context_;
   WorkspaceSize size_;
   OwnedEvent done_;
-  bool in_use_ = false;    // done_ was recorded and may not have been reached
+  bool in_use_ = false;    // the device may be using the workspace
   bool recorded_ = false;  // done_, behind all of this use
   bool zeroed_ = false;
   uint32_t stamp_ = 0;

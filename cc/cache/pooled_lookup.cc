@@ -108,9 +108,7 @@ Status DeviceLookup::PoolMissing(WorkspacePool::Lease& workspace, std::span<cons
   }
   HPS_RETURN_IF_ERROR(workspace.Reserve(static_cast<uint32_t>(positions)));
   HPS_RETURN_IF_ERROR(LookupWith(*workspace, dense, queries, stream, limits, report));
-  return resources_.context->Check(
-      resources_.context->device().Pool(incomplete.data(), static_cast<int>(incomplete.size()), stream),
-      "adding up rows");
+  return workspace->Pool(incomplete, stream);
 }
 
 // The device says where; what lies there is read now.

@@ -176,28 +176,6 @@ Status WorkspacePool::Trim() {
   return status;
 }
 
-Status WorkspacePool::Quiesce() {
-  std::vector<Lease> busy;
-  {
-    std::lock_guard lock(state_->mutex);
-    auto& free = state_->free;
-    for (size_t i = free.size(); i-- > 0;) {
-      if (free[i]->idle()) continue;
-      Lease lease;
-      lease.state_ = state_;
-      lease.workspace_ = std::move(free[i]);
-      free.erase(free.begin() + static_cast<ptrdiff_t>(i));
-      busy.push_back(std::move(lease));
-    }
-  }
-  Status status;
-  for (Lease& lease : busy) {
-    const Status waited = lease->WaitForLastUse();
-    if (status.ok()) status = waited;
-  }
-  return status;
-}
-
 WorkspacePool::Stats WorkspacePool::stats() const {
   std::lock_guard lock(state_->mutex);
   Stats stats{state_->made, state_->made - static_cast<uint32_t>(state_->free.size()), state_->waits, 0};

@@ -58,9 +58,6 @@ class WorkspacePool {
   // any batch since the last call back to that. Those in use are left alone. May wait for the device.
   Status Trim();
 
-  // Waits until what returned leases have left on their streams is done: for who frees memory that they may use.
-  Status Quiesce();
-
   struct Stats {
     uint32_t workspaces = 0;
     uint32_t lent = 0;

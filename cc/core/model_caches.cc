@@ -140,9 +140,7 @@ Status ModelCaches::AddCaches(ModelDevice& device, std::span<const CachedTable> 
     if (device.shared) {
       const ModelDevice* const there = tables[i].shared ? tables[i].shared->Find(plan.device) : nullptr;
       if (there == nullptr) return Internal("a shared table has no cache on device " + std::to_string(plan.device));
-      cache = there->caches.front();
-      cache->ShareWith(device.resources.workspaces);
-      device.caches.push_back(std::move(cache));
+      device.caches.push_back(there->caches.front());
       continue;
     }
     const TableCachePlan& table = plan.tables[i];

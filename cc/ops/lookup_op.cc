@@ -127,7 +127,7 @@ HPS_REGISTER_LOOKUP("HierarchicalParameterServer>LookupWithFound", RowsAndFoundO
 }  // namespace hps
 
 namespace tensorflow {
-// The handle stays on the CPU, wherever lookups run.
+// Lookups run where their caller says, not where the handle is.
 REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>Lookup");
 REGISTER_INPUT_COLOCATION_EXEMPTION("HierarchicalParameterServer>LookupWithFound");
 }  // namespace tensorflow

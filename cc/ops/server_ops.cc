@@ -2,7 +2,8 @@
 // parameter server. >UseDevices: where its caches may be.
 //
 // The handle is a name; the server behind it is found through the process-wide registry (hps/server_registry.h), not
-// through a device's resource manager, so that the handle may stay on the CPU while a lookup runs on any device.
+// through a device's resource manager, so that a lookup may run on another device than the handle's. It is in host
+// memory, but where there is a GPU it counts as being there: a function whose ops are all on one device costs less.
 // The resource manager holds a ServerLease under the handle's name: when it is destroyed, by the Python owner of the
 // resource or with the session, the registry lets go of the server.
 
@@ -136,6 +137,15 @@ class InitServerOp : public tf::OpKernel {
 REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>ServerHandle").Device(tf::DEVICE_CPU), ServerHandleOp);
 REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>InitServer").Device(tf::DEVICE_CPU), InitServerOp);
 REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>UseDevices").Device(tf::DEVICE_CPU), UseDevicesOp);
+#ifdef HPS_WITH_CUDA
+REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>ServerHandle").Device(tf::DEVICE_GPU).HostMemory("server"),
+                        ServerHandleOp);
+REGISTER_KERNEL_BUILDER(Name("HierarchicalParameterServer>InitServer")
+                            .Device(tf::DEVICE_GPU)
+                            .HostMemory("server")
+                            .HostMemory("config_path"),
+                        InitServerOp);
+#endif
 
 }  // namespace
 }  // namespace hps

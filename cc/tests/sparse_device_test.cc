@@ -48,6 +48,19 @@ TEST_F(SparseDeviceTest, AllHitIsOneLaunchAndOnlyTablesThatMissTakeMore) {
   ExpectBits(cold.Get(), Expected(other), 128);
 }
 
+// Rows on their way to be added up lie in the workspace: its next use must wait for the sums, not for the fill alone.
+TEST_F(SparseDeviceTest, SumsBehindAFillBelongToTheUse) {
+  Open(Model(CacheType::kDynamic));
+  const Bags bags = RandomBags(8, kWarm, 1);
+  const BagsOnDevice asked(*device_, bags, 128);
+  const uint64_t before = device_->events_recorded();
+  ASSERT_OK(Look(asked, nullptr));
+  EXPECT_EQ(device_->launches(HostDevice::kPool), 1u);
+  EXPECT_EQ(device_->events_recorded() - before, 2u) << "one behind the fill, one behind the sums";
+  ASSERT_OK(Look(asked, nullptr));
+  EXPECT_EQ(device_->events_recorded() - before, 2u) << "all hit";
+}
+
 TEST_F(SparseDeviceTest, DeadlineAndCancellationEndTheWait) {
   Open(Model(CacheType::kStatic));
   const Bags bags = RandomBags(4, kRows, 1);
