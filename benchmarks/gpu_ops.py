@@ -220,7 +220,7 @@ def measure_model(rows: np.ndarray, seconds: float) -> None:
         calls = {name: lambda args, call=call: call(*args) for name, call in served.items()}
         vectors = lookup_stacked(server, batches[0][0], refs["static"])
         rest = compiled.get_concrete_function(batches[0][1], vectors)
-        nothing = tf.function(tf.identity, autograph=False).get_concrete_function(batches[0][1])
+        nothing = tf.function(lambda x: tf.identity(x), autograph=False).get_concrete_function(batches[0][1])
         for model, tables in refs.items():
             calls[f"{model} cache, op by op"] = lambda args, tables=tables, rest=rest: rest(
                 args[1], lookup_stacked(server, args[0], tables)

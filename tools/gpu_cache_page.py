@@ -1,4 +1,4 @@
-"""What docs/gpu_cache.md is made of besides its text: tables and figures, out of headers, the schema and recorded runs.
+"""What docs/gpu_cache.md is made of besides its text: tables and figures, out of headers, pages and recorded runs.
 
 tools/generate_docs.py puts TABLES between `<!-- table NAME -->` and `<!-- end -->`, and writes FIGURES as files.
 """
@@ -101,14 +101,14 @@ def rates() -> str:
 
 
 def keys() -> str:
-    schema = json.loads((ROOT / "docs/ps.schema.json").read_text(encoding="utf-8"))
-    fields = schema["properties"]["models"]["items"]["properties"]
-    lines = []
-    for name in KEYS:
-        field = fields[name]
-        default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
-        lines.append([f"`{name}`", default, field["description"]])
-    return note_tables.table(["key", "default", "what it does"], lines)
+    """Of docs/configuration.md, whose first table of these keys is that of models: key, type, default, description."""
+    lines: dict[str, list[str]] = {}
+    for line in (ROOT / "docs/configuration.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split(" | ")]
+        if line.startswith("| `") and len(cells) >= 4:
+            key = cells[0].removeprefix("| ")
+            lines.setdefault(key, [key, cells[2], cells[3]])
+    return note_tables.table(["key", "default", "what it does"], [lines[f"`{key}`"] for key in KEYS])
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

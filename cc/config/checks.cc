@@ -58,6 +58,11 @@ Status UnknownKey(const Place& place, std::string_view key, const SectionInfo& s
 }
 
 Status FinishModel(const JsonValue& json, const Place& place, Notes*, ModelConfig* model) {
+  if (IsSharedTableName(model->name)) {
+    return place.Child("model").Error("\"" + model->name +
+                                      "\" is a name of the kind that tables have which models share "
+                                      "(\"share_tables\"); give the model another one");
+  }
   std::set<std::string_view> names;
   for (size_t i = 0; i < model->tables.size(); ++i) {
     if (!names.insert(model->tables[i].name).second) {
@@ -77,9 +82,22 @@ Status FinishModel(const JsonValue& json, const Place& place, Notes*, ModelConfi
     return place.Child("gpucacheper").Error("must be > 0 while gpucache is true; set gpucache to false instead");
   }
   const JsonValue* is_static = json.Find("use_static_table");
-  if (is_static != nullptr && *is_static->get_if<bool>() && model->cache_type != CacheType::kStatic) {
+  if (is_static != nullptr && *is_static->get_if<bool>() != (model->cache_type == CacheType::kStatic)) {
     return place.Child("use_static_table")
-        .Error("means the embedding_cache_type \"static\", but another one is given; keep one form");
+        .Error(*is_static->get_if<bool>()
+                   ? "means the embedding_cache_type \"static\", but another one is given; keep one form"
+                   : "is false, but the embedding_cache_type is \"static\"; keep one form");
+  }
+  if (!model->gpucache) return OkStatus();
+  if (model->enable_pagelock && model->cache_type != CacheType::kStatic) {
+    return place.Child("enable_pagelock")
+        .Error("puts the rows of static caches into pinned host memory; set \"embedding_cache_type\": \"static\", or "
+               "leave it out");
+  }
+  if (model->fp8_quant && model->cache_type == CacheType::kDynamic) {
+    return place.Child("fp8_quant")
+        .Error("is for caches that hold whole tables; set \"embedding_cache_type\" to \"static\" or \"uvm\", or leave it "
+               "out");
   }
   return OkStatus();
 }

@@ -128,6 +128,12 @@ std::string CanonicalFolder(const std::string& path) {
   return Tidy(error ? folder : canonical).string();
 }
 
+namespace {
+constexpr std::string_view kShared = "shared-";
+constexpr std::string_view kHexDigits = "0123456789abcdef";
+constexpr size_t kSharedDigits = 16;
+}  // namespace
+
 // It is part of what is stored: another name would have everybody load everything again.
 std::string SharedTableName(const std::string& path) {
   constexpr size_t kMostOfName = 60;
@@ -139,9 +145,16 @@ std::string SharedTableName(const std::string& path) {
   }
   uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
   for (const char c : canonical.string()) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-  std::string digits(16, '0');
-  for (size_t i = 16; i-- > 0; hash >>= 4) digits[i] = "0123456789abcdef"[hash & 15];
-  return "shared-" + name + "-" + digits;
+  std::string digits(kSharedDigits, '0');
+  for (size_t i = kSharedDigits; i-- > 0; hash >>= 4) digits[i] = kHexDigits[hash & 15];
+  return std::string(kShared) + name + "-" + digits;
+}
+
+bool IsSharedTableName(std::string_view name) {
+  const size_t end = name.rfind('-');
+  return name.starts_with(kShared) && end >= kShared.size() && end != std::string_view::npos &&
+         name.size() - end - 1 == kSharedDigits &&
+         name.find_first_not_of(kHexDigits, end + 1) == std::string_view::npos;
 }
 
 }  // namespace hps

@@ -284,7 +284,6 @@ class ParameterServer::Impl {
     for (const std::string& line : config_.warnings) Log(LogLevel::kWarning, line);
     for (const std::string& line : config_.information) Log(LogLevel::kInfo, line);
     OpenDevices();
-    WarnWithoutGpu();
     resources_->long_keys = config_.long_keys;
     const int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 64u));
     resources_->lookup_timeout = std::chrono::milliseconds(config_.lookup_timeout_ms);
@@ -318,6 +317,7 @@ class ParameterServer::Impl {
       HPS_ASSIGN_OR_RETURN(old, slot->Current());
       HPS_RETURN_IF_ERROR(CheckReplaceable(old->config, config));
     }
+    WarnWithoutGpu(config);
     BuildOptions options;
     options.initial_cache_rate = config_.volatile_db.initial_cache_rate;
     options.cache_missed_embeddings = config_.volatile_db.cache_missed_embeddings;
@@ -572,15 +572,14 @@ class ParameterServer::Impl {
     return tier;
   }
 
-  void WarnWithoutGpu() const {
-    for (const ModelConfig& model : config_.models) {
-      if (!model.gpucache || model.deployed_devices.empty() || resources_->devices->count() > 0) continue;
-      Log(LogLevel::kWarning,
-          "gpucache is true (model '" + model.name +
-              "'), but no GPU cache is available here: lookups are served by the CPU; set \"gpucache\": false to "
-              "silence this");
-      return;
-    }
+  // Once. REQUIRES: load_mutex_ is held.
+  void WarnWithoutGpu(const ModelConfig& model) {
+    if (!model.gpucache || model.deployed_devices.empty() || resources_->devices->count() > 0) return;
+    if (std::exchange(warned_without_gpu_, true)) return;
+    Log(LogLevel::kWarning,
+        "gpucache is true (model '" + model.name +
+            "'), but no GPU cache is available here: lookups are served by the CPU; set \"gpucache\": false to "
+            "silence this");
   }
 
   const ServerConfig config_;
@@ -588,6 +587,7 @@ class ParameterServer::Impl {
   const std::shared_ptr<ServerResources> resources_ = std::make_shared<ServerResources>();
   SharedTables shared_tables_{resources_, [this](std::shared_ptr<const Model> model) { LetGo(std::move(model)); }};
   std::mutex load_mutex_;
+  bool warned_without_gpu_ = false;  // guarded by load_mutex_
   mutable std::mutex slots_mutex_;
   std::map<std::string, std::shared_ptr<ModelSlot>, std::less<>> slots_;
   std::atomic<bool> started_{false};  // the configuration's models are loaded

@@ -67,6 +67,10 @@ Status RowUpdates::Upsert(const ModelSlot& slot, uint32_t table, std::span<const
   }
   if (!slot.resources().long_keys) HPS_RETURN_IF_ERROR(CheckShortKeys(keys).WithContext(TableContext(*model, table)));
   if (keys.empty()) return OkStatus();
+  if (rows.data == nullptr) {
+    return InvalidArgument(TableContext(*model, table) + ": " + std::to_string(keys.size()) +
+                           " keys, but no memory for their rows (a null pointer)");
+  }
   if (const auto& shared = model->tables[table].shared) {
     return shared->slot.updates().Upsert(shared->slot, 0, keys, rows).WithContext(TableContext(*model, table));
   }

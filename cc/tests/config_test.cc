@@ -159,8 +159,8 @@ std::vector<KeyCase> KeyCases() {
       {model, "use_static_table", "true", ModelHas(&M::cache_type, CacheType::kStatic)},
       {model, "embedding_cache_type", "\"uvm\"", ModelHas(&M::cache_type, CacheType::kUvm)},
       {model, "init_ec", "false", ModelHas(&M::init_ec, false)},
-      {model, "enable_pagelock", "true", ModelHas(&M::enable_pagelock, true)},
-      {model, "fp8_quant", "true", ModelHas(&M::fp8_quant, true)},
+      {model, "enable_pagelock", R"(true, "embedding_cache_type": "static")", ModelHas(&M::enable_pagelock, true)},
+      {model, "fp8_quant", R"(true, "embedding_cache_type": "uvm")", ModelHas(&M::fp8_quant, true)},
       {model, "use_context_stream", "false", {}},
       {model, "cache_refresh_percentage_per_iteration", "0", ModelHas(&M::cache_refresh_percentage_per_iteration, 0.0)},
       {model, "refresh_delay", "1.5", ModelHas(&M::refresh_delay_seconds, 1.5)},
@@ -395,6 +395,8 @@ TEST(ConfigSpellings, StaticTable) {
       CacheType::kStatic);
   EXPECT_PRED_FORMAT2(IsSubstring, "/models/0/use_static_table: means",
                       Refusal(With("/models/*", R"("use_static_table": true, "embedding_cache_type": "dynamic")")));
+  EXPECT_PRED_FORMAT2(IsSubstring, "/models/0/use_static_table: is false",
+                      Refusal(With("/models/*", R"("use_static_table": false, "embedding_cache_type": "static")")));
 }
 
 // ----------------------------------------------------------------------------------------------------------- refusals
@@ -451,6 +453,10 @@ TEST(ConfigRefusals, NameThePlaceAndTheRemedy) {
       {model, R"("gpucacheper": 1.5)", "got 1.5"},
       {model, R"("gpucacheper": -0.1)", "got -0.1"},
       {model, R"("gpucacheper": 0)", "/models/0/gpucacheper: must be > 0 while gpucache is true"},
+      {model, R"("model": "shared-t-0123456789abcdef")", "/models/0/model: \"shared-t-0123456789abcdef\" is a name of"},
+      {model, R"("enable_pagelock": true)", "/models/0/enable_pagelock: puts the rows of static caches"},
+      {model, R"("enable_pagelock": true, "embedding_cache_type": "uvm")", "/models/0/enable_pagelock: puts the rows"},
+      {model, R"("fp8_quant": true)", "/models/0/fp8_quant: is for caches that hold whole tables"},
       {model, R"("hit_rate_threshold": -0.5)", "/models/0/hit_rate_threshold: must be a number >= 0"},
       {model, R"("cache_refresh_percentage_per_iteration": 1.01)", "must be a number >= 0 and <= 1"},
       {model, R"("refresh_delay": -1)", "/models/0/refresh_delay"},
@@ -601,7 +607,8 @@ TEST(ConfigText, Hosts) {
 
 TEST(ConfigText, CpuOnlyModel) {
   ServerConfig config =
-      Parsed(With("/models/*", R"("gpucache": false, "gpucacheper": 0.0, "deployed_device_list": [])"));
+      Parsed(With("/models/*", R"("gpucache": false, "gpucacheper": 0.0, "deployed_device_list": [],
+                                  "enable_pagelock": true, "fp8_quant": true)"));
   EXPECT_TRUE(config.models[0].deployed_devices.empty());
 }
 

@@ -195,6 +195,11 @@ TEST_P(DeviceServerSuite, AHostWithoutDevicesServesFromTheTiersAndSaysSoOnce) {
   EXPECT_EQ(devices_[0]->allocations(), 0u);
   ServerOptions on_host = Options();
   on_host.device_caches = false;
+  server = Value(ParameterServer::Open(Config({}), Options(/*count=*/0)));
+  CapturedLog later;
+  for (const char* name : {"a", "b"}) ASSERT_OK(server->LoadModel(Model(name, 1, {0})));
+  EXPECT_NE(later.text().find("no GPU cache is available here"), std::string::npos) << "a server that began empty";
+  EXPECT_EQ(later.text().find("no GPU cache"), later.text().rfind("no GPU cache"));
   server = Value(ParameterServer::Open(Config({Model("a", 1, {0})}), on_host));
   ExpectRows(Lookup(*server, "a", 0, kWidth, kKeys), kKeys, 1);
   EXPECT_EQ(devices_[0]->allocations(), 0u);
@@ -619,6 +624,8 @@ TEST_P(DeviceServerSuite, UpdatesReachTheCachesOfEveryDevice) {
     check({105, 106, 7, 8}, {2, 0, 2, 0});
     ExpectError(server->EraseRows("m", 4, kSome), StatusCode::kInvalidArgument, {"no table 4"});
     const float row = 0;
+    ExpectError(server->UpdateRows("m", 0, kSome, {nullptr, kWidth * sizeof(float)}), StatusCode::kInvalidArgument,
+                {"model 'm'", "no memory for their rows"});
     ExpectError(server->UpdateRows("m", 0, kSome, {reinterpret_cast<const std::byte*>(&row), 4}),
                 StatusCode::kInvalidArgument, {"table 't0'", "4 bytes", "16"});
     ExpectError(server->EraseRows("x", 0, kSome), StatusCode::kNotFound, {"'x'", "'m'"});

@@ -10,7 +10,6 @@ from typing import Any
 
 from .. import _native
 from ..config import ParameterServerConfig, plain_document
-from ..errors import HpsError
 from . import machine, sizes
 from .keys import look_at_keys
 from .placement import propose
@@ -214,11 +213,7 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
     counted: dict[tuple[int, str], tuple] = {}  # caches of shared tables, by device and name
     for model in models:
         tables = [table for table in plan.tables if table.model == model["model"]]
-        try:
-            plans = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
-        except HpsError as error:  # a server on a machine with GPUs says the same
-            plan.problems.append(str(error))
-            continue
+        plans = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
         model_pinned = 0
         for device, (table_caches, workspaces, pinned_bytes) in plans.items():
             if device not in plan.gpus:

@@ -151,6 +151,8 @@ std::string CanonicalFolder(const std::string& path);
 // The name that stores and metrics have, in the place of a model's, for the rows that models share (share_tables): made
 // of the canonical folder. Its one table is "rows".
 std::string SharedTableName(const std::string& path);
+// Whether a name could be one of those; models cannot be called so.
+bool IsSharedTableName(std::string_view name);
 
 // The configuration in one normal form: every key spelt out, sorted, without secrets and without `origin`. Equal
 // configurations give equal text.
