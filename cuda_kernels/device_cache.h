@@ -99,7 +99,8 @@ struct QueryWorkspace {
   uint32_t* positions = nullptr;  // (max_positions) of missing keys, in no order
   uint32_t* leaders = nullptr;    // (max_positions) for each of them the position of the key's first occurrence
   uint32_t* unique_of = nullptr;  // (max_positions) by such a position: the key's index among the missing keys
-  uint32_t* counters = nullptr;   // (4) zeroed once
+  uint32_t* counters = nullptr;   // (4) at a multiple of 8, zeroed once
+  uint32_t* launched = nullptr;   // on the host: blocks that were launched since then, which LaunchQuery counts
   MissingKey* missing = nullptr;  // (max_positions) mapped: the device's address of host memory
   QueryResult* result = nullptr;  // mapped likewise
   uint32_t max_positions = 0;

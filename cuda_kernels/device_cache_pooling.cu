@@ -309,7 +309,7 @@ __device__ void Publish(const PooledWorkspace& workspace, uint32_t stamp, uint32
   const uint32_t missing = atomicExch(&workspace.counters[0], 0u);
   const uint64_t noted = atomicExch(&words[1], 0ull);
   const uint64_t parts = missing != 0 ? atomicExch(&words[0], 0ull) : 0;
-  // Made of what the atomics have returned: see PublishResult.
+  // Made of what the atomics have returned: who has been told uses the workspace anew, on any stream.
   uint64_t told = (missing + (counted - blocks)) & ~kHasMistake;
   if (noted != 0) told |= kHasMistake;
   if (told != 0) {

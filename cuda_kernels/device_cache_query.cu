@@ -67,6 +67,7 @@ template <int kMaxParts>
 struct QueryPlan {
   QueryWorkspace workspace;
   uint32_t stamp;  // 0: nobody waits; missing keys are only counted
+  uint32_t last;   // as many blocks have finished when this query has
   int num_parts;
   PartPlan parts[kMaxParts];
 
@@ -346,29 +347,35 @@ __device__ bool FinishRare(const PartPlan& plan, const RareKeys& rare, uint32_t 
 
 // The last block to come here tells the host. Only what was listed as missing must be seen before that: the rows are
 // ordered by the stream. So a block that has found all its keys needs no fence.
-// Who has been told that nothing is missing uses the workspace anew, on any stream: what this block does to it is done
-// before, because the word is made of what its atomics have returned.
-__device__ void PublishResult(const QueryWorkspace& workspace, uint32_t stamp, uint32_t blocks, bool missed) {
+// One word counts finished blocks in its upper half, for ever and around, and those that have missed a key in its lower
+// half, until that has been told. So a query that misses nothing ends with one access, and leaves nothing to be undone:
+// who has been told uses the workspace anew, on any stream.
+__device__ void PublishResult(const QueryWorkspace& workspace, uint32_t stamp, uint32_t last, bool missed) {
   missed = __syncthreads_or(missed);
   if (threadIdx.x != 0) return;
   if (missed) __threadfence_system();
-  if (atomicAdd(&workspace.counters[2], 1u) != blocks - 1) return;
-  const uint32_t counted = atomicExch(&workspace.counters[2], 0u);
-  const uint32_t positions = atomicExch(&workspace.counters[0], 0u);
-  if (positions != 0) {
+  auto* const finished = reinterpret_cast<unsigned long long*>(workspace.counters + 2);
+  const unsigned long long mine = (1ull << 32) + (missed ? 1 : 0);
+  const unsigned long long all = atomicAdd(finished, mine) + mine;
+  if (static_cast<uint32_t>(all >> 32) != last) return;
+  uint32_t positions = 0;
+  if (const auto blocks = static_cast<uint32_t>(all); blocks != 0) {
+    atomicAdd(finished, 0ull - blocks);
+    positions = atomicExch(&workspace.counters[0], 0u);
     *static_cast<volatile uint32_t*>(&workspace.result->missing_keys) = atomicExch(&workspace.counters[1], 0u);
     __threadfence_system();
   }
-  *reinterpret_cast<volatile uint64_t*>(&workspace.result->done) =
-      (static_cast<uint64_t>(stamp) << 32) | (positions + (counted - blocks));
+  *reinterpret_cast<volatile uint64_t*>(&workspace.result->done) = (static_cast<uint64_t>(stamp) << 32) | positions;
 }
 
-__global__ void PublishNothingKernel(QueryWorkspace workspace, uint32_t stamp) {
-  PublishResult(workspace, stamp, 1, false);
+__global__ void PublishNothingKernel(QueryWorkspace workspace, uint32_t stamp, uint32_t last) {
+  PublishResult(workspace, stamp, last, false);
 }
 int PublishNothing(const QueryWorkspace& workspace, uint32_t stamp, cudaStream_t stream) {
-  PublishNothingKernel<<<1, 32, 0, stream>>>(workspace, stamp);
-  return cudaGetLastError();
+  PublishNothingKernel<<<1, 32, 0, stream>>>(workspace, stamp, *workspace.launched + 1);
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) ++*workspace.launched;
+  return error;
 }
 
 // Resident blocks that the compiler shall leave registers for; none of these makes it spill.
@@ -390,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, MinBlocks(kRowLanes, kFit))
     QueryKernel(const __grid_constant__ QueryPlan<kMaxParts> plan) {
   __shared__ RareKeys rare[kWarps];
   const bool missed = RunPart<Rows, Word, kRowLanes, kFit, (kMaxParts > 1)>(plan.PartOfBlock(), plan, rare);
-  if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
+  if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, plan.last, missed);
 }
 
 template <typename Rows, typename Word, typename Plan>
@@ -418,7 +425,7 @@ __global__ void __launch_bounds__(kThreads) MixedQueryKernel(const __grid_consta
   const PartPlan& part = plan.PartOfBlock();
   const bool missed =
       part.shape.plain ? RunAnyPart<PlainRows>(part, plan, rare) : RunAnyPart<AnyRows>(part, plan, rare);
-  if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, gridDim.x, missed);
+  if (plan.stamp != 0) PublishResult(plan.workspace, plan.stamp, plan.last, missed);
 }
 
 template <int kMaxParts>
@@ -515,8 +522,11 @@ int Launch(const QueryPart* parts, int num_parts, const QueryWorkspace& workspac
     next.blocks = static_cast<uint32_t>(std::min(needed, std::max(share, least)));
     blocks += next.blocks;
   }
+  plan.last = stamp == 0 ? 0 : *workspace.launched + blocks;
   kernel<<<blocks, kThreads, 0, stream>>>(plan);
-  return cudaGetLastError();
+  const cudaError_t error = cudaGetLastError();
+  if (stamp != 0 && error == cudaSuccess) *workspace.launched = plan.last;
+  return error;
 }
 
 bool IsPacked(const QueryPart& part) { return part.key_stride == 1 && OutputStride(part) == part.table.row_bytes; }
@@ -537,7 +547,7 @@ int LaunchAny(const QueryPart* parts, int num_parts, const QueryWorkspace& works
 
 int LaunchQuery(const QueryPart* parts, int num_parts, const QueryWorkspace& workspace, uint32_t stamp,
                 cudaStream_t stream) {
-  if (stamp == 0) return cudaErrorInvalidValue;
+  if (stamp == 0 || workspace.launched == nullptr) return cudaErrorInvalidValue;
   uint64_t positions = 0;
   for (int i = 0; i < num_parts; ++i) positions += parts[i].count;
   if (positions > workspace.max_positions) return cudaErrorInvalidValue;

@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(256)
   *told = 1;
 }
 
+__global__ void Nothing() {}
+
 class Benchmark : FullCache {
  public:
   Benchmark(uint32_t width, uint64_t capacity)
@@ -79,6 +81,7 @@ class Benchmark : FullCache {
                   lists_.get() + kMostKeys,
                   lists_.get() + 2 * kMostKeys,
                   counters_.get(),
+                  &launched_,
                   nullptr,
                   nullptr,
                   kMostKeys};
@@ -91,6 +94,7 @@ class Benchmark : FullCache {
   }
 
   void Run() {
+    MeasureBounds();
     for (const double zipf : {0.0, 1.05}) {
       PickKeys(zipf);
       for (const uint32_t count : {1u << 10, 1u << 14, 1u << 16, 1u << 20}) Measure(count, zipf);
@@ -176,6 +180,13 @@ class Benchmark : FullCache {
     return sorted[sorted.size() * percent / 100];
   }
   // Read and written.
+  // What no query can beat: the memory's rate, and a kernel that does nothing.
+  void MeasureBounds() {
+    const double empty = Microseconds([&](int) { Nothing<<<1, 32, 0, stream_>>>(); });
+    std::printf("{\"kind\": \"device_bounds\", \"width\": %u, \"copy_gb_per_s\": %.0f, \"empty_us\": %.2f}\n", width_,
+                CopyBytesPerMicrosecond() * 1e-3, empty);
+  }
+
   double CopyBytesPerMicrosecond() {
     if (copy_rate_ != 0) return copy_rate_;
     constexpr size_t kBytes = 512 << 20;
@@ -232,6 +243,7 @@ class Benchmark : FullCache {
   MissingKey* missing_ = nullptr;
   QueryResult* result_ = nullptr;
   QueryWorkspace workspace_;
+  uint32_t launched_ = 0;
   uint32_t stamp_ = 0;
   double copy_rate_ = 0;
 };

@@ -92,6 +92,7 @@ Status LookupWorkspace::AllocateQuery(uint32_t positions) {
   mapped_ = std::move(mapped);
   std::byte* next = device_.get();
   workspace_.counters = reinterpret_cast<uint32_t*>(next);
+  workspace_.launched = &launched_;
   workspace_.first_wins = reinterpret_cast<uint64_t*>(next += 256);
   workspace_.positions = reinterpret_cast<uint32_t*>(next += first_wins * sizeof(uint64_t));
   workspace_.leaders = reinterpret_cast<uint32_t*>(next += words);
@@ -160,6 +161,7 @@ Status LookupWorkspace::Begin(DeviceStream stream) {
     if (error == 0) error = device.Zero(workspace_.first_wins, workspace_.first_wins_size * sizeof(uint64_t), stream);
     HPS_RETURN_IF_ERROR(context_->Check(error, "preparing a lookup"));
     zeroed_ = true;
+    launched_ = 0;
     if (stamp_ == ~uint32_t{0}) stamp_ = 0;
   }
   ++stamp_;

@@ -143,6 +143,7 @@ class LookupWorkspace {
   DeviceMemory staging_device_;
   DeviceMemory splits_;
   DeviceMemory pooled_rows_;
+  uint32_t launched_ = 0;
   cuda::QueryWorkspace workspace_;
   cuda::PooledWorkspace pooled_workspace_;
   cuda::MissingKey* missing_ = nullptr;

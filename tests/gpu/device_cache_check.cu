@@ -161,8 +161,8 @@ class Workspace {
     workspace = {first_wins_.get(), PowerOfTwo(2 * max_positions),
                  positions_.get(),  leaders_.get(),
                  unique_of_.get(),  counters_.get(),
-                 nullptr,           nullptr,
-                 max_positions};
+                 &launched_,        nullptr,
+                 nullptr,           max_positions};
     CHECK_CUDA(cudaHostGetDevicePointer(&workspace.missing, missing, 0));
     CHECK_CUDA(cudaHostGetDevicePointer(&workspace.result, result, 0));
     CHECK_CUDA(cudaDeviceSynchronize());  // the memory is zero before a stream that does not wait for this one uses it
@@ -197,6 +197,7 @@ class Workspace {
  private:
   DeviceArray<uint64_t> first_wins_;
   DeviceArray<uint32_t> positions_, leaders_, unique_of_, counters_;
+  uint32_t launched_ = 0;
 };
 
 struct Part {
@@ -445,6 +446,9 @@ void CheckRefusals() {
   EXPECT(LaunchQuery(&query, 1, workspace.workspace, 1, nullptr) == cudaErrorInvalidValue, "more than max_positions");
   query.count = 1;
   EXPECT(LaunchQuery(&query, 1, workspace.workspace, 0, nullptr) == cudaErrorInvalidValue, "stamp 0");
+  QueryWorkspace uncounted = workspace.workspace;
+  uncounted.launched = nullptr;
+  EXPECT(LaunchQuery(&query, 1, uncounted, 1, nullptr) == cudaErrorInvalidValue, "nowhere to count blocks");
   const QueryPart two[] = {query, query};
   const FillRequest no_offsets{nullptr, nullptr, 1, 1, false};
   EXPECT(LaunchFill(two, 2, workspace.workspace, no_offsets, nullptr) == cudaErrorInvalidValue, "no offsets");
