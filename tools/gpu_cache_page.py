@@ -275,6 +275,34 @@ def rates_chart() -> str:
     return _document(1060, 412, parts)
 
 
+def roofline_chart() -> str:
+    """What hits move of the memory's bytes, under what bounds them: an empty kernel's time, and the memory's rate."""
+    records = _last_run("device_cache.jsonl", ("device_cache_hits",))[1]
+    bounds = {r["width"]: r for r in _last_run("device_cache.jsonl", ("device_bounds",))[1]}
+    sizes = sorted({record["keys"] for record in records})
+    parts = [_text(530, 24, "All keys resident, uniform: 10^12 bytes a second over the keys in a call", size=15)]
+    for i, (width, bound) in enumerate(sorted(bounds.items())):
+        panel = _Rates(50 + i * 350, 66, sizes, 0.01, 10)
+        parts += panel.frame(f"rows of {width} float32 values")
+        bytes_of_key = 8 + _constants()["bytes"] + 2 * 4 * width
+        memory = bound["copy_gb_per_s"] / 1000
+        full = memory * 1e6 * bound["empty_us"] / bytes_of_key  # keys that a copy moves in an empty kernel's time
+        roof = {size: min(memory, size * bytes_of_key / bound["empty_us"] / 1e6) for size in sizes}
+        parts += panel.series({**roof, round(full): memory}, "ceiling")
+        mine = [record for record in records if record["width"] == width and not record["zipf"]]
+        for name, field in (("dynamic", "told_us"), ("static", "whole_us")):
+            parts += panel.series({r["keys"]: r["keys"] * bytes_of_key / r[field] / 1e6 for r in mine}, name)
+    names = {"ceiling": "bound: an empty kernel's time, then the rate of a copy (bytes read and written)"}
+    names |= {"static": "our static cache", "dynamic": "our dynamic cache"}
+    x = 50.0
+    for name, label in names.items():
+        dash = ' stroke-dasharray="6 4"' if name == "ceiling" else ""
+        parts += [_line(x, 392, x + 24, 392, f'stroke="{COLOURS[name]}" stroke-width="2"{dash}')]
+        parts += [_text(x + 30, 396, label, "start", 11)]
+        x += 48 + 6.2 * len(label)
+    return _document(1060, 412, parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_cache_runs": runs,
     "gpu_cache_rates": rates,
@@ -283,4 +311,5 @@ TABLES: dict[str, Callable[[], str]] = {
 FIGURES: dict[str, Callable[[], str]] = {
     "docs/gpu_cache_layout.svg": layout,
     "docs/gpu_cache_rates.svg": rates_chart,
+    "docs/gpu_cache_roofline.svg": roofline_chart,
 }
