@@ -3,7 +3,6 @@
 tools/generate_docs.py puts TABLES between `<!-- table NAME -->` and `<!-- end -->`, and writes FIGURES as files.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
