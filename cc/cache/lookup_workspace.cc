@@ -1,5 +1,5 @@
-// Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done, or, where
-// a query is all of it, until the query has told that nothing is missing: it touches the workspace no more then
+// Invariant: in_use_ is true from the first work on a stream until an event behind all of it has been seen done, or,
+// where a query is all of it, until the query has told that nothing is missing: it touches the workspace no more then
 // (device_cache.h), and hits need neither record the event nor ask for it.
 // Memory that the device may use is freed, and pinned memory that it may read is written, only while in_use_ is false;
 // staging also when the query of this use is done, which ran behind all of the last use.

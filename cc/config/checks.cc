@@ -91,13 +91,15 @@ Status FinishModel(const JsonValue& json, const Place& place, Notes*, ModelConfi
   if (!model->gpucache) return OkStatus();
   if (model->enable_pagelock && model->cache_type != CacheType::kStatic) {
     return place.Child("enable_pagelock")
-        .Error("puts the rows of static caches into pinned host memory; set \"embedding_cache_type\": \"static\", or "
-               "leave it out");
+        .Error(
+            "puts the rows of static caches into pinned host memory; set \"embedding_cache_type\": \"static\", or "
+            "leave it out");
   }
   if (model->fp8_quant && model->cache_type == CacheType::kDynamic) {
     return place.Child("fp8_quant")
-        .Error("is for caches that hold whole tables; set \"embedding_cache_type\" to \"static\" or \"uvm\", or leave it "
-               "out");
+        .Error(
+            "is for caches that hold whole tables; set \"embedding_cache_type\" to \"static\" or \"uvm\", or leave it "
+            "out");
   }
   return OkStatus();
 }

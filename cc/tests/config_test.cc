@@ -606,8 +606,7 @@ TEST(ConfigText, Hosts) {
 }
 
 TEST(ConfigText, CpuOnlyModel) {
-  ServerConfig config =
-      Parsed(With("/models/*", R"("gpucache": false, "gpucacheper": 0.0, "deployed_device_list": [],
+  ServerConfig config = Parsed(With("/models/*", R"("gpucache": false, "gpucacheper": 0.0, "deployed_device_list": [],
                                   "enable_pagelock": true, "fp8_quant": true)"));
   EXPECT_TRUE(config.models[0].deployed_devices.empty());
 }

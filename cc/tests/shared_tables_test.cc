@@ -61,8 +61,8 @@ TEST_F(SharedTablesTest, TheNameIsThatOfTheFolderHoweverItIsWritten) {
   for (const char* path : {"t/", "t/.", "t/../t", "link", "link/"}) EXPECT_EQ(SharedTableName(folder_ / path), name);
   EXPECT_NE(SharedTableName(folder_ / "t2"), name);
   EXPECT_TRUE(IsSharedTableName(name)) << name;
-  for (const char* other : {"shared-t", "shared-0123456789abcdef", "shared-t-0123456789abcdeg", "Shared-t-0123456789abcdef",
-                            "shared-t-0123456789abcde"}) {
+  for (const char* other : {"shared-t", "shared-0123456789abcdef", "shared-t-0123456789abcdeg",
+                            "Shared-t-0123456789abcdef", "shared-t-0123456789abcde"}) {
     EXPECT_FALSE(IsSharedTableName(other)) << other;
   }
   EXPECT_NE(SharedTableName(folder_ / "t/t"), name);
