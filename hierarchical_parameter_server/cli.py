@@ -131,9 +131,12 @@ def _add_memory(commands) -> None:
 
 def _size(text: str) -> int:
     try:
-        return parse_bytes(text)
+        size = parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if size < 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1 MiB; write a number with a unit, such as 80GiB")
+    return size
 
 
 def _memory(options: argparse.Namespace) -> int:

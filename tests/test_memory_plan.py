@@ -360,9 +360,13 @@ def test_the_command(tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["host"]["available"] == 1 << 20 and not document["fits"]
     assert document["host"]["need"] == memory_plan(config).host.need
-    with pytest.raises(SystemExit):
-        main(["memory", config, "--gpu-memory", "much"])
-    assert "write a number with a unit, such as 80GiB" in capsys.readouterr().err
+    for wrong in ("much", "80"):
+        with pytest.raises(SystemExit):
+            main(["memory", config, "--gpu-memory", wrong])
+        assert "write a number with a unit, such as 80GiB" in capsys.readouterr().err
+    for wrong in ("80GiB", -1, True, 1.5):
+        with pytest.raises(TypeError, match="gpu_memory must be a number of bytes"):
+            memory_plan(config, gpu_memory=wrong)
 
 
 @pytest.mark.parametrize("command", ["memory", "inspect"])

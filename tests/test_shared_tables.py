@@ -88,6 +88,21 @@ def test_inspect_knows_the_tables_by_their_folder(tmp_path, folder, capsys):
     assert "not configured" not in text and "not loaded" not in text
 
 
+def test_caches_that_differ_are_refused_without_a_gpu_and_by_the_tools(tmp_path, folder, capsys):
+    differing = [sharing("a", folder, gpucache=True), sharing("b", folder, gpucache=True, gpucacheper=0.7)]
+    config = write_config(tmp_path / "ps.json", differing)
+    what = r"ps\.json: model 'b' shares the table folder .*items with model 'a' .* gpucacheper is 0.2 there and 0.7 "
+    with pytest.raises(hps.errors.InvalidArgumentError, match=what):
+        hps.ParameterServer(config)
+    with pytest.raises(hps.errors.InvalidArgumentError, match="model 'b' shares .* gpucacheper"):
+        hps.ParameterServer(json.loads((tmp_path / "ps.json").read_text()))
+    for command in (["inspect", config], ["memory", config], ["memory", config, "--gpu-memory", "1GiB"]):
+        assert main(command) == 1
+        assert re.search(what, capsys.readouterr().err)
+    for other in (sharing("b", folder, gpucache=False), sharing("b", folder, gpucache=True, deployed_device_list=[])):
+        hps.ParameterServer(write_config(tmp_path / "ps.json", [differing[0], other])).close()
+
+
 def test_memory_counts_shared_rows_and_caches_once(tmp_path, folder, capsys):
     def plan_of(share, devices, **more):
         models = [
@@ -115,12 +130,6 @@ def test_memory_counts_shared_rows_and_caches_once(tmp_path, folder, capsys):
     plan_of(True, {"a": [0], "b": [0]})
     assert main(["memory", str(tmp_path / "ps.json"), "--gpu-memory", "1GiB"]) == 0
     assert "shared: a/items" in capsys.readouterr().out
-    differing = [
-        sharing("a", folder, gpucache=True),
-        sharing("b", folder, gpucache=True, gpucacheper=0.7),
-    ]
-    refused = memory_plan(write_config(tmp_path / "ps.json", differing), gpu_memory=1 << 30)
-    assert "b/items: its cache is not as that of the models that share its folder" in "".join(refused.problems)
     pinned = [
         memory_plan(
             write_config(

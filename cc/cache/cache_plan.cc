@@ -10,6 +10,18 @@
 namespace hps {
 namespace {
 
+constexpr uint32_t kMostWorkers = 4096;
+
+// Keys that a lookup of the largest configured batch asks for; the most of uint64 where it is more.
+uint64_t LargestBatch(const ModelConfig& model) {
+  uint64_t positions = 0;
+  for (const TableConfig& table : model.tables) {
+    const uint64_t keys = uint64_t{model.max_batch_size} * table.max_keys_per_sample;  // of 32 bits each
+    if (__builtin_add_overflow(positions, keys, &positions)) return std::numeric_limits<uint64_t>::max();
+  }
+  return positions;
+}
+
 Status CheckModel(const ModelConfig& model, size_t num_tables, int num_devices) {
   const std::string context = "model '" + model.name + "': ";
   if (num_tables != model.tables.size()) {
@@ -29,6 +41,17 @@ Status CheckModel(const ModelConfig& model, size_t num_tables, int num_devices) 
   if (!(model.gpucacheper > 0.0 && model.gpucacheper <= 1.0)) {
     return InvalidArgument(context + "gpucacheper is " + std::to_string(model.gpucacheper) +
                            "; it is the part of a table's rows that the cache holds, above 0 and at most 1");
+  }
+  if (const uint64_t keys = LargestBatch(model); keys > LookupWorkspace::kMostPositions) {
+    return InvalidArgument(
+        context + "max_batch_size times maxnum_catfeature_query_per_table_per_sample of its tables is " +
+        std::to_string(keys) + " keys in one lookup; " + std::to_string(LookupWorkspace::kMostPositions) +
+        " is the most on a GPU, which reserves memory for so many: give what batches will really have");
+  }
+  if (model.worker_buffers > kMostWorkers) {
+    return InvalidArgument(context + "num_of_worker_buffer_in_pool is " + std::to_string(model.worker_buffers) +
+                           "; it reserves memory for so many lookups side by side on a GPU, and " +
+                           std::to_string(kMostWorkers) + " is the most");
   }
   if (model.deployed_devices.empty()) {
     return InvalidArgument(context +
@@ -80,14 +103,13 @@ TableCachePlan PlanTable(const ModelConfig& model, size_t table, uint64_t rows) 
 
 // A call asks the largest batch of every table at once, and may miss all of it.
 WorkspaceSize PlanWorkspace(const ModelConfig& model) {
-  uint64_t positions = 0, staging = 0;
+  const uint64_t positions = LargestBatch(model);
+  uint64_t staging = 0;
   for (const TableConfig& table : model.tables) {
-    const uint64_t keys = uint64_t{model.max_batch_size} * table.max_keys_per_sample;
-    positions += keys;
-    staging += keys * table.width * sizeof(float);
+    staging += uint64_t{model.max_batch_size} * table.max_keys_per_sample * table.width * sizeof(float);
   }
   WorkspaceSize size;
-  size.positions = static_cast<uint32_t>(std::clamp<uint64_t>(positions, 1, LookupWorkspace::kMostPositions));
+  size.positions = static_cast<uint32_t>(std::max<uint64_t>(positions, 1));
   if (model.cache_type == CacheType::kDynamic) size.staging_bytes = LookupWorkspace::StagingBytes(positions, staging);
   return size;
 }
@@ -119,8 +141,14 @@ Result<std::vector<DevicePlan>> PlanCaches(const ModelConfig& model, std::span<c
   plan.workspaces.reserved = parts == CacheParts::kTables ? 0 : std::max(model.worker_buffers, 1u);
   plan.workspaces.limit = std::max(4 * plan.workspaces.reserved, 16u);
   plan.workspaces.size = PlanWorkspace(model);
-  plan.pinned_bytes += plan.workspaces.reserved * LookupWorkspace::PinnedBytes(plan.workspaces.size);
-  plan.device_bytes += plan.workspaces.reserved * LookupWorkspace::DeviceBytes(plan.workspaces.size);
+  const auto add = [&](uint64_t bytes, uint64_t* sum) {  // up to the most there is
+    if (__builtin_mul_overflow(bytes, uint64_t{plan.workspaces.reserved}, &bytes) ||
+        __builtin_add_overflow(*sum, bytes, sum)) {
+      *sum = std::numeric_limits<uint64_t>::max();
+    }
+  };
+  add(LookupWorkspace::PinnedBytes(plan.workspaces.size), &plan.pinned_bytes);
+  add(LookupWorkspace::DeviceBytes(plan.workspaces.size), &plan.device_bytes);
   plan.hit_rate_threshold = model.hit_rate_threshold;
   if (model.cache_type == CacheType::kDynamic) plan.refresh_fraction = model.cache_refresh_percentage_per_iteration;
   plan.refresh_delay = Milliseconds(model.refresh_delay_seconds);

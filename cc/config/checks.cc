@@ -38,14 +38,39 @@ Status CheckBatchSizes(const JsonValue& json, const Place& place, const S& confi
       .Error("stands for max_get_batch_size and max_set_batch_size, which are given with another value; keep one form");
 }
 
+// Caches that hold whole tables have nothing to evict, to fetch or to fill later.
+void WarnOfIdleKeys(const Place& place, const ModelConfig& model, Notes* notes) {
+  if (model.cache_type == CacheType::kDynamic) {
+    if (model.refresh_interval_seconds > 0 && model.cache_refresh_percentage_per_iteration == 0) {
+      notes->warnings.push_back(place.origin + ": " + place.pointer +
+                                "/refresh_interval: has no effect while cache_refresh_percentage_per_iteration is 0");
+    }
+    return;
+  }
+  for (const auto& [key, is_set] : {std::pair("init_ec", !model.init_ec),
+                                    {"hit_rate_threshold", model.hit_rate_threshold && *model.hit_rate_threshold < 1},
+                                    {"refresh_delay", model.refresh_delay_seconds > 0},
+                                    {"refresh_interval", model.refresh_interval_seconds > 0}}) {
+    if (!is_set) continue;
+    notes->warnings.push_back(place.origin + ": " + place.pointer + "/" + key +
+                              ": has no effect: a cache of this embedding_cache_type holds the whole table, from the "
+                              "start, and updates reach it as they reach the tiers");
+  }
+}
+
 }  // namespace
 
 Status UnknownKey(const Place& place, std::string_view key, const SectionInfo& section) {
   Place here = place.Child(key);
+  const std::string_view start = key.substr(0, 80);
+  // A beginning of three letters and more says more than a name with few other letters.
+  const auto distance = [&](const FieldInfo* field) -> size_t {
+    const std::string_view name = field->name;
+    return start.size() >= 3 && name.starts_with(start) ? 0 : EditDistance(start, name);
+  };
   const FieldInfo* nearest =
-      *std::min_element(section.fields.begin(), section.fields.end(), [&](const FieldInfo* a, const FieldInfo* b) {
-        return EditDistance(key.substr(0, 80), a->name) < EditDistance(key.substr(0, 80), b->name);
-      });
+      *std::min_element(section.fields.begin(), section.fields.end(),
+                        [&](const FieldInfo* a, const FieldInfo* b) { return distance(a) < distance(b); });
   for (const SectionInfo* other : AllSections()) {
     for (const FieldInfo* field : other->fields) {
       if (field->name != key) continue;
@@ -57,7 +82,7 @@ Status UnknownKey(const Place& place, std::string_view key, const SectionInfo& s
   return here.Error("unknown key; did you mean \"" + std::string(nearest->name) + "\"?");
 }
 
-Status FinishModel(const JsonValue& json, const Place& place, Notes*, ModelConfig* model) {
+Status FinishModel(const JsonValue& json, const Place& place, Notes* notes, ModelConfig* model) {
   if (IsSharedTableName(model->name)) {
     return place.Child("model").Error("\"" + model->name +
                                       "\" is a name of the kind that tables have which models share "
@@ -101,6 +126,7 @@ Status FinishModel(const JsonValue& json, const Place& place, Notes*, ModelConfi
             "is for caches that hold whole tables; set \"embedding_cache_type\" to \"static\" or \"uvm\", or leave it "
             "out");
   }
+  WarnOfIdleKeys(place, *model, notes);
   return OkStatus();
 }
 

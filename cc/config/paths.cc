@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "cc/base/system_limits.h"
+#include "cc/config/sharing.h"
 #include "hps/config.h"
 
 namespace hps {
@@ -114,6 +115,7 @@ Result<ServerConfig> LoadConfig(const std::string& path) {
     }
     HPS_ASSIGN_OR_RETURN(ServerConfig config, ParseConfig(text, Tidy(file).string()));
     HPS_RETURN_IF_ERROR(MakePathsAbsolute(file.parent_path().string(), &config));
+    HPS_RETURN_IF_ERROR(CheckSharing(config.models).WithContext(config.origin));
     return config;
   } catch (const std::exception& error) {  // paths that the system refuses, memory
     return FailedPrecondition("the configuration file " + path + " cannot be read: " + error.what());

@@ -576,10 +576,14 @@ class ParameterServer::Impl {
   void WarnWithoutGpu(const ModelConfig& model) {
     if (!model.gpucache || model.deployed_devices.empty() || resources_->devices->count() > 0) return;
     if (std::exchange(warned_without_gpu_, true)) return;
-    Log(LogLevel::kWarning,
-        "gpucache is true (model '" + model.name +
-            "'), but no GPU cache is available here: lookups are served by the CPU; set \"gpucache\": false to "
-            "silence this");
+    std::string why;
+    if (!options_.device_caches) {
+      why = "they are switched off";
+    } else if (DeviceCount(&why) > 0) {
+      why = "the framework of this process uses no GPU";
+    }
+    Log(LogLevel::kWarning, "gpucache is true (model '" + model.name + "'), but no GPU cache is available here (" +
+                                why + "): lookups are served by the CPU; set \"gpucache\": false to silence this");
   }
 
   const ServerConfig config_;

@@ -175,6 +175,7 @@ std::string ServerStatsJson(const ServerConfig& config, const ServerResources& r
   if (resources.persistent_store) {
     json["tier_states"]["persistent"] = StateJson(*resources.persistent_store, resources.persistent_breaker.get());
   }
+  json["gpus"] = resources.devices ? resources.devices->count() : 0;
   json["rows_promoted"] = resources.metrics.SumOfCounters("hps_rows_promoted_total");
   json["rows_promotion_dropped"] = resources.metrics.SumOfCounters("hps_rows_promotion_dropped_total");
   if (resources.devices) {

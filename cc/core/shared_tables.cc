@@ -5,84 +5,16 @@
 #include "cc/core/shared_tables.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <map>
 #include <optional>
 
+#include "cc/config/sharing.h"
 #include "cc/core/model_record.h"
 #include "hps/log.h"
 #include "hps/model_reader.h"
 
 namespace hps {
 namespace {
-
-constexpr const char* kRows = "rows";  // the table's name within its model
-
-// The model of one table that a model's table is part of.
-ModelConfig HiddenModel(const ModelConfig& model, const TableConfig& table, std::vector<int32_t> devices) {
-  ModelConfig hidden = model;
-  hidden.share_tables = false;
-  hidden.tables = {table};
-  hidden.tables[0].path = CanonicalFolder(table.path);
-  hidden.tables[0].name = kRows;
-  hidden.name = SharedTableName(table.path);
-  hidden.deployed_devices = std::move(devices);
-  return hidden;
-}
-
-struct Difference {
-  std::string key, there, here;
-};
-
-std::string Text(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%g", value);
-  return text;
-}
-
-// What two users of a folder must have the same; of the keys about caches only where both have some.
-std::optional<Difference> FirstDifference(const ModelConfig& there, const ModelConfig& here, bool caches) {
-  const auto differ = [](const char* key, const auto& a, const auto& b) -> std::optional<Difference> {
-    if (a == b) return std::nullopt;
-    return Difference{key, Text(static_cast<double>(a)), Text(static_cast<double>(b))};
-  };
-  constexpr const char* kTypes[] = {"dynamic", "static", "uvm"};
-  const TableConfig &table_there = there.tables[0], &table_here = here.tables[0];
-  if (auto found = differ("embedding_vecsize_per_table", table_there.width, table_here.width)) return found;
-  if (auto found = differ("default_value_for_each_table", table_there.default_value, table_here.default_value)) {
-    return found;
-  }
-  if (!caches) return std::nullopt;
-  if (there.cache_type != here.cache_type) {
-    return Difference{"embedding_cache_type", kTypes[static_cast<int>(there.cache_type)],
-                      kTypes[static_cast<int>(here.cache_type)]};
-  }
-  for (const auto& [key, member] : {std::pair("init_ec", &ModelConfig::init_ec),
-                                    {"enable_pagelock", &ModelConfig::enable_pagelock},
-                                    {"fp8_quant", &ModelConfig::fp8_quant}}) {
-    if (there.*member != here.*member) {
-      return Difference{key, there.*member ? "true" : "false", here.*member ? "true" : "false"};
-    }
-  }
-  for (const auto& [key, member] :
-       {std::pair("gpucacheper", &ModelConfig::gpucacheper),
-        {"cache_refresh_percentage_per_iteration", &ModelConfig::cache_refresh_percentage_per_iteration},
-        {"refresh_delay", &ModelConfig::refresh_delay_seconds},
-        {"refresh_interval", &ModelConfig::refresh_interval_seconds}}) {
-    if (auto found = differ(key, there.*member, here.*member)) return found;
-  }
-  return std::nullopt;
-}
-
-Status Refuse(const Difference& difference, const std::string& folder, const std::string& there,
-              const std::string& here) {
-  const bool same = there == here;
-  return InvalidArgument("model '" + here + "' shares the table folder " + folder + " with " +
-                         (same ? "itself, as it is loaded or in another table" : "model '" + there + "'") +
-                         " (\"share_tables\": true), but " + difference.key + " is " + difference.there +
-                         " there and " + difference.here + " here; give both the same, or leave share_tables out" +
-                         (same ? "" : " of one") + ". Of rows that are loaded it changes when no model uses them");
-}
 
 bool Contains(const std::vector<int32_t>& devices, int32_t device) {
   return std::find(devices.begin(), devices.end(), device) != devices.end();
@@ -113,20 +45,17 @@ std::vector<SharedTables::Entry> SharedTables::entries() const {
 }
 
 Result<std::vector<ModelCaches::Planned>> SharedTables::Plan(std::span<const ModelConfig> models) const {
+  HPS_RETURN_IF_ERROR(CheckSharing(models));
   std::vector<ModelCaches::Planned> planned;
   std::map<std::string, std::pair<ModelConfig, std::string>> shared;  // and the first model that has them; by name
   for (const ModelConfig& model : models) {
     planned.push_back({model, model.share_tables ? CacheParts::kWorkspaces : CacheParts::kAll});
     if (!model.share_tables) continue;
     for (const TableConfig& table : model.tables) {
-      const ModelConfig hidden = HiddenModel(model, table, DevicesOf(model));
+      const ModelConfig hidden = SharedTableModel(model, table, DevicesOf(model));
       const auto [found, added] = shared.try_emplace(hidden.name, hidden, model.name);
       if (added) continue;
-      auto& [first, whose] = found->second;
-      const bool caches = !first.deployed_devices.empty() && !hidden.deployed_devices.empty();
-      if (const auto difference = FirstDifference(first, hidden, caches)) {
-        return Refuse(*difference, hidden.tables[0].path, whose, model.name);
-      }
+      const ModelConfig& first = found->second.first;
       std::vector<int32_t> devices = Union(first.deployed_devices, hidden.deployed_devices);
       if (first.deployed_devices.empty() && !devices.empty()) found->second = {hidden, model.name};
       found->second.first.deployed_devices = std::move(devices);
@@ -145,7 +74,7 @@ Result<std::vector<ModelCaches::Planned>> SharedTables::Plan(std::span<const Mod
 
 Result<std::string> SharedTables::StoredVersion(const std::string& name, const TableStore& store) const {
   HPS_ASSIGN_OR_RETURN(const ModelRecord record, ReadModelRecord(store, name));
-  const auto found = record.tables.find(kRows);
+  const auto found = record.tables.find(kSharedRows);
   if (found == record.tables.end()) return std::string("without a record");
   return std::to_string(found->second.generation) + " " + found->second.fingerprint;
 }
@@ -170,7 +99,7 @@ Result<std::vector<std::shared_ptr<SharedTable>>> SharedTables::Acquire(const Mo
 
 Result<std::shared_ptr<SharedTable>> SharedTables::AcquireOne(const ModelConfig& model, const TableConfig& table,
                                                               const BuildOptions& options) {
-  const ModelConfig hidden = HiddenModel(model, table, DevicesOf(model));
+  const ModelConfig hidden = SharedTableModel(model, table, DevicesOf(model));
   const TableStore* const persistent = resources_->persistent_store.get();
   const TableStore* const volatile_store = resources_->volatile_store.get();
   std::string loaded;
@@ -197,7 +126,7 @@ Result<std::shared_ptr<SharedTable>> SharedTables::AcquireOne(const ModelConfig&
 
 Result<std::shared_ptr<SharedTable>> SharedTables::Join(const Entry& entry, const ModelConfig& model,
                                                         const TableConfig& table, const BuildOptions& options) {
-  const ModelConfig hidden = HiddenModel(model, table, DevicesOf(model));
+  const ModelConfig hidden = SharedTableModel(model, table, DevicesOf(model));
   HPS_ASSIGN_OR_RETURN(const std::shared_ptr<const Model> current, entry.table->slot.Current());
   const std::vector<int32_t>& devices = current->config.deployed_devices;
   const bool caches = !devices.empty() && !hidden.deployed_devices.empty();
@@ -205,7 +134,8 @@ Result<std::shared_ptr<SharedTable>> SharedTables::Join(const Entry& entry, cons
     // Of caches the first model that has some says how they are.
     const auto first = std::find_if(entry.uses.begin(), entry.uses.end(),
                                     [&](const Use& use) { return !caches || !use.devices.empty(); });
-    return Refuse(*difference, entry.table->folder, first == entry.uses.end() ? model.name : first->model, model.name);
+    return RefuseSharing(*difference, entry.table->folder, first == entry.uses.end() ? model.name : first->model,
+                         model.name);
   }
   std::vector<int32_t> all = Union(devices, hidden.deployed_devices);
   if (all.size() > devices.size()) {
@@ -315,9 +245,9 @@ void SharedTables::LetGoOf(SharedTable& table) {
   // A generation that was kept for a model, and that the record does not name any more.
   const auto record = ReadModelRecord(*persistent, table.slot.name());
   if (!record.ok()) return;
-  const auto found = record->tables.find(kRows);
+  const auto found = record->tables.find(kSharedRows);
   if (found == record->tables.end()) return;
-  if (StoredTableName(table.slot.name(), kRows, found->second.generation) == stored) return;
+  if (StoredTableName(table.slot.name(), kSharedRows, found->second.generation) == stored) return;
   const Status dropped = persistent->DropTable(stored);
   if (!dropped.ok() && dropped.code() != StatusCode::kNotFound) {
     Log(LogLevel::kWarning, "rows of " + table.folder + " that no model uses any more: " + dropped.ToString());

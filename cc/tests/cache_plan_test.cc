@@ -82,6 +82,17 @@ TEST(CachePlan, Refusals) {
   ModelConfig unfit = Model("\"deployed_device_list\": [0]");
   ExpectError(PlanCaches(unfit, std::vector<uint64_t>{1}, 1).status(), StatusCode::kInternal,
               {"1 row counts for 2 tables"});
+  unfit.max_batch_size = 1 << 30;
+  ExpectError(PlanCaches(unfit, kRows, 2).status(), StatusCode::kInvalidArgument,
+              {"model 'm'", "max_batch_size", "5368709120 keys", "1073741824 is the most"});
+  unfit.max_batch_size = unfit.tables[0].max_keys_per_sample = unfit.tables[1].max_keys_per_sample = 0xFFFFFFFF;
+  ExpectError(PlanCaches(unfit, kRows, 2).status(), StatusCode::kInvalidArgument,
+              {"18446744073709551615 keys", "1073741824 is the most"});
+  unfit = Model("\"deployed_device_list\": [0]");
+  unfit.worker_buffers = 4097;
+  ExpectError(PlanCaches(unfit, kRows, 2).status(), StatusCode::kInvalidArgument,
+              {"num_of_worker_buffer_in_pool is 4097", "4096 is the most"});
+  unfit.worker_buffers = 1;
   unfit.fp8_quant = true;
   ExpectError(PlanCaches(unfit, kRows, 2).status(), StatusCode::kInvalidArgument,
               {"model 'm'", "fp8_quant", "static", "uvm"});

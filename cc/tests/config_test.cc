@@ -386,6 +386,25 @@ TEST(ConfigSpellings, OneBatchSizeSetsBoth) {
   }
 }
 
+TEST(ConfigWarnings, KeysThatTheTypeOfCacheLeavesIdle) {
+  const auto warnings = [](const std::string& keys) { return Parsed(With("/models/*", keys)).warnings; };
+  const std::string idle = R"("init_ec": false, "hit_rate_threshold": 0.9, "refresh_delay": 1, "refresh_interval": 2)";
+  EXPECT_TRUE(warnings(idle).empty());
+  for (const std::string type : {"static", "uvm"}) {
+    const std::string and_type = R"(, "embedding_cache_type": ")" + type + "\"";
+    const auto found = warnings(idle + and_type);
+    ASSERT_EQ(found.size(), 4u) << type;
+    EXPECT_PRED_FORMAT2(IsSubstring, "/models/0/init_ec: has no effect: a cache of this embedding_cache_type",
+                        found[0]);
+    EXPECT_PRED_FORMAT2(IsSubstring, "/models/0/refresh_interval: has no effect", found[3]);
+    EXPECT_TRUE(warnings(idle + R"(, "gpucache": false)" + and_type).empty());
+    EXPECT_TRUE(warnings(R"("hit_rate_threshold": 1.0)" + and_type).empty());
+  }
+  const auto never = warnings(R"("refresh_interval": 2, "cache_refresh_percentage_per_iteration": 0)");
+  ASSERT_EQ(never.size(), 1u);
+  EXPECT_PRED_FORMAT2(IsSubstring, "/models/0/refresh_interval: has no effect while cache_refresh", never[0]);
+}
+
 TEST(ConfigSpellings, StaticTable) {
   EXPECT_EQ(
       Parsed(With("/models/*", R"("use_static_table": false, "embedding_cache_type": "uvm")")).models[0].cache_type,
@@ -414,6 +433,7 @@ TEST(ConfigRefusals, NameThePlaceAndTheRemedy) {
       {"", R"("volatile_bd": {})", R"(/volatile_bd: unknown key; did you mean "volatile_db"?)"},
       {"", R"("suportlonglong": true)", R"(did you mean "supportlonglong"?)"},
       {model, R"("gpucachper": 0.5)", R"(/models/0/gpucachper: unknown key; did you mean "gpucacheper"?)"},
+      {model, R"("fp8": true)", R"(/models/0/fp8: unknown key; did you mean "fp8_quant"?)"},
       {model, R"("embeding_vecsize_per_table": [1])", R"(did you mean "embedding_vecsize_per_table"?)"},
       {model, R"("supportlonglong": true)", "/models/0/supportlonglong: unknown key here; it belongs to the top level"},
       {"", R"("gpucache": true)", "/gpucache: unknown key here; it belongs in /models/*"},

@@ -32,7 +32,11 @@ def memory_plan(
 
     Raises:
         hps.errors.HpsError: the configuration is wrong, or a table's folder is missing or damaged.
+        TypeError: a number of bytes is none.
     """
+    for name, size in (("host_memory", host_memory), ("gpu_memory", gpu_memory)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+            raise TypeError(f"{name} must be a number of bytes, such as 80 << 30, got {size!r}")
     canonical, origin = _canonical(config)
     volatile, persistent = canonical["volatile_db"], canonical["persistent_db"]
     all_tables = [table for model in canonical["models"] for table in _tables(model, canonical)]
@@ -210,7 +214,7 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
                           "machine that has one, give its memory (--gpu-memory 80GiB)")  # fmt: skip
         return
     pinned = pinned_rows = pinned_largest = 0
-    counted: dict[tuple[int, str], tuple] = {}  # caches of shared tables, by device and name
+    counted: set[tuple[int, str]] = set()  # caches of shared tables, by device and name
     for model in models:
         tables = [table for table in plan.tables if table.model == model["model"]]
         plans = _native.plan_caches(json.dumps(model), [table.rows for table in tables])
@@ -223,13 +227,10 @@ def _add_gpus(plan: MemoryPlan, config: dict[str, Any], gpu_memory: int | None) 
             cached = 0
             for table, cache in zip(tables, table_caches, strict=True):
                 table.gpu_rows, size, pinned_size = cache
-                if table.shared_as and counted.setdefault((device, table.shared_as), cache) is not cache:
-                    if counted[device, table.shared_as] != cache:
-                        plan.problems.append(
-                            f"{table.name}: its cache is not as that of the models that share its folder "
-                            f"{table.folder}: a server refuses the load"
-                        )
-                    continue
+                if table.shared_as:
+                    if (device, table.shared_as) in counted:
+                        continue
+                    counted.add((device, table.shared_as))
                 table.gpu_bytes = size
                 cached += size
                 model_pinned += pinned_size
