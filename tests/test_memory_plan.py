@@ -298,6 +298,21 @@ def test_gpu(tmp_path):
             memory_plan(make_config(tmp_path, tables, model={**model, "fp8_quant": True}), gpu_memory=gpu_memory)
 
 
+def test_a_damaged_folder_is_told_with_model_and_table(tmp_path):
+    config = make_config(tmp_path, {"items": (np.arange(10), 16)})
+    for path in tmp_path.rglob("key"):
+        path.write_bytes(b"")
+    with pytest.raises(HpsError, match="^model '[^']+', table 'items': .*key is empty"):
+        memory_plan(config)
+
+
+def test_a_table_is_not_placed_where_buffers_leave_no_room(tmp_path):
+    config = make_config(tmp_path, {"items": (np.arange(10_000), 64)}, model={"gpucache": True, "gpucacheper": 0.1})
+    assert memory_plan(config, gpu_memory=1 << 30).tables[0].proposal == "GPU"
+    tight = memory_plan(config, gpu_memory=9 << 20)  # the table alone would fit
+    assert tight.tables[0].gpu_bytes < 9 << 20 and tight.tables[0].proposal != "GPU"
+
+
 def test_gpus_are_found_through_the_driver(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho '0, 1000'\necho '1, 2000'\n")
@@ -330,7 +345,7 @@ def test_hot_tables_go_to_the_fastest_tier_that_has_room(tmp_path):
     config = make_config(
         tmp_path, tables, model=model, persistent_db={"type": "rocks_db", "path": str(tmp_path / "database")}
     )
-    plan = memory_plan(config, host_memory=8 << 20, gpu_memory=8 << 20)
+    plan = memory_plan(config, host_memory=8 << 20, gpu_memory=17 << 20)  # 10 MiB of it are buffers
     assert {table.table: table.proposal for table in plan.tables} == {"hot": "GPU", "warm": "CPU", "cold": "disk"}
     assert "100 keys a sample" in plan.tables[1].reason
     assert not plan.fits and "DOES NOT FIT" in plan.to_text()

@@ -63,10 +63,11 @@ Status RefuseSharing(const SharingDifference& difference, const std::string& fol
                      const std::string& here) {
   const bool same = there == here;
   return InvalidArgument("model '" + here + "' shares the table folder " + folder + " with " +
-                         (same ? "itself, as it is loaded or in another table" : "model '" + there + "'") +
+                         (same ? "itself (it is loaded, or has the folder for two tables)" : "model '" + there + "'") +
                          " (\"share_tables\": true), but " + difference.key + " is " + difference.there +
                          " there and " + difference.here + " here; give both the same, or leave share_tables out" +
-                         (same ? "" : " of one") + ". Of rows that are loaded it changes when no model uses them");
+                         (same ? "" : " of one") +
+                         ". To change it for rows that are loaded, unload their models first");
 }
 
 Status CheckSharing(std::span<const ModelConfig> models) {

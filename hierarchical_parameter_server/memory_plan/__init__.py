@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import _native
 from ..config import ParameterServerConfig, plain_document
+from ..errors import HpsError
 from . import machine, sizes
 from .keys import look_at_keys
 from .placement import propose
@@ -85,7 +86,15 @@ def memory_plan(
             if table.volatile_rows < math.ceil(table.rows * volatile["initial_cache_rate"])
         ]
     _add_gpus(plan, canonical, gpu_memory)
-    gpu_available = min((gpu.available for gpu in plan.gpus.values() if gpu.available is not None), default=gpu_memory)
+    buffers = ("buffers of writes to caches", "buffers of whole batches")
+    gpu_available = min(
+        (
+            max(gpu.available - sum(gpu.items.get(name, 0) for name in buffers), 0)
+            for gpu in plan.gpus.values()
+            if gpu.available is not None
+        ),
+        default=gpu_memory,
+    )
     plan.notes += propose(
         tables,
         gpu_available,
@@ -146,7 +155,10 @@ def _tables(model: dict[str, Any], config: dict[str, Any]) -> list[TablePlan]:
         model["maxnum_catfeature_query_per_table_per_sample"],
         strict=True,
     ):
-        _native.fingerprint_table_folder(folder, width)  # makes the checks of a load
+        try:
+            _native.fingerprint_table_folder(folder, width)  # makes the checks of a load
+        except HpsError as error:
+            raise type(error)(f"model '{model['model']}', table '{name}': {error}") from None
         rows = (Path(folder) / "key").stat().st_size // 8
         plan = TablePlan(model["model"], name, folder, rows, width, key_bytes, keys_per_sample, "", False)
         plan.shared_as = _native.shared_table_name(folder) if model["share_tables"] else ""
