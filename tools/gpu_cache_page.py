@@ -99,6 +99,23 @@ def rates() -> str:
     return note_tables.table(head, lines)
 
 
+def power_law_rates() -> str:
+    peers = [record for record in _peers() if record["zipf"]]
+    sizes = sorted({record["keys"] for record in peers})
+    lines = []
+    for width in sorted({record["width"] for record in _ours()}):
+        ours = {r["keys"]: r for r in _ours() if r["width"] == width and r["zipf"]}
+        for what, field in (("ceiling", "ceiling_us"), ("static cache", "whole_us"), ("dynamic cache", "told_us")):
+            lines.append([str(width), what, *(_digits(_rate(keys, ours[keys][field])) for keys in sizes)])
+        for peer in PEERS:
+            theirs = {r["keys"]: r for r in peers if (r["peer"], r["width"]) == (peer, width)}
+            if theirs:
+                about = theirs[sizes[0]]
+                name = f"{peer.split()[0]} {about['version']}: {about['form']}"
+                lines.append([str(width), name, *(_digits(theirs[keys]["gkeys_per_s"]) for keys in sizes)])
+    return note_tables.table(["width", "10^9 keys/s", *(f"{size:,} keys" for size in sizes)], lines)
+
+
 def keys() -> str:
     """Of docs/configuration.md, whose first table of these keys is that of models: key, type, default, description."""
     lines: dict[str, list[str]] = {}
@@ -305,6 +322,7 @@ def roofline_chart() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_cache_runs": runs,
     "gpu_cache_rates": rates,
+    "gpu_cache_power_law": power_law_rates,
     "gpu_cache_keys": keys,
 }
 FIGURES: dict[str, Callable[[], str]] = {
