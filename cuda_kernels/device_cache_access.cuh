@@ -85,7 +85,8 @@ struct Tile {
 __device__ __forceinline__ uint32_t VersionOf(uint64_t state) { return static_cast<uint32_t>(state >> 22); }
 
 // Two neighbouring lanes with the halves of one bucket: the way that holds their key, or -1. (Quarters 0 and 2 in the one
-// lane and 1 and 3 in the other would give each load one sector of 32 bytes: measured, and slower where keys are hot. The two loads of this way meet in the same sectors.)
+// lane and 1 and 3 in the other would give each load one sector of 32 bytes: measured, and slower where keys are hot.
+// The two loads of this way meet in the same sectors.)
 struct BucketHalf {
   BucketQuarter low, high;
 };

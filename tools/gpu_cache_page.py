@@ -78,42 +78,39 @@ def runs() -> str:
     return note_tables.table(["what", "machine", "commit", "date", "lines"], lines)
 
 
-def rates() -> str:
-    sizes = sorted({record["keys"] for record in _ours()})
+def _rates_table(zipf: float, with_wall: bool) -> str:
+    """Ours and peers' rates over the keys in a call, as far as peers were measured."""
+    peers = [record for record in _peers() if record["zipf"] == zipf]
+    ours = [record for record in _ours() if record["zipf"] == zipf]
+    sizes = sorted({record["keys"] for record in peers})
+    head = ["width", "10^9 keys/s", *(f"{size:,} keys" for size in sizes)]
+    if with_wall:
+        head.append(f"{sizes[0]:,} keys, until known (us)")
     lines = []
-    for width in sorted({record["width"] for record in _ours()}):
-        ours = {r["keys"]: r for r in _ours() if r["width"] == width and not r["zipf"]}
+    for width in sorted({record["width"] for record in ours}):
+        mine = {r["keys"]: r for r in ours if r["width"] == width}
         for what, field in (("ceiling", "ceiling_us"), ("static cache", "whole_us"), ("dynamic cache", "told_us")):
-            cells = [_digits(_rate(keys, ours[keys][field])) for keys in sizes]
-            wall = f"{ours[sizes[0]]['wall_us']:.0f}" if field == "told_us" else ""
-            lines.append([str(width), what, *cells, wall])
+            cells = [_digits(_rate(keys, mine[keys][field])) for keys in sizes]
+            wall = f"{mine[sizes[0]]['wall_us']:.0f}" if with_wall and field == "told_us" else ""
+            lines.append([str(width), what, *cells, wall][: len(head)])
         for peer in PEERS:
-            theirs = {r["keys"]: r for r in _peers() if (r["peer"], r["width"], r["zipf"]) == (peer, width, 0)}
+            theirs = {r["keys"]: r for r in peers if (r["peer"], r["width"]) == (peer, width)}
             if not theirs:
                 continue
             about = theirs[sizes[0]]
             name = f"{peer.split()[0]} {about['version']}: {about['form']}"
             cells = [_digits(theirs[keys]["gkeys_per_s"]) for keys in sizes]
-            lines.append([str(width), name, *cells, f"{about['wall_us']:.0f}"])
-    head = ["width", "10^9 keys/s", *(f"{size:,} keys" for size in sizes), f"{sizes[0]:,} keys, until known (us)"]
+            wall = f"{about['wall_us']:.0f}" if with_wall else ""
+            lines.append([str(width), name, *cells, wall][: len(head)])
     return note_tables.table(head, lines)
 
 
+def rates() -> str:
+    return _rates_table(0.0, with_wall=True)
+
+
 def power_law_rates() -> str:
-    peers = [record for record in _peers() if record["zipf"]]
-    sizes = sorted({record["keys"] for record in peers})
-    lines = []
-    for width in sorted({record["width"] for record in _ours()}):
-        ours = {r["keys"]: r for r in _ours() if r["width"] == width and r["zipf"]}
-        for what, field in (("ceiling", "ceiling_us"), ("static cache", "whole_us"), ("dynamic cache", "told_us")):
-            lines.append([str(width), what, *(_digits(_rate(keys, ours[keys][field])) for keys in sizes)])
-        for peer in PEERS:
-            theirs = {r["keys"]: r for r in peers if (r["peer"], r["width"]) == (peer, width)}
-            if theirs:
-                about = theirs[sizes[0]]
-                name = f"{peer.split()[0]} {about['version']}: {about['form']}"
-                lines.append([str(width), name, *(_digits(theirs[keys]["gkeys_per_s"]) for keys in sizes)])
-    return note_tables.table(["width", "10^9 keys/s", *(f"{size:,} keys" for size in sizes)], lines)
+    return _rates_table(1.05, with_wall=False)
 
 
 def keys() -> str:
@@ -264,6 +261,17 @@ class _Rates:
         return parts
 
 
+def _legend(labels: dict[str, str]) -> list[str]:
+    """Below the panels, by the names of COLOURS."""
+    parts, x = [], 50.0
+    for name, label in labels.items():
+        dash = ' stroke-dasharray="6 4"' if name == "ceiling" else ""
+        parts += [_line(x, 392, x + 24, 392, f'stroke="{COLOURS[name]}" stroke-width="2"{dash}')]
+        parts += [_text(x + 30, 396, label, "start", 11)]
+        x += 48 + 6.2 * len(label)
+    return parts
+
+
 def rates_chart() -> str:
     """Keys a second, all of them resident: the ceiling of our run, ours, peers; a panel for each width of the rows."""
     ours, peers = _ours(), _peers()
@@ -281,19 +289,13 @@ def rates_chart() -> str:
                 parts += panel.series({r["keys"]: r["gkeys_per_s"] for r in theirs}, peer)
     names = {"ceiling": "ceiling of the run", "static": "our static cache", "dynamic": "our dynamic cache"}
     versions = {record["peer"]: record["version"] for record in peers}
-    x = 50.0
-    for name, colour in COLOURS.items():
-        dash = ' stroke-dasharray="6 4"' if name == "ceiling" else ""
-        label = names.get(name, f"{name} {versions.get(name, '')}")
-        parts += [_line(x, 392, x + 24, 392, f'stroke="{colour}" stroke-width="2"{dash}')]
-        parts += [_text(x + 30, 396, label, "start", 11)]
-        x += 48 + 6.2 * len(label)
-    return _document(1060, 412, parts)
+    labels = {name: names.get(name, f"{name} {versions.get(name, '')}") for name in COLOURS}
+    return _document(1060, 412, parts + _legend(labels))
 
 
 def roofline_chart() -> str:
     """What hits move of the memory's bytes, under what bounds them: an empty kernel's time, and the memory's rate."""
-    records = _last_run("device_cache.jsonl", ("device_cache_hits",))[1]
+    records = _ours()
     bounds = {r["width"]: r for r in _last_run("device_cache.jsonl", ("device_bounds",))[1]}
     sizes = sorted({record["keys"] for record in records})
     parts = [_text(530, 24, "All keys resident, uniform: 10^12 bytes a second over the keys in a call", size=15)]
@@ -310,13 +312,7 @@ def roofline_chart() -> str:
             parts += panel.series({r["keys"]: r["keys"] * bytes_of_key / r[field] / 1e6 for r in mine}, name)
     names = {"ceiling": "bound: an empty kernel's time, then the rate of a copy (bytes read and written)"}
     names |= {"static": "our static cache", "dynamic": "our dynamic cache"}
-    x = 50.0
-    for name, label in names.items():
-        dash = ' stroke-dasharray="6 4"' if name == "ceiling" else ""
-        parts += [_line(x, 392, x + 24, 392, f'stroke="{COLOURS[name]}" stroke-width="2"{dash}')]
-        parts += [_text(x + 30, 396, label, "start", 11)]
-        x += 48 + 6.2 * len(label)
-    return _document(1060, 412, parts)
+    return _document(1060, 412, parts + _legend(names))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -179,7 +179,6 @@ class Benchmark : FullCache {
   static double Quantile(const std::vector<double>& sorted, size_t percent) {
     return sorted[sorted.size() * percent / 100];
   }
-  // Read and written.
   // What no query can beat: the memory's rate, and a kernel that does nothing.
   void MeasureBounds() {
     const double empty = Microseconds([&](int) { Nothing<<<1, 32, 0, stream_>>>(); });
@@ -187,6 +186,7 @@ class Benchmark : FullCache {
                 CopyBytesPerMicrosecond() * 1e-3, empty);
   }
 
+  // Read and written.
   double CopyBytesPerMicrosecond() {
     if (copy_rate_ != 0) return copy_rate_;
     constexpr size_t kBytes = 512 << 20;

@@ -47,28 +47,28 @@ std::vector<SharedTables::Entry> SharedTables::entries() const {
 Result<std::vector<ModelCaches::Planned>> SharedTables::Plan(std::span<const ModelConfig> models) const {
   HPS_RETURN_IF_ERROR(CheckSharing(models));
   std::vector<ModelCaches::Planned> planned;
-  std::map<std::string, std::pair<ModelConfig, std::string>> shared;  // and the first model that has them; by name
+  std::map<std::string, ModelConfig> shared;  // by name
   for (const ModelConfig& model : models) {
     planned.push_back({model, model.share_tables ? CacheParts::kWorkspaces : CacheParts::kAll});
     if (!model.share_tables) continue;
     for (const TableConfig& table : model.tables) {
       const ModelConfig hidden = SharedTableModel(model, table, DevicesOf(model));
-      const auto [found, added] = shared.try_emplace(hidden.name, hidden, model.name);
+      const auto [found, added] = shared.try_emplace(hidden.name, hidden);
       if (added) continue;
-      const ModelConfig& first = found->second.first;
+      ModelConfig& first = found->second;
       std::vector<int32_t> devices = Union(first.deployed_devices, hidden.deployed_devices);
-      if (first.deployed_devices.empty() && !devices.empty()) found->second = {hidden, model.name};
-      found->second.first.deployed_devices = std::move(devices);
+      if (first.deployed_devices.empty() && !devices.empty()) first = hidden;
+      first.deployed_devices = std::move(devices);
     }
   }
   for (const Entry& entry : entries()) {
     const auto found = shared.find(entry.table->slot.name());
     const auto current = entry.table->slot.Current();
     if (found == shared.end() || !current.ok()) continue;
-    std::erase_if(found->second.first.deployed_devices,
+    std::erase_if(found->second.deployed_devices,
                   [&](int32_t device) { return Contains((*current)->config.deployed_devices, device); });
   }
-  for (auto& [name, first] : shared) planned.push_back({std::move(first.first), CacheParts::kTables});
+  for (auto& [name, first] : shared) planned.push_back({std::move(first), CacheParts::kTables});
   return planned;
 }
 

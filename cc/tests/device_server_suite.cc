@@ -187,8 +187,9 @@ TEST_P(DeviceServerSuite, AHostWithoutDevicesServesFromTheTiersAndSaysSoOnce) {
   auto server = Value(ParameterServer::Open(Config({Model("a", 1, {0}), Model("b", 2, {0, 7})}), Options(/*count=*/0)));
   ExpectRows(Lookup(*server, "b", 0, kWidth, kKeys), kKeys, 2);
   const std::string text = log.text();
-  const size_t first = text.find("no GPU cache is available here");
+  const size_t first = text.find("no GPU cache is available here (th");  // and why
   ASSERT_NE(first, std::string::npos);
+  EXPECT_NE(server->StatsJson().find("\"gpus\":0"), std::string::npos);
   EXPECT_EQ(text.find("no GPU cache", first + 1), std::string::npos);
   ExpectError(Look(*server, "a", 0, kSome).status, StatusCode::kInvalidArgument,
               {"model 'a' has no cache on device 0", "no devices"});
@@ -201,6 +202,7 @@ TEST_P(DeviceServerSuite, AHostWithoutDevicesServesFromTheTiersAndSaysSoOnce) {
   EXPECT_NE(later.text().find("no GPU cache is available here"), std::string::npos) << "a server that began empty";
   EXPECT_EQ(later.text().find("no GPU cache"), later.text().rfind("no GPU cache"));
   server = Value(ParameterServer::Open(Config({Model("a", 1, {0})}), on_host));
+  EXPECT_NE(later.text().find("no GPU cache is available here (they are switched off)"), std::string::npos);
   ExpectRows(Lookup(*server, "a", 0, kWidth, kKeys), kKeys, 1);
   EXPECT_EQ(devices_[0]->allocations(), 0u);
 }
